@@ -1,0 +1,13 @@
+"""Errors that end a run with a message instead of a traceback, and the exit code of each."""
+
+
+class UserError(Exception):
+    """The config or the input is wrong: what was wrong, the rule, what to do. Nothing was written."""
+
+    exit_code = 2
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint is damaged and no good one is left."""
+
+    exit_code = 3

@@ -1,0 +1,71 @@
+"""What a config class is: a frozen dataclass whose rules can be asked for, all at once.
+
+Every config class of the project is made by `config` and lives beside its owner (`optim/config.py`, ...).
+A docstring below a field is its documentation: unit and meaning of special values. Help texts and the JSON
+schema are made from it. Types are checked by the strict loader (`config/load.py`); every other rule of one
+class is reported by its `problems` method, so that a user sees all mistakes in one go.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+from megatrain.config.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only, slotted dataclass in which an unknown key is an error."""
+    cls.__pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True, slots=True)(cls)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One broken rule.
+
+    `field` is the dotted path (relative to the config that reports it; the loader adds the prefix), `legal`
+    the nearest values that would be accepted.
+    """
+
+    field: str
+    value: object
+    rule: str
+    legal: tuple[object, ...] = ()
+
+    def __str__(self) -> str:
+        hint = f" Nearest legal: {', '.join(map(str, self.legal))}." if self.legal else ""
+        return f"{self.field}={self.value}: {self.rule}.{hint}"
+
+
+class ConfigError(UserError):
+    """The config breaks rules; `problems` holds all of them. The command exits with 2."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(p) for p in problems))
+
+
+def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
+    """Problems of those `fields` of `cfg` that are below `low` (None is allowed) or not finite."""
+    for name in fields:
+        value = getattr(cfg, name)
+        if value is not None and not (value >= low and math.isfinite(value)):
+            yield Problem(name, value, f"must be at least {low:g}", (low,))
+
+
+def between(cfg: Any, low: float, high: float, *fields: str) -> Iterator[Problem]:
+    """Problems of those `fields` of `cfg` that are outside `[low, high]` (None is allowed)."""
+    for name in fields:
+        value = getattr(cfg, name)
+        if value is not None and not low <= value <= high:
+            yield Problem(name, value, f"must be between {low:g} and {high:g}", (min(max(value, low), high),))
+
+
+def nearest_divisors(n: int, wanted: int, count: int = 2) -> tuple[int, ...]:
+    """The `count` divisors of `n` that are nearest to `wanted`."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0] if n > 0 else []
+    return tuple(sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:count]))

@@ -1,0 +1,48 @@
+"""Where the text comes from, how it becomes tokens, and how tokens become samples."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megatrain.config.schema import Problem, at_least, between, config
+
+
+@config
+class TokenizerConfig:
+    kind: Literal["bpe", "bytes", "huggingface", "tiktoken"] = "bpe"
+    """bpe: byte-level BPE trained on the data itself; bytes: one token a byte; the others read `path`."""
+    path: str | None = None
+    """huggingface: a directory with tokenizer.json, or that file; tiktoken: a file of base64 ranks."""
+    vocab_size: int = 4096
+    """bpe: tokens to train, special token included."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.kind == "bpe":
+            yield from at_least(self, 257, "vocab_size")
+        if self.kind in ("huggingface", "tiktoken") and not self.path:
+            yield Problem("path", self.path, f"tokenizer kind {self.kind} needs the path of a local file or directory")
+
+
+@config
+class DataConfig:
+    kind: Literal["text", "synthetic"] = "text"
+    """synthetic: random tokens made on the fly (for benchmarks); nothing is read."""
+    path: str | None = None
+    """A file (.txt .md .py ..., .jsonl, .parquet), a directory of them, or a glob pattern. null: the source text of
+    the Python standard library found on this machine."""
+    text_field: str = "text"
+    """Name of the JSONL key or Parquet column that holds the text."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    val_fraction: float = 0.01
+    """Share of the documents (chosen by a hash of their text) held out for validation; 0: none."""
+    mask_documents: bool = True
+    """Attention stays inside a document and positions restart at its start."""
+    cache_dir: str | None = None
+    """Where tokenized shards are kept; null: $MEGATRAIN_CACHE, or ~/.cache/megatrain."""
+    prefetch: int = 2
+    """Batches prepared ahead in the background; 0: none."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from between(self, 0.0, 0.5, "val_fraction")
+        yield from at_least(self, 0, "prefetch")
+        if self.kind == "synthetic" and self.path is not None:
+            yield Problem("path", self.path, "synthetic data reads nothing; remove the path, or use data=text")

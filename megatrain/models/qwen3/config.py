@@ -1,0 +1,16 @@
+"""Qwen3 (arXiv 2505.09388): as Llama, with a norm over each query and key head and a free head size."""
+
+from typing import Literal
+
+from megatrain.config.schema import config
+from megatrain.models.decoder.config import DecoderConfig
+
+
+@config
+class Qwen3Config(DecoderConfig):
+    kind: Literal["qwen3"] = "qwen3"
+    vocab_size: int = 151936
+    max_seq_len: int = 40960
+    norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    qk_norm: bool = True

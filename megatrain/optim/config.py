@@ -1,0 +1,112 @@
+"""Optimizers and learning-rate schedules."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megatrain.config.schema import Problem, at_least, between, config
+
+
+@config
+class AdamWConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    decay_embeddings: bool = True
+    """Also decay the embedding."""
+    clip_norm: float | None = 1.0
+    """The global gradient norm is clipped to this; null: not at all."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "lr", "eps", "weight_decay", "clip_norm")
+        yield from between(self, 0, 1, "beta1", "beta2")
+
+
+@config
+class SGDConfig:
+    """Stochastic gradient descent; momentum 0 is plain gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    decay_embeddings: bool = True
+    """Also decay the embedding."""
+    clip_norm: float | None = 1.0
+    """The global gradient norm is clipped to this; null: not at all."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "lr", "weight_decay", "clip_norm")
+        yield from between(self, 0, 1, "momentum")
+        if self.nesterov and self.momentum == 0:
+            yield Problem("nesterov", True, "Nesterov's step needs momentum above 0")
+
+
+OptimConfig = AdamWConfig | SGDConfig
+
+
+@config
+class ConstantConfig:
+    kind: Literal["constant"] = "constant"
+    warmup_steps: int = 0
+    """Steps of linear growth from 0 to the peak."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "warmup_steps")
+
+
+@config
+class CosineConfig:
+    """Half a cosine from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = 100
+    """Steps of linear growth from 0 to the peak."""
+    final_ratio: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "warmup_steps")
+        yield from between(self, 0, 1, "final_ratio")
+
+
+@config
+class LinearConfig:
+    kind: Literal["linear"] = "linear"
+    warmup_steps: int = 100
+    """Steps of linear growth from 0 to the peak."""
+    final_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "warmup_steps")
+        yield from between(self, 0, 1, "final_ratio")
+
+
+@config
+class WSDConfig:
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: int = 100
+    """Steps of linear growth from 0 to the peak."""
+    decay_fraction: float = 0.2
+    """Share of all steps, at the end, in which the rate falls linearly."""
+    final_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "warmup_steps")
+        yield from between(self, 0, 1, "final_ratio", "decay_fraction")
+
+
+ScheduleConfig = ConstantConfig | CosineConfig | LinearConfig | WSDConfig

@@ -1,0 +1,105 @@
+"""The root of a run's config: everything that defines the run, and the rules that join its parts."""
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from megatrain.checkpoint.config import CheckpointConfig
+from megatrain.config.schema import Problem, at_least, between, config, nearest_divisors
+from megatrain.data.config import DataConfig
+from megatrain.models.config import ModelConfig
+from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.observe.config import LogConfig
+from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
+from megatrain.parallel.config import ParallelConfig
+
+SCHEMA_VERSION = 1
+
+
+@config
+class RunConfig:
+    name: str = "default"
+    """The run directory is `dir`/`name`; the same name again resumes the run."""
+    dir: str = "runs"
+
+    def problems(self) -> Iterator[Problem]:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,/-]*", self.name) or ".." in self.name:
+            yield Problem("name", self.name, "must be letters, digits and . _ - = , / and start with a letter or digit")
+
+
+@config
+class TrainConfig:
+    steps: int = 1000
+    """Optimizer steps of the whole run; schedules end here."""
+    stop_at: int | None = None
+    """Stop (saved, resumable) after this step, without changing the schedule; null: at `steps`."""
+    seed: int = 0
+    """Seed of initial weights and sample order."""
+    resume: Literal["never", "auto", "must"] = "auto"
+    """never: start anew, refuse a directory that has checkpoints; auto: go on if there is one; must: refuse to
+    start anew."""
+    allow_changes: tuple[str, ...] = ()
+    """Config keys that may differ from the run's first config although they change the run; `*`: any."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Type of the computation. Weights, gradients and optimizer are float32 under bf16. auto: bf16 where a quick
+    measurement finds it faster on this device, else fp32."""
+    z_loss: float = 0.0
+    """Factor on the squared log-partition of the logits (PaLM, arXiv 2204.02311)."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay; null: none."""
+    eval_every: int = 100
+    """Steps between validations; 0: only at the end."""
+    eval_tokens: int = 65536
+    """Tokens of each validation, always the same ones."""
+    early_stop_patience: int = 0
+    """Stop after this many validations in a row without a new best; 0: never."""
+    sample_tokens: int = 200
+    """Tokens of text generated at the end of the run; 0: none."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 1, "steps", "stop_at", "eval_tokens")
+        yield from at_least(self, 0, "seed", "z_loss", "eval_every", "early_stop_patience", "sample_tokens")
+        yield from between(self, 0, 1, "ema_decay")
+
+
+@config
+class Config:
+    """One run. The same config and seed give the same run in every layout."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: RunConfig = RunConfig()
+    model: ModelConfig = Qwen3Config(vocab_size=4096)
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = AdamWConfig()
+    schedule: ScheduleConfig = CosineConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: Literal["native"] = "native"
+    seq_len: int = 256
+    """Tokens of a training sequence."""
+    global_batch_size: int = 16
+    """Sequences of one optimizer step, over all devices."""
+    micro_batch_size: int = 16
+    """Sequences computed at once on one device; the rest of the global batch is accumulated."""
+
+    def problems(self) -> Iterator[Problem]:
+        broken = [*at_least(self, 1, "seq_len", "global_batch_size", "micro_batch_size")]
+        yield from broken
+        if self.schema_version != SCHEMA_VERSION:
+            yield Problem("schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,))
+        if not broken and self.global_batch_size % self.micro_batch_size:
+            rule = f"must divide global_batch_size ({self.global_batch_size})"
+            legal = nearest_divisors(self.global_batch_size, self.micro_batch_size)
+            yield Problem("micro_batch_size", self.micro_batch_size, rule, legal)
+        if self.seq_len > self.model.max_seq_len:
+            rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
+            yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
+        if self.schedule.warmup_steps > self.train.steps:
+            rule = f"must not exceed train.steps ({self.train.steps})"
+            yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
+        tokenizer = self.data.tokenizer
+        if self.data.kind == "text" and tokenizer.kind == "bpe" and tokenizer.vocab_size > self.model.vocab_size:
+            rule = f"must be at least data.tokenizer.vocab_size ({tokenizer.vocab_size})"
+            yield Problem("model.vocab_size", self.model.vocab_size, rule, (tokenizer.vocab_size,))
