@@ -1,0 +1,31 @@
+"""The learning rate of each step, as a pure function of the step."""
+
+import math
+
+from megatrain.optim.config import ConstantConfig, CosineConfig, LinearConfig, ScheduleConfig
+
+
+def lr_factor(cfg: ScheduleConfig, step: int, *, total_steps: int) -> float:
+    """Share of the peak learning rate that step `step` (the first is 0) uses.
+
+    Warm-up grows linearly and reaches 1 at step `warmup_steps`; its first step is not 0. The last step,
+    `total_steps - 1`, uses the schedule's final ratio.
+    """
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    if isinstance(cfg, ConstantConfig):
+        return 1.0
+    if isinstance(cfg, CosineConfig | LinearConfig):
+        done = _progress(step, cfg.warmup_steps, total_steps - 1)
+        shape = 0.5 * (1 + math.cos(math.pi * done)) if isinstance(cfg, CosineConfig) else 1 - done
+    else:
+        decay_start = max(cfg.warmup_steps, round(total_steps * (1 - cfg.decay_fraction)) - 1)
+        shape = 1 - _progress(step, decay_start, total_steps - 1)
+    return cfg.final_ratio + (1 - cfg.final_ratio) * shape
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """How far `step` is from `start` (0) to `end` (1)."""
+    if step >= end:
+        return 1.0 if end > start else 0.0
+    return max(0.0, (step - start) / (end - start))
