@@ -1,0 +1,52 @@
+# The two commands: `make train` trains a small GPT on real text; `make test` passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ARGS ?=
+
+.PHONY: install train test test-all lint format bench clean
+
+install: .venv/.dev
+
+train: .venv/.run
+	@$(BIN)/megatrain train $(ARGS)
+
+# Two workers with one compute thread each: the suite is made for two cores.
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+
+test-all: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=kernels $(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Training speed on this machine, side by side with Hugging Face models in a plain PyTorch loop.
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "MegaTrain needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# An editable install is made again only when what it depends on has changed.
+.venv/.run: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing MegaTrain into .venv (a few minutes the first time)"
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	@echo "Installing the development tools into .venv"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

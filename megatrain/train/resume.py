@@ -1,0 +1,71 @@
+"""May this config take up that run? Every key that would change the run is named and refused."""
+
+from fnmatch import fnmatchcase
+
+from megatrain.config.errors import UserError
+from megatrain.config.load import flatten
+from megatrain.train.config import Config
+
+# Keys that change how a run is cut, watched, stored or stopped, but not what it computes (up to rounding).
+FREE = (
+    "run.*",
+    "log.*",
+    "checkpoint.*",
+    "parallel.*",
+    "micro_batch_size",
+    "engine",
+    "train.stop_at",
+    "train.resume",
+    "train.allow_changes",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.sample_tokens",
+    "train.early_stop_patience",
+    "data.path",  # what was read is compared by its fingerprint instead
+    "data.cache_dir",
+    "data.prefetch",
+)
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """Keys outside `FREE` whose values differ: key -> (old, new)."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in before | after if not any(fnmatchcase(key, pattern) for pattern in FREE)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def check_same_run(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """Refuse changes that `new.train.allow_changes` does not name; return those that it allows.
+
+    Raises:
+        UserError: lists every refused key with its old and new value.
+    """
+    changed = changed_keys(old, new)
+    allowed = new.train.allow_changes
+    refused = {key: pair for key, pair in changed.items() if not any(fnmatchcase(key, rule) for rule in allowed)}
+    if refused:
+        lines = [f"  {key}: was {was}, now {now}" for key, (was, now) in refused.items()]
+        raise UserError(
+            f"The run '{new.run.name}' was started with another config, and these keys would change it:\n"
+            + "\n".join(lines)
+            + "\nGive the old values back, start another run with run.name=..., or allow the change with "
+            + f"'train.allow_changes=[{','.join(refused)}]'."
+        )
+    return changed
+
+
+def check_same_data(old_fingerprint: str, new_fingerprint: str, cfg: Config) -> bool:
+    """Refuse other data under the same run; True if the change is allowed by the key `data.path`.
+
+    Raises:
+        UserError: the fingerprints differ and `train.allow_changes` does not name `data.path`.
+    """
+    if old_fingerprint == new_fingerprint:
+        return False
+    if any(fnmatchcase("data.path", rule) for rule in cfg.train.allow_changes):
+        return True
+    raise UserError(
+        f"The data of run '{cfg.run.name}' has changed since it started (fingerprint {old_fingerprint[:12]}, now "
+        f"{new_fingerprint[:12]}), so the same samples can't follow. Restore the data, start another run with "
+        "run.name=..., or allow it with 'train.allow_changes=[data.path]'."
+    )

@@ -1,0 +1,41 @@
+"""Learning rates against closed formulas written out here."""
+
+import math
+
+import pytest
+
+from megatrain.optim.config import ConstantConfig, CosineConfig, LinearConfig, WSDConfig
+from megatrain.optim.schedule import lr_factor
+
+
+def test_warmup_is_linear_and_starts_above_zero() -> None:
+    factors = [lr_factor(ConstantConfig(warmup_steps=4), step, total_steps=10) for step in range(10)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1])
+
+
+def test_cosine_is_half_a_cosine_between_warmup_and_the_last_step() -> None:
+    cfg = CosineConfig(warmup_steps=3, final_ratio=0.1)
+    for step in range(3, 11):
+        expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 3) / 7)) / 2
+        assert lr_factor(cfg, step, total_steps=11) == pytest.approx(expected)
+    assert lr_factor(cfg, 10, total_steps=11) == pytest.approx(0.1)
+
+
+def test_linear_reaches_its_final_ratio_at_the_last_step() -> None:
+    cfg = LinearConfig(warmup_steps=0, final_ratio=0.0)
+    factors = [lr_factor(cfg, step, total_steps=5) for step in range(5)]
+    assert factors == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_wsd_is_flat_and_then_falls_over_its_last_share() -> None:
+    cfg = WSDConfig(warmup_steps=2, decay_fraction=0.25, final_ratio=0.0)
+    factors = [lr_factor(cfg, step, total_steps=20) for step in range(20)]
+    assert factors[2:15] == pytest.approx([1.0] * 13)
+    assert factors[14:] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+
+
+@pytest.mark.parametrize("cfg", [CosineConfig(warmup_steps=0), LinearConfig(warmup_steps=1), WSDConfig(warmup_steps=1)])
+def test_a_run_of_one_step_uses_a_positive_rate(
+    cfg: CosineConfig | LinearConfig | WSDConfig,
+) -> None:
+    assert lr_factor(cfg, 0, total_steps=1) > 0
