@@ -19,7 +19,7 @@ class TokenizerConfig:
         if self.kind == "bpe":
             yield from at_least(self, 257, "vocab_size")
         if self.kind in ("huggingface", "tiktoken") and not self.path:
-            yield Problem("path", self.path, f"tokenizer kind {self.kind} needs the path of a local file or directory")
+            yield Problem("path", self.path, f"kind {self.kind} needs the path of a local file or directory")
 
 
 @config
@@ -27,8 +27,8 @@ class DataConfig:
     kind: Literal["text", "synthetic"] = "text"
     """synthetic: random tokens made on the fly (for benchmarks); nothing is read."""
     path: str | None = None
-    """A file (.txt .md .py ..., .jsonl, .parquet), a directory of them, or a glob pattern. null: the source text of
-    the Python standard library found on this machine."""
+    """A file (.txt .md .py ..., .jsonl, .parquet), a directory of them, or a glob pattern. null: the source
+    text of the Python standard library found on this machine."""
     text_field: str = "text"
     """Name of the JSONL key or Parquet column that holds the text."""
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -44,5 +44,7 @@ class DataConfig:
     def problems(self) -> Iterator[Problem]:
         yield from between(self, 0.0, 0.5, "val_fraction")
         yield from at_least(self, 0, "prefetch")
+        if self.path == "":
+            yield Problem("path", "''", "must name a file, a directory or a pattern, or be null")
         if self.kind == "synthetic" and self.path is not None:
-            yield Problem("path", self.path, "synthetic data reads nothing; remove the path, or use data=text")
+            yield Problem("path", self.path, "synthetic data reads nothing; remove it, or use data=text")

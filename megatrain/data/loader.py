@@ -1,0 +1,212 @@
+"""Batches: which samples a step reads, on which rank, and the tensors made of them.
+
+Sample i of a store is its tokens [i * seq_len, (i + 1) * seq_len]: `seq_len` inputs and, one further, as many
+targets. Step s (counted from 0) of a run takes samples number s * global_batch_size onwards of the order in
+`order.py`; each rank makes its own rows only. The loader has no state but the step.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatrain.config.errors import UserError
+from megatrain.data.order import sample_ids
+from megatrain.data.store import TokenSource
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """int64 tensors (micro_batch, seq_len). A target of -100 counts for nothing.
+
+    `doc_ids` numbers the documents of each row from 0; None: attention crosses documents.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    doc_ids: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one rank computes in one optimizer step.
+
+    `sample_ids` (global_batch_size,) int64, `valid_tokens` (targets that are not -100) and `digest` (of the
+    sample ids) are those of the global batch, the same on every rank.
+    """
+
+    step: int
+    sample_ids: np.ndarray
+    micro_batches: list[Batch]
+    valid_tokens: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loader:
+    """Makes the batches of rank `rank` of `size`. Errors: UserError when no sample can be cut from the data.
+
+    The rank's rows are a contiguous part of the global batch. With `mask_documents`, positions restart at
+    each document, and no target asks for the first token of another document. `prefetch` batches are made
+    ahead by a thread.
+    """
+
+    store: TokenSource
+    seq_len: int
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    mask_documents: bool
+    rank: int = 0
+    size: int = 1
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.size):
+            raise UserError(
+                f"global_batch_size={self.global_batch_size}: must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times the ranks that read different data ({self.size})"
+            )
+        if self.n_samples < 1:
+            raise UserError(
+                f"seq_len={self.seq_len}: longer than the training data, which has {self.store.n_tokens} "
+                f"tokens; the largest legal seq_len is {self.store.n_tokens - 1}"
+            )
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of one epoch; fewer than seq_len tokens at the end of the data are not used."""
+        return (self.store.n_tokens - 1) // self.seq_len
+
+    def batches(self, start_step: int) -> Iterator[StepBatch]:
+        """Batches of step `start_step` (the number of steps done before), of the next, and so on."""
+        return _ahead(self.step_batch, start_step, count=self.prefetch)
+
+    def step_batch(self, step: int) -> StepBatch:
+        """The batch of one step."""
+        first = step * self.global_batch_size
+        ids = sample_ids(
+            first,
+            self.global_batch_size,
+            n=self.n_samples,
+            seed=self.seed,
+            fingerprint=self.store.fingerprint,
+        )
+        rows = self.global_batch_size // self.size
+        starts = ids[self.rank * rows : (self.rank + 1) * rows] * self.seq_len
+        cuts = range(0, rows, self.micro_batch_size)
+        return StepBatch(
+            step=step,
+            sample_ids=ids,
+            micro_batches=[self._micro_batch(starts[cut : cut + self.micro_batch_size]) for cut in cuts],
+            valid_tokens=self._valid_tokens(ids * self.seq_len),
+            digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16],
+        )
+
+    def _micro_batch(self, starts: np.ndarray) -> Batch:
+        rows = self.store.read(starts, self.seq_len + 1)
+        return make_batch(rows, starts, self.store.document_starts if self.mask_documents else None)
+
+    def _valid_tokens(self, starts: np.ndarray) -> int:
+        """Targets that count, from the document index alone.
+
+        Each document start among a row's targets is one less.
+        """
+        valid = len(starts) * self.seq_len
+        if self.mask_documents:
+            begin, end = _documents_within(self.store.document_starts, starts, self.seq_len)
+            valid -= int((end - begin).sum())
+        return valid
+
+
+def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray | None) -> Batch:
+    """Tensors of `rows` (batch, seq_len + 1) int64, which begin at tokens `starts` (batch,) of the data.
+
+    With `document_starts` (documents,) the documents of a row are kept apart.
+    """
+    batch, seq_len = rows.shape[0], rows.shape[1] - 1
+    targets = rows[:, 1:].copy()
+    positions = np.broadcast_to(np.arange(seq_len), (batch, seq_len)).copy()
+    doc_ids = None
+    if document_starts is not None:
+        begin, end = _documents_within(document_starts, starts, seq_len)
+        counts = end - begin
+        row = np.repeat(np.arange(batch), counts)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = document_starts[np.repeat(begin, counts) + nth] - starts[row]  # 1 .. seq_len
+        targets[row, place - 1] = IGNORED
+        first_tokens = np.zeros((batch, seq_len + 1), dtype=np.int64)
+        first_tokens[row, place] = 1
+        doc_ids = np.cumsum(first_tokens[:, :-1], axis=1)
+        first_tokens[row, place] = place
+        positions -= np.maximum.accumulate(first_tokens[:, :-1], axis=1)
+    return Batch(
+        tokens=torch.from_numpy(rows[:, :-1].copy()),
+        targets=torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        doc_ids=None if doc_ids is None else torch.from_numpy(doc_ids),
+    )
+
+
+def validation_batches(
+    store: TokenSource, *, seq_len: int, tokens: int, micro_batch_size: int, mask_documents: bool
+) -> Iterator[Batch]:
+    """The same sequences every time: about `tokens` tokens, evenly from `store`, in full micro-batches.
+
+    Unlike in training the last sequence may be shorter; what is missing, and rows that fill up the last
+    micro-batch, have targets of -100.
+    """
+    n_samples = -(-(store.n_tokens - 1) // seq_len)
+    wanted = min(n_samples, -(-tokens // seq_len))
+    ids = np.arange(wanted) * n_samples // max(wanted, 1)
+    for cut in range(0, wanted, micro_batch_size):
+        starts = np.zeros(micro_batch_size, dtype=np.int64)
+        chosen = ids[cut : cut + micro_batch_size]
+        starts[: len(chosen)] = chosen * seq_len
+        lengths = np.minimum(seq_len + 1, store.n_tokens - starts)
+        rows = np.zeros((micro_batch_size, seq_len + 1), dtype=np.int64)
+        for row, length in enumerate(lengths):
+            rows[row, :length] = store.read(starts[row : row + 1], int(length))[0]
+        batch = make_batch(rows, starts, store.document_starts if mask_documents else None)
+        missing = np.arange(seq_len) >= lengths[:, None] - 1
+        missing[len(chosen) :] = True
+        batch.targets[torch.from_numpy(missing)] = IGNORED
+        yield batch
+
+
+def _documents_within(
+    document_starts: np.ndarray, starts: np.ndarray, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Range [begin, end) of documents that start in (start, start + seq_len], per element of `starts`."""
+    begin = np.searchsorted(document_starts, starts, side="right")
+    end = np.searchsorted(document_starts, starts + seq_len, side="right")
+    return begin, end
+
+
+def _ahead(make: Callable[[int], StepBatch], start: int, *, count: int) -> Iterator[StepBatch]:
+    """`make(start)`, `make(start + 1)`, ...
+
+    with `count` results made ahead by one thread, which ends with this.
+    """
+    if count == 0:
+        step = start
+        while True:
+            yield make(step)
+            step += 1
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
+    pending: deque[Future[StepBatch]] = deque()
+    try:
+        while True:
+            while len(pending) <= count:
+                pending.append(pool.submit(make, start))
+                start += 1
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

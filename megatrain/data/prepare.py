@@ -1,0 +1,295 @@
+"""From a data config to tokens: list, hash, split, train the tokenizer, encode, and keep it all in a cache.
+
+The held-out split is chosen by a hash of each document's text, so that it does not depend on names or order
+and equal documents fall on one side. When that leaves one side empty (one document, or few), the tail of the
+longest document is held out instead: its last `val_fraction`, from the next line break on.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatrain.config.errors import UserError
+from megatrain.data.config import DataConfig
+from megatrain.data.store import (
+    FORMAT_VERSION,
+    SplitWriter,
+    SyntheticStore,
+    TokenStore,
+    build_once,
+    cache_root,
+    open_split,
+    read_index,
+    write_index,
+)
+from megatrain.data.text import TEXT_HINT, Corpus, find_corpus
+from megatrain.data.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    tokenizer_files,
+    train_bpe,
+)
+
+Progress = Callable[[str, float], None]
+"""Called with the phase in words and the share of it that is done, 0 to 1."""
+
+RECIPE_VERSION = 1  # part of every cache key: raise it when the same input would give other tokens
+PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces: work for all cores, and bounded memory
+BATCH_CHARS = 8 << 20
+TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much text, spread over the corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Data ready to be read. `token_bytes` (vocab_size,): bytes of text of each token id."""
+
+    train: TokenStore | SyntheticStore
+    val: TokenStore | SyntheticStore | None
+    tokenizer: Tokenizer
+    fingerprint: str
+    token_bytes: np.ndarray
+
+
+class Piece(NamedTuple):
+    """A part of a document, and where it goes."""
+
+    split: str
+    text: str
+    ends_document: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over the corpus finds out.
+
+    `cut_document` is the index of the one whose tail is held out.
+    """
+
+    chars: int
+    cut_document: int | None
+    skipped: dict[str, int]
+
+
+def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = None) -> Prepared:
+    """Tokens of `cfg`, from the cache if they are there.
+
+    `vocab_size` is the model's: synthetic tokens are drawn from it, and a larger tokenizer is refused.
+    Errors: UserError for every fault of the input, of the tokenizer, or of the cache directory.
+    """
+    if cfg.kind == "synthetic":
+        return _synthetic(cfg, vocab_size or cfg.tokenizer.vocab_size)
+    corpus = find_corpus(cfg.path, text_field=cfg.text_field)
+    root = cache_root(cfg.cache_dir)
+    shortcut = root / "shortcuts" / _key(cfg, corpus.stamp(), _stamp(tokenizer_files(cfg.tokenizer)))
+    directory = _follow(shortcut, root)
+    if directory is None:
+        directory = _find_or_build(cfg, corpus, root, progress)
+        if find_corpus(cfg.path, text_field=cfg.text_field).stamp() != corpus.stamp():
+            raise UserError(f"{corpus.origin} was changed while it was read; start again")
+        _write_shortcut(shortcut, directory)
+    return _open(directory, vocab_size)
+
+
+def held_out(text: str, val_fraction: float) -> bool:
+    """Whether the document `text` belongs to the validation split."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
+
+
+def _synthetic(cfg: DataConfig, vocab_size: int) -> Prepared:
+    train = SyntheticStore(vocab_size)
+    return Prepared(
+        train=train,
+        val=SyntheticStore(vocab_size, seed=1) if cfg.val_fraction else None,
+        tokenizer=ByteTokenizer(),
+        fingerprint=train.fingerprint,
+        token_bytes=np.ones(vocab_size, dtype=np.int64),
+    )
+
+
+def _find_or_build(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progress) -> Path:
+    progress("reading", 0.0)
+    contents = [_content_digest(file) for file in tokenizer_files(cfg.tokenizer)]
+    directory = root / _key(cfg, corpus.content_digest(), contents)
+    progress("reading", 1.0)
+    build_once(
+        directory,
+        lambda partial: _build(cfg, corpus, partial, progress),
+        waiting=lambda: progress("waiting for another process that prepares the same data", 0.0),
+    )
+    return directory
+
+
+def _open(directory: Path, vocab_size: int | None) -> Prepared:
+    index = read_index(directory)
+    if index is None:
+        raise UserError(f"the token cache {directory} was removed or damaged while it was used; start again")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size} tokens"
+        )
+    train = open_split(directory, "train", index)
+    assert train is not None
+    return Prepared(
+        train=train,
+        val=open_split(directory, "val", index),
+        tokenizer=tokenizer,
+        fingerprint=index["fingerprint"],
+        token_bytes=np.load(directory / "token_bytes.npy"),
+    )
+
+
+def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress) -> None:
+    survey = _survey(corpus, cfg.val_fraction, progress)
+    if cfg.tokenizer.kind == "bpe":
+        sample = _training_sample(_pieces(corpus, cfg.val_fraction, survey), survey, progress)
+        tokenizer: Tokenizer = train_bpe(sample, vocab_size=cfg.tokenizer.vocab_size)
+    else:
+        tokenizer = read_tokenizer(cfg.tokenizer)
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    writers = {name: SplitWriter(directory, name, **sizes) for name in ("train", "val")}
+    done = 0
+    for batch in _batches(_pieces(corpus, cfg.val_fraction, survey)):
+        progress("tokenizing", done / survey.chars)
+        for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+            size = len(piece.text.encode())
+            writers[piece.split].append(ids, text_bytes=size, ends_document=piece.ends_document)
+            done += len(piece.text)
+    splits = {name: writer.finish() for name, writer in writers.items()}
+    text_tokens = {name: counts["tokens"] - counts["documents"] for name, counts in splits.items()}
+    if text_tokens["train"] < 2:
+        raise UserError(
+            f"{corpus.origin} has too little text: {text_tokens['train']} tokens to train on, "
+            "at least 2 are needed"
+        )
+    if text_tokens["val"] < 2:  # nothing could be predicted from one token
+        del splits["val"]
+        writers["val"].discard()
+    tokenizer.save(directory / "tokenizer")
+    np.save(directory / "token_bytes.npy", tokenizer.token_bytes())
+    progress("tokenizing", 1.0)
+    write_index(
+        directory,
+        splits=splits,
+        tokenizer_digest=tokenizer.digest(),
+        facts={"origin": corpus.origin, "vocab_size": tokenizer.vocab_size, "skipped": survey.skipped},
+    )
+
+
+def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
+    """One pass over all documents: how much text there is, and whether the hash leaves a split empty."""
+    skipped: Counter[str] = Counter()
+    chars = documents = held = longest = longest_chars = 0
+    expected_bytes = max(1, sum(f.size for f in corpus.files))
+    for document in corpus.documents(skipped):
+        if len(document.text) > longest_chars:
+            longest, longest_chars = documents, len(document.text)
+        chars += len(document.text)
+        documents += 1
+        held += held_out(document.text, val_fraction)
+        progress("reading", min(1.0, chars / expected_bytes))
+    if not documents:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+        raise UserError(f"{corpus.origin}: there is no text in it (left out: {left_out}). {TEXT_HINT}")
+    one_side_empty = val_fraction > 0 and held in (0, documents)
+    return Survey(chars, longest if one_side_empty else None, dict(skipped))
+
+
+def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Piece]:
+    """All text, document by document, each in pieces of at most PIECE_CHARS and marked with its split."""
+    for number, document in enumerate(corpus.documents()):
+        if survey.cut_document is None:
+            parts = [("val" if held_out(document.text, val_fraction) else "train", document.text)]
+        elif number == survey.cut_document:
+            cut = _tail_start(document.text, val_fraction)
+            parts = [("train", document.text[:cut]), ("val", document.text[cut:])]
+        else:
+            parts = [("train", document.text)]
+        for split, text in parts:
+            for start in range(0, len(text), PIECE_CHARS):
+                end = start + PIECE_CHARS
+                yield Piece(split, text[start:end], ends_document=end >= len(text))
+
+
+def _tail_start(text: str, val_fraction: float) -> int:
+    """Where the held-out tail of a document starts: after the next line break, if one is near."""
+    cut = len(text) - int(len(text) * val_fraction)
+    line = text.find("\n", cut) + 1
+    return line if 0 < line <= (cut + len(text)) // 2 else cut
+
+
+def _training_sample(pieces: Iterator[Piece], survey: Survey, progress: Progress) -> Iterator[str]:
+    """Training text for a tokenizer: all of it, or pieces spread evenly over it."""
+    share = min(1.0, TRAIN_CHARS / survey.chars)
+    seen = taken = 0
+    for piece in pieces:
+        seen += len(piece.text)
+        progress("training the tokenizer", min(1.0, seen / survey.chars))
+        if piece.split == "train" and taken <= seen * share:
+            taken += len(piece.text)
+            yield piece.text
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in groups of about BATCH_CHARS."""
+    batch: list[Piece] = []
+    chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _key(cfg: DataConfig, content: object, tokenizer_content: object) -> str:
+    """Name of a cache entry: a digest of all that decides its bytes."""
+    tokenizer = cfg.tokenizer
+    bpe_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
+    recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.text_field, cfg.val_fraction]
+    parts = [*recipe, tokenizer.kind, bpe_size, content, tokenizer_content]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _stamp(files: list[Path]) -> list[tuple[str, int, int, int]]:
+    """Names, sizes and times of `files`: equal stamps mean equal content."""
+    stats = [(str(file.absolute()), file.stat()) for file in files]
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+
+
+def _content_digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _follow(shortcut: Path, root: Path) -> Path | None:
+    """The data set that an unchanged listing led to last time, if it is still whole."""
+    try:
+        directory = root / shortcut.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return directory if read_index(directory) is not None else None
+
+
+def _write_shortcut(shortcut: Path, directory: Path) -> None:
+    """Remember the way; failing to is no loss, since the content leads there too."""
+    partial = shortcut.with_name(f"{shortcut.name}.{os.getpid()}")
+    with suppress(OSError):
+        shortcut.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(directory.name, encoding="utf-8")
+        partial.replace(shortcut)

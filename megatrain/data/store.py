@@ -1,0 +1,268 @@
+"""Tokens on disk, memory-mapped, and the cache directory that holds them.
+
+A data set is a directory: `index.json` (sizes and hashes of all files, counts, fingerprint), for each split
+`<split>.tokens` (uint16 or uint32, little-endian, documents one after the other, each ending with the
+end-of-text token) and `<split>.documents` (int64, where each document starts), `token_bytes.npy` and
+`tokenizer/`. It is written under another name and renamed as a whole, so that a directory with its final
+name is complete.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatrain.config.errors import UserError
+from megatrain.data.order import keys_of, mix64
+
+INDEX_FILE = "index.json"
+FORMAT_VERSION = 1
+SPLIT_PARTS = ("tokens", "documents")
+
+
+class TokenSource(Protocol):
+    """A stream of `n_tokens` tokens. Document d starts at token `document_starts[d]`.
+
+    The first starts at 0.
+    """
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def document_starts(self) -> np.ndarray: ...
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Tokens [start, start + length) for each of `starts` (rows,); (rows, length) int64."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenStore:
+    """One split of a data set on disk.
+
+    `tokens` (n_tokens,) and `document_starts` (documents,) are memory maps.
+    """
+
+    tokens: np.ndarray
+    document_starts: np.ndarray
+    fingerprint: str
+    text_bytes: int
+    """UTF-8 bytes of the text, without end-of-text tokens."""
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
+        return windows[starts].astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticStore:
+    """Random tokens, uniform in [0, vocab_size): a pure function of (seed, place in the stream).
+
+    Reads nothing.
+    """
+
+    vocab_size: int
+    seed: int = 0
+    n_tokens: int = 1 << 44
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"synthetic {self.vocab_size} {self.seed}".encode()).hexdigest()
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        return np.zeros(1, dtype=np.int64)
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        key = keys_of("synthetic", self.seed, count=1)[0]
+        places = starts.astype(np.uint64)[:, None] + np.arange(length, dtype=np.uint64)
+        return (mix64(mix64(places + key)) % np.uint64(self.vocab_size)).astype(np.int64)
+
+
+class SplitWriter:
+    """Appends documents to one split in `directory`."""
+
+    def __init__(self, directory: Path, name: str, *, vocab_size: int, eos_id: int) -> None:
+        self._paths = [directory / f"{name}.{part}" for part in SPLIT_PARTS]
+        self._file = open(self._paths[0], "wb")  # noqa: SIM115 - closed by `finish`
+        self._dtype = token_dtype(vocab_size)
+        self._vocab_size, self._eos_id = vocab_size, eos_id
+        self._starts = array("q")
+        self._in_document = False
+        self.n_tokens = 0
+        self.text_bytes = 0
+
+    def append(self, ids: np.ndarray, *, text_bytes: int, ends_document: bool) -> None:
+        """Write a piece of a document, `ids` of `text_bytes` bytes of text.
+
+        Errors: UserError for an id that is not below the vocabulary's size.
+        """
+        if len(ids) and int(ids.max()) >= self._vocab_size:
+            found = int(ids.max())
+            raise UserError(
+                f"the tokenizer made token {found}, but its vocabulary ends at {self._vocab_size}"
+            )
+        if not self._in_document:
+            self._starts.append(self.n_tokens)
+        if ends_document:
+            ids = np.append(ids, self._eos_id)
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self.n_tokens += len(ids)
+        self.text_bytes += text_bytes
+        self._in_document = not ends_document
+
+    def finish(self) -> dict[str, int]:
+        """Close the files; the counts that the index keeps."""
+        self._file.close()
+        with open(self._paths[1], "wb") as file:
+            file.write(np.asarray(self._starts, dtype="<i8").tobytes())
+        return {"tokens": self.n_tokens, "documents": len(self._starts), "text_bytes": self.text_bytes}
+
+    def discard(self) -> None:
+        """Remove the files after `finish`."""
+        for path in self._paths:
+            path.unlink()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest type for ids in [0, vocab_size), little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_index(
+    directory: Path, *, splits: dict[str, dict[str, int]], tokenizer_digest: str, facts: dict[str, Any]
+) -> None:
+    """Complete the data set in `directory`: hash and flush every file, then write the index.
+
+    The fingerprint covers the tokens and documents of all splits and the meaning of the token ids, nothing
+    else.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
+    hashes = [files[f"{name}.{part}"]["sha256"] for name in sorted(splits) for part in SPLIT_PARTS]
+    index = {
+        "version": FORMAT_VERSION,
+        "fingerprint": hashlib.sha256(" ".join([tokenizer_digest, *hashes]).encode()).hexdigest(),
+        "splits": splits,
+        "tokenizer_digest": tokenizer_digest,
+        **facts,
+        "files": files,
+    }
+    with open(directory / INDEX_FILE, "w", encoding="utf-8") as text:
+        json.dump(index, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
+
+
+def read_index(directory: Path) -> dict[str, Any] | None:
+    """The index, or None if the data set is missing or one of its files has not the right size."""
+    try:
+        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+        if index["version"] != FORMAT_VERSION:
+            return None
+        for name, expected in index["files"].items():
+            if (directory / name).stat().st_size != expected["size"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return index
+
+
+def damaged_files(directory: Path, index: dict[str, Any]) -> list[str]:
+    """Names of the files whose content is not what was written; reads all of them."""
+    damaged = []
+    for name, expected in index["files"].items():
+        with open(directory / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                damaged.append(name)
+    return damaged
+
+
+def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore | None:
+    """Map one split; None if the data set has none of this name."""
+    counts = index["splits"].get(name)
+    if counts is None:
+        return None
+    hashes = [index["files"][f"{name}.{part}"]["sha256"] for part in SPLIT_PARTS]
+    return TokenStore(
+        tokens=np.memmap(directory / f"{name}.tokens", dtype=token_dtype(index["vocab_size"]), mode="r"),
+        document_starts=np.memmap(directory / f"{name}.documents", dtype="<i8", mode="r"),
+        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        text_bytes=counts["text_bytes"],
+    )
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Where token caches lie: `cache_dir`, else $MEGATRAIN_CACHE, else ~/.cache/megatrain."""
+    chosen = cache_dir or os.environ.get("MEGATRAIN_CACHE")
+    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "megatrain"
+
+
+def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Callable[[], None]) -> None:
+    """Make the data set `directory` with `build(temporary directory)`, unless another process just did it.
+
+    A lock, which ends with its process, lets one builder at a time in; `waiting` is called before waiting
+    for it. What a killed builder left behind is removed by the next one. Errors: UserError when nothing can
+    be written.
+    """
+    root = directory.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".lock-{directory.name}", waiting):
+            if read_index(directory) is not None:
+                return
+            for stale in root.glob(f".partial-{directory.name}-*"):
+                shutil.rmtree(stale)
+            partial = root / f".partial-{directory.name}-{os.getpid()}"
+            partial.mkdir()
+            try:
+                build(partial)
+                if directory.exists():  # damaged
+                    shutil.rmtree(directory)
+                partial.rename(directory)
+                _sync_directory(root)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the token cache in {root}: {error.strerror or error}. Make room or give another "
+            "place with data.cache_dir or $MEGATRAIN_CACHE."
+        ) from None
+
+
+@contextmanager
+def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

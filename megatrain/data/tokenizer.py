@@ -1,0 +1,384 @@
+"""Tokenizers: text to ids and back, exactly, and how many bytes of text each id stands for.
+
+Four kinds behind one interface: bytes (needs nothing), BPE trained here and Hugging Face's (package
+`tokenizers`), and tiktoken's rank files (package `tiktoken`). Special tokens come from the program only: a
+text that happens to spell one, such as `<|endoftext|>`, is encoded as ordinary text.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatrain.config.errors import UserError
+from megatrain.data.config import TokenizerConfig
+
+EOS = "<|endoftext|>"
+META_FILE = "meta.json"
+HF_FILE = "tokenizer.json"
+RANKS_FILE = "ranks.tiktoken"
+
+# How text is cut before BPE: words with one leading sign, up to three digits, signs together with the line
+# break and the indentation after them. On the standard library's source, at 4,096 tokens, this gives 3.71
+# bytes a token; GPT-2's pattern gives 3.36.
+BPE_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\r?\n[ \t]*)*"
+    r"|(?:[ \t]*\r?\n)+[ \t]*|\s+(?!\S)|\s+"
+)
+
+# Tried in this order in a Hugging Face tokenizer that does not name its end-of-text token.
+KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
+
+
+class Tokenizer(ABC):
+    """What the rest of the project knows of a tokenizer. Ids lie in [0, vocab_size).
+
+    `eos_id` ends a document.
+    """
+
+    vocab_size: int
+    eos_id: int
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, (tokens,) uint32 each, without special tokens; uses all cores."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Special and unknown ids give nothing, incomplete UTF-8 gives U+FFFD."""
+
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, (vocab_size,) int64; 0 for special tokens.
+
+        Summed over the ids of a text it is the text's length in bytes, for every tokenizer without a lossy
+        normalizer; thus bits per byte is exact.
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write what `load_tokenizer` reads into `directory`, which is made if missing."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Digest of what each id means (not of the rules that cut text into ids)."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens."""
+        return self.encode_batch([text])[0].tolist()
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are bytes of UTF-8, 256 ends a document."""
+
+    vocab_size = 257
+    eos_id = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([1] * 256 + [0], dtype=np.int64)
+
+    def save(self, directory: Path) -> None:
+        _write_meta(directory, kind="bytes", eos_id=self.eos_id)
+
+    def digest(self) -> str:
+        return _digest("bytes")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the package `tokenizers`: trained here, or read from a file `tokenizer.json`."""
+
+    def __init__(self, inner: Any, *, eos_id: int) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self.eos_id = eos_id
+        self._tokens = {i: t for t, i in inner.get_vocab(with_added_tokens=True).items()}
+        self.vocab_size = max(self._tokens) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.uint32) for e in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._inner.decode([i for i in ids if i in self._tokens], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        decoders = _decoder_types(json.loads(self._inner.to_str()).get("decoder"))
+        added = self._inner.get_added_tokens_decoder()
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, token in self._tokens.items():
+            if i in added:
+                sizes[i] = 0 if added[i].special or i == self.eos_id else len(added[i].content.encode())
+            elif "ByteLevel" in decoders:
+                sizes[i] = len(token)  # in this alphabet a character is a byte
+            elif "ByteFallback" in decoders and _is_byte_token(token):
+                sizes[i] = 1
+            elif decoders & {"Metaspace", "Replace"}:
+                sizes[i] = len(token.replace("\u2581", " ").encode())
+            else:
+                sizes[i] = len(self._inner.decode([i]).encode())
+        sizes[self.eos_id] = 0
+        return sizes
+
+    def save(self, directory: Path) -> None:
+        _write_meta(directory, kind="huggingface", eos_id=self.eos_id)
+        self._inner.save(str(directory / HF_FILE), pretty=False)
+
+    def digest(self) -> str:
+        return _digest("huggingface", self.eos_id, sorted(self._tokens.items()))
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A tiktoken vocabulary. `ranks` maps the bytes of a token to its id.
+
+    One special token ends a document.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], *, eos_id: int, pattern: str) -> None:
+        import tiktoken
+
+        self._ranks = ranks
+        self._bytes = {i: token for token, i in ranks.items()}
+        self._inner = tiktoken.Encoding(
+            "local", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOS: eos_id}
+        )
+        self.eos_id = eos_id
+        self.vocab_size = max(eos_id, max(self._bytes)) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in self._inner.encode_ordinary_batch(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, token in self._bytes.items():
+            sizes[i] = len(token)
+        return sizes
+
+    def save(self, directory: Path) -> None:
+        _write_meta(directory, kind="tiktoken", eos_id=self.eos_id)
+        lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in sorted(self._bytes.items()))
+        (directory / RANKS_FILE).write_bytes(b"".join(lines))
+
+    def digest(self) -> str:
+        return _digest(
+            "tiktoken", self.eos_id, [(i, token.hex()) for i, token in sorted(self._bytes.items())]
+        )
+
+
+def train_bpe(texts: Iterator[str], *, vocab_size: int) -> HuggingFaceTokenizer:
+    """Train byte-level BPE on `texts`; the same texts give the same tokenizer.
+
+    Little text gives fewer tokens.
+    """
+    tk = _tokenizers()
+    inner = tk.Tokenizer(tk.models.BPE())
+    inner.pre_tokenizer = tk.pre_tokenizers.Sequence(
+        [
+            tk.pre_tokenizers.Split(tk.Regex(BPE_PATTERN), behavior="isolated"),
+            tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = tk.decoders.ByteLevel()
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(tk.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer=trainer)
+    return HuggingFaceTokenizer(inner, eos_id=inner.token_to_id(EOS))
+
+
+def read_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `cfg` names, if it needs no training (every kind but `bpe`)."""
+    if cfg.kind == "bytes":
+        return ByteTokenizer()
+    path = Path(cfg.path or "").expanduser()
+    if not path.exists():
+        raise UserError(f"data.tokenizer.path={cfg.path}: there is no such file or directory")
+    try:
+        return _read_tiktoken(path) if cfg.kind == "tiktoken" else _read_huggingface(path)
+    except OSError as error:
+        raise UserError(f"data.tokenizer.path={cfg.path}: {error.strerror or error}") from None
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read back what `Tokenizer.save` wrote. Errors: UserError when `directory` holds no tokenizer."""
+    directory = Path(directory)
+    try:
+        meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} holds no tokenizer ({META_FILE}: {error})") from None
+    if meta["kind"] == "bytes":
+        return ByteTokenizer()
+    if meta["kind"] == "tiktoken":
+        return _read_tiktoken(directory / RANKS_FILE, eos_id=meta["eos_id"])
+    return HuggingFaceTokenizer(_load_json(directory / HF_FILE), eos_id=meta["eos_id"])
+
+
+def tokenizer_files(cfg: TokenizerConfig) -> list[Path]:
+    """The files that `read_tokenizer(cfg)` may read, for those who want to notice that they changed."""
+    if not cfg.path or cfg.kind in ("bpe", "bytes"):
+        return []
+    path = Path(cfg.path).expanduser()
+    if path.is_file():
+        return [path]
+    names = (HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    return [path / name for name in names if (path / name).is_file()]
+
+
+def _read_huggingface(path: Path) -> HuggingFaceTokenizer:
+    directory = path if path.is_dir() else path.parent
+    if path.is_file():
+        inner = _load_json(path)
+    elif (path / HF_FILE).is_file():
+        inner = _load_json(path / HF_FILE)
+    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        inner = _load_vocab_and_merges(path)
+    else:
+        raise UserError(
+            f"{path} has neither {HF_FILE} nor vocab.json with merges.txt. Make the former with "
+            f"transformers: AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...)"
+        )
+    named = _named_eos(directory)
+    candidates = KNOWN_EOS if named is None else (named,)
+    for token in candidates:
+        eos_id = inner.token_to_id(token)
+        if eos_id is not None:
+            return HuggingFaceTokenizer(inner, eos_id=eos_id)
+    raise UserError(
+        f"{path}: no end-of-text token. Looked for {', '.join(candidates)}; name it as eos_token in a "
+        f"tokenizer_config.json beside {HF_FILE}"
+    )
+
+
+def _named_eos(directory: Path) -> str | None:
+    """The `eos_token` that a Hugging Face directory names, if it does."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} is not a JSON object: {error}") from None
+        if token:
+            return token["content"] if isinstance(token, dict) else str(token)
+    return None
+
+
+def _load_json(file: Path) -> Any:
+    try:
+        return _tokenizers().Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises plain Exception
+        raise UserError(f"{file} is not a tokenizer of the package tokenizers: {error}") from None
+
+
+def _load_vocab_and_merges(directory: Path) -> Any:
+    """GPT-2's older file format: byte-level BPE as two files."""
+    tk = _tokenizers()
+    try:
+        model = tk.models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+    except Exception as error:  # the package raises plain Exception
+        raise UserError(f"{directory}: vocab.json and merges.txt are not a BPE model: {error}") from None
+    inner = tk.Tokenizer(model)
+    inner.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tk.decoders.ByteLevel()
+    if inner.token_to_id(EOS) is not None:
+        inner.add_special_tokens([EOS])
+    return inner
+
+
+class _Published(NamedTuple):
+    """What a published rank file does not say of itself."""
+
+    pattern: str
+    eos_id: int
+
+
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_O200K_WORD = r"[^\r\n\p{L}\p{N}]?"
+_O200K_UPPER, _O200K_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K_PATTERN = (
+    rf"{_O200K_WORD}{_O200K_UPPER}*{_O200K_LOWER}+{_O200K_SUFFIX}"
+    rf"|{_O200K_WORD}{_O200K_UPPER}+{_O200K_LOWER}*{_O200K_SUFFIX}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By the number of ranks: GPT-2, GPT-4 (cl100k), Llama 3, Qwen, GPT-4o (o200k).
+_PUBLISHED = {
+    50256: _Published(_GPT2_PATTERN, 50256),
+    100256: _Published(_CL100K_PATTERN, 100257),
+    128000: _Published(_CL100K_PATTERN, 128001),
+    151643: _Published(_CL100K_PATTERN.replace("{1,3}", ""), 151643),
+    199998: _Published(_O200K_PATTERN, 199999),
+}
+
+
+def _read_tiktoken(path: Path, *, eos_id: int | None = None) -> TiktokenTokenizer:
+    """Read lines of `base64(token) rank`.
+
+    The pattern and the end-of-text id are known by the number of ranks.
+    """
+    ranks: dict[bytes, int] = {}
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                raise UserError(f"{path}:{number} is not a line 'base64 rank' of a tiktoken file") from None
+    missing = sum(bytes([b]) not in ranks for b in range(256))
+    if missing:
+        raise UserError(f"{path} lacks {missing} of the 256 single bytes, so some text could not be encoded")
+    if len(set(ranks.values())) != len(ranks):
+        raise UserError(f"{path} gives one rank to several tokens")
+    known = _PUBLISHED.get(len(ranks), _Published(_CL100K_PATTERN, max(ranks.values()) + 1))
+    return TiktokenTokenizer(ranks, eos_id=known.eos_id if eos_id is None else eos_id, pattern=known.pattern)
+
+
+def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*(_decoder_types(d) for d in decoder.get("decoders", ())))
+
+
+def _is_byte_token(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _write_meta(directory: Path, *, kind: str, eos_id: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / META_FILE).write_text(json.dumps({"kind": kind, "eos_id": eos_id}), encoding="utf-8")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("this tokenizer needs the package tokenizers: pip install tokenizers") from None
+    return tokenizers
