@@ -7,13 +7,15 @@ class is reported by its `problems` method, so that a user sees all mistakes in 
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, dataclass_transform
 
 from megatrain.config.errors import UserError
 
 T = TypeVar("T")
+ABSENT = object()
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -27,8 +29,8 @@ def config(cls: type[T]) -> type[T]:
 class Problem:
     """One broken rule.
 
-    `field` is the dotted path (relative to the config that reports it; the loader adds the prefix), `legal`
-    the nearest values that would be accepted.
+    `field` is the dotted path (relative to the config that reports it; the loader adds the prefix), `value`
+    what stands there (`ABSENT`: nothing), `legal` the nearest values that would be accepted.
     """
 
     field: str
@@ -37,8 +39,22 @@ class Problem:
     legal: tuple[object, ...] = ()
 
     def __str__(self) -> str:
-        hint = f" Nearest legal: {', '.join(map(str, self.legal))}." if self.legal else ""
-        return f"{self.field}={self.value}: {self.rule}.{hint}"
+        hint = f" Nearest legal: {', '.join(map(shown, self.legal))}." if self.legal else ""
+        said = self.field if self.value is ABSENT else f"{self.field}={shown(self.value)}"
+        return f"{said}: {self.rule}.{hint}"
+
+
+def shown(value: object) -> str:
+    """A value as the user writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{...}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, str) and re.fullmatch(r"|true|false|null|[-+]?\d+(\.\d*)?", value):
+        return f'"{value}"'  # text that would otherwise look like another type
+    return str(value)
 
 
 class ConfigError(UserError):
@@ -46,7 +62,8 @@ class ConfigError(UserError):
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
-        super().__init__("\n".join(str(p) for p in problems))
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"the config has {count}:", *map(str, problems)]))
 
 
 def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
@@ -62,7 +79,9 @@ def between(cfg: Any, low: float, high: float, *fields: str) -> Iterator[Problem
     for name in fields:
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:
-            yield Problem(name, value, f"must be between {low:g} and {high:g}", (min(max(value, low), high),))
+            yield Problem(
+                name, value, f"must be between {low:g} and {high:g}", (low if value < low else high,)
+            )
 
 
 def nearest_divisors(n: int, wanted: int, count: int = 2) -> tuple[int, ...]:

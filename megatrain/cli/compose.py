@@ -1,0 +1,220 @@
+"""Hydra composes, the config classes decide: overrides and YAML files in, one checked `Config` out.
+
+Hydra stops at its first error; here an override that fails is noted and left out, and composing goes on, so
+that one message names every mistake of the overrides, of the files and of the values.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatrain.cli.conf import config_dirs, group_options
+from megatrain.config.errors import UserError
+from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, keys, kind_of
+from megatrain.config.nearest import nearest
+from megatrain.config.schema import ABSENT, ConfigError, Problem
+from megatrain.train.config import Config
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError)
+QUOTE = str.maketrans({"\\": "\\\\", "'": "\\'"})
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a run's config comes from, but for the overrides."""
+
+    config_dir: str | None = None
+    """The user's own config directory, searched before the shipped one."""
+    config_name: str = "config"
+    """The primary config file, without `.yaml`."""
+
+
+def compose(overrides: list[str], source: Source = Source()) -> Config:
+    """The config of one run.
+
+    Raises:
+        ConfigError: with every problem of overrides, files and values.
+        UserError: the config files can't be read at all.
+    """
+    with hydra_over(source):
+        parsed, broken = parse(overrides)
+        tree = _compose_rest(parsed, source, broken)
+    data = _resolved(tree, "", broken)
+    cfg, wrong = check(Config, data)
+    reported = {problem.field for problem in broken}
+    broken += [problem for problem in wrong if problem.field not in reported]
+    if broken:
+        raise ConfigError(broken)
+    return cfg
+
+
+@contextmanager
+def hydra_over(source: Source) -> Iterator[None]:
+    """Hydra set up over the config directories, the user's own before the shipped one."""
+    _register()
+    *own, shipped = config_dirs(source.config_dir)
+    with initialize_config_dir(
+        str(shipped), version_base="1.3"
+    ):  # keeps Hydra's global state, and restores it
+        for directory in own:
+            search_path = create_config_search_path(str(shipped))
+            search_path.prepend("--config-dir", f"file://{directory}")
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2(task_name="megatrain", config_search_path=search_path)
+        yield
+
+
+def parse(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override], list[Problem]]:
+    """The overrides that are well formed by Hydra's grammar, and a problem for each other one."""
+    parser = OverridesParser.create()
+    parsed, broken = [], []
+    for text in overrides:
+        try:
+            override = _parse_one(text, parser)
+        except HydraException:
+            rule = "is not an override; write key=value, quoted for the shell if it has special characters"
+            broken.append(Problem(text, ABSENT, rule))
+            continue
+        if override.is_hydra_override():
+            rule = "Hydra's own settings have no effect here; use run.dir, run.name, --config-dir, --multirun"
+            broken.append(Problem(text, ABSENT, rule))
+        elif override.is_sweep_override() and not sweep:
+            rule = "names several values: add --multirun to run each of them, or write [a,b] for a list"
+            broken.append(Problem(text, ABSENT, rule))
+        else:
+            parsed.append(override)
+    return parsed, broken
+
+
+def _register() -> None:
+    """Offer every config class's defaults as an option `base_*` of its group, the root's as `base_run`."""
+    store = ConfigStore.instance()
+    root = dump(Config())
+    for field in fields(Config):
+        classes = config_classes(hints(Config)[field.name])
+        if not classes or field.name == "run":  # `run` is no group: nobody chooses among names of runs
+            continue
+        del root[field.name]
+        for cls in classes:
+            kind = kind_of(cls) if len(classes) > 1 else field.name
+            store.store(group=field.name, name=f"base_{kind}", node=dump(cls()))
+    store.store(name="base_run", node=root)
+
+
+def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem]) -> DictConfig:
+    """Compose with all of `parsed` that can be applied; each other one adds a problem to `broken`."""
+    lines = [override.input_line or "" for override in parsed]
+    try:
+        return hydra_compose(source.config_name, lines)
+    except COMPOSE_ERRORS:
+        pass  # found below, one by one
+    try:
+        tree = hydra_compose(source.config_name)
+    except COMPOSE_ERRORS as error:
+        raise UserError(f"The config files can't be composed: {_in_words(error)}") from error
+    groups = group_options(source.config_dir)
+    accepted: list[str] = []
+    for override in sorted(parsed, key=lambda override: override.key_or_group not in groups):
+        try:
+            tree = hydra_compose(source.config_name, [*accepted, override.input_line or ""])
+            accepted.append(override.input_line or "")
+        except COMPOSE_ERRORS as error:
+            broken.append(_explain(override, error, tree, groups))
+    return tree
+
+
+def _explain(override: Override, error: Exception, tree: DictConfig, groups: dict[str, list[str]]) -> Problem:
+    """Why this override can't be applied to what is composed so far."""
+    value = ABSENT if override.is_delete() else override.value()
+    key = override.key_or_group
+    field = override.get_key_element()
+    if key in groups and value not in groups[key]:
+        options = [name for name in groups[key] if name != value]
+        near = nearest(str(value), options, 3) or tuple(options)
+        return Problem(field, value, f"is not an option of the group {key}", near)
+    if key in groups or override.is_add() or override.is_delete():
+        return Problem(field, value, _in_words(error))
+    if key not in keys(Config):
+        return Problem(field, value, "there is no such key", nearest(key, [*keys(Config), *groups]))
+    parent, _, name = key.rpartition(".")
+    section = OmegaConf.select(tree, parent)
+    if section is None:  # e.g. model.rope_scaling.factor
+        return Problem(field, value, f"{parent} is null here; write '{parent}={{{name}:VALUE}}'")
+    if OmegaConf.is_dict(section) and "kind" in section:
+        return Problem(field, value, f"{parent} is of kind {section.kind} here, which has no {name}")
+    return Problem(field, value, _in_words(error))
+
+
+def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str, Any]:
+    """Plain data with interpolations resolved; what can't be, or must still be given, becomes a problem."""
+    data: dict[str, Any] = {}
+    for key in node:
+        path = f"{prefix}{key}"
+        if OmegaConf.is_missing(node, key):
+            broken.append(Problem(path, "???", f"must be given: write {path}=VALUE"))
+            continue
+        try:
+            value = node[key]
+            if OmegaConf.is_list(value):
+                value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raw = OmegaConf.to_container(node, resolve=False)
+            broken.append(Problem(path, raw[key] if isinstance(raw, dict) else None, _in_words(error)))
+            continue
+        data[str(key)] = _resolved(value, f"{path}.", broken) if OmegaConf.is_dict(value) else value
+    return data
+
+
+def _parse_one(text: str, parser: OverridesParser) -> Override:
+    """Parse one override; where the field holds text, what Hydra can't read or reads as another type is text.
+
+    Raises:
+        HydraException: it is no override.
+    """
+    key, equals, value = text.partition("=")
+    hint = hint_at(Config, key.lstrip("+"))
+    as_text = f"{key}={_quoted(value)}" if equals and hint is not None and accepts(hint, "any text") else None
+    try:
+        override = parser.parse_override(text)
+    except HydraException:
+        if as_text is None:
+            raise
+        return parser.parse_override(as_text)
+    if as_text is None or override.is_sweep_override() or accepts(hint, override.value()):
+        return override
+    return parser.parse_override(as_text)
+
+
+def _quoted(text: str) -> str:
+    return f"'{text.translate(QUOTE)}'"
+
+
+def _in_words(error: BaseException) -> str:
+    """An error of Hydra, OmegaConf or PyYAML as one sentence, without hints for programmers."""
+    text = str(error) or str(error.__cause__ or type(error).__name__)
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
+    noise = (
+        "See https://",
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "Config search path",
+        "Set the environment",
+    )
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")

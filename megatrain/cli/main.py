@@ -1,0 +1,81 @@
+"""The command `megatrain`: finds the verb, runs it, and turns errors into exit codes.
+
+Exit codes: 0 done; 1 an unexpected error (with traceback); 2 the config or the input is wrong; 3 no good
+checkpoint is left; 75 stopped by a signal with everything saved; 130 interrupted before anything began.
+"""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from megatrain.cli.completion import candidates, script
+from megatrain.cli.help import HELP_FLAGS, command_help, verb_help
+from megatrain.cli.verbs import VERBS, find_verb
+from megatrain.config.errors import UserError
+from megatrain.config.nearest import nearest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (default: the process's); returns the exit code."""
+    try:
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"megatrain: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("megatrain: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the flush at exit must not fail again
+        return 141
+
+
+def dispatch(argv: list[str]) -> int:
+    """Find and run what the words ask for.
+
+    Raises:
+        UserError: there is no such verb, or the verb found a mistake of the user.
+    """
+    if not argv or argv[0] in HELP_FLAGS:
+        print(command_help())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name == "--version":
+        print(_versions())
+        return 0
+    if name == "--shell-completion":
+        print(script(" ".join(rest)))
+        return 0
+    if name == "--complete":
+        print("\n".join(candidates(" ".join(rest))))
+        return 0
+    verb = find_verb(name)
+    if verb is None:
+        raise UserError(_no_such_verb(name))
+    if any(flag in rest for flag in HELP_FLAGS):
+        print(verb_help(verb, rest))
+        return 0
+    return verb.run(rest)
+
+
+def _no_such_verb(name: str) -> str:
+    verbs = [verb.name for verb in VERBS]
+    if "=" in name:
+        return f"the verb comes first, as in `megatrain train {name}`; verbs: {', '.join(verbs)}."
+    near = nearest(name, verbs, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no verb '{name}'.{hint} Verbs: {', '.join(verbs)}; see `megatrain --help`."
+
+
+def _versions() -> str:
+    found = []
+    for package in ("megatrain", "torch"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} is not installed")
+    return ", ".join([*found, f"Python {sys.version.split()[0]}"])

@@ -1,0 +1,51 @@
+"""The flags of the verbs that take a config: Hydra's own, where Hydra has them."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+
+FLAGS = (
+    (
+        "--cfg {job,schema}, -c",
+        "print the resolved config (job) or the JSON schema of all keys (schema), and exit",
+    ),
+    ("--resolve", "accepted as in Hydra; the config is always printed resolved"),
+    (
+        "--multirun, -m",
+        "run every combination of key=a,b,... (also choice(), range(), glob()), each in a new process",
+    ),
+    (
+        "--config-dir DIR, -cd",
+        "your own config files (DIR/model/mine.yaml, ...), searched before the shipped ones",
+    ),
+    ("--config-name NAME, -cn", "the primary config file, without .yaml; default: config"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A parsed command line of a verb that takes a config."""
+
+    overrides: list[str]
+    cfg: str | None
+    multirun: bool
+    config_dir: str | None
+    config_name: str
+
+
+def parse_options(verb: str, argv: list[str]) -> Options:
+    """Split a command line into overrides and flags; a wrong flag ends the process with 2 (argparse)."""
+    parser = ArgumentParser(prog=f"megatrain {verb}", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--cfg", "-c", choices=["job", "schema"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-name", "-cn", default="config")
+    found = parser.parse_intermixed_args(argv)
+    return Options(
+        overrides=found.overrides,
+        cfg=found.cfg,
+        multirun=found.multirun,
+        config_dir=found.config_dir,
+        config_name=found.config_name.removesuffix(".yaml"),
+    )

@@ -1,0 +1,130 @@
+"""`--multirun`: every combination of the swept values, each job a fresh process, one after another.
+
+A process of its own keeps process groups, CUDA contexts and random states of one job out of the next. All
+jobs are composed and checked before the first one starts.
+"""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from megatrain.cli.compose import Source, compose, hydra_over, parse
+from megatrain.config.errors import UserError
+from megatrain.config.schema import ConfigError
+from megatrain.train.config import Config
+
+SAVED_BY_SIGNAL = 75
+"""Exit code of a run that a signal stopped with everything saved: the sweep stops too."""
+NAME_LENGTH = 80
+"""Longest part of a run's name that comes from its overrides, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    cfg: Config
+
+
+def plan_sweep(overrides: list[str], source: Source) -> list[Job]:
+    """All jobs, composed and checked, in the order of Hydra's own sweeper (the last key varies fastest).
+
+    Raises:
+        UserError: names every problem of every job.
+    """
+    with hydra_over(source):
+        parsed, broken = parse(overrides, sweep=True)
+        if broken:
+            raise ConfigError(broken)
+        swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+        combinations = _combinations(parsed)
+    base = ""
+    jobs: list[Job] = []
+    mistakes: dict[str, list[str]] = {}
+    for index, lines in enumerate(combinations):
+        try:
+            cfg = compose(lines, source)
+            if "run.name" not in swept:
+                base = cfg.run.name
+                lines = [*lines, f"run.name='{base}/{index}-{_label(lines, swept)}'"]
+                cfg = compose(lines, source)
+            jobs.append(Job(lines, cfg))
+        except ConfigError as error:
+            for problem in error.problems:
+                mistakes.setdefault(str(problem), []).append(str(index))
+    if mistakes:
+        found = [f"{text} (job {', '.join(indices)})" for text, indices in mistakes.items()]
+        raise UserError("no job was started:\n  " + "\n  ".join(found))
+    return jobs
+
+
+def run_sweep(verb: str, jobs: list[Job], source: Source) -> int:
+    """Run the jobs one after another and print how each ended; 0 only if all ended with 0."""
+    flags = ["--config-name", source.config_name]
+    flags += ["--config-dir", source.config_dir] if source.config_dir else []
+    ended: list[tuple[int, float]] = []
+    for index, job in enumerate(jobs):
+        print(f"[{index + 1}/{len(jobs)}] {job.cfg.run.name}", flush=True)
+        start = time.monotonic()
+        code = _run_process([sys.executable, "-m", "megatrain", verb, *flags, *job.overrides])
+        ended.append((code, time.monotonic() - start))
+        if code in (SAVED_BY_SIGNAL, 130) or code < 0:
+            break
+    print("\nexit  seconds  run")
+    for job, (code, seconds) in zip(jobs, ended, strict=False):
+        print(f"{code:>4}  {seconds:>7.1f}  {job.cfg.run.dir}/{job.cfg.run.name}")
+    for job in jobs[len(ended) :]:
+        print(f"   -        -  {job.cfg.run.dir}/{job.cfg.run.name} (not started)")
+    return next((abs(code) for code, _ in ended if code), 0)
+
+
+def _combinations(parsed: list[Override]) -> list[list[str]]:
+    loader = GlobalHydra.instance().config_loader()
+    for override in parsed:
+        override.config_loader = loader  # glob() lists a group's options
+    try:
+        return [list(lines) for lines in BasicSweeper.split_arguments(parsed, None)[0]]
+    except HydraException as error:
+        raise UserError(f"this sweep can't be run: {error}") from error
+
+
+def _label(lines: list[str], swept: list[str]) -> str:
+    """`lr=0.001,seed=1`: what distinguishes a job, as a part of its run's name."""
+    pairs = [line.lstrip("+").partition("=") for line in lines]
+    text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if key in swept)
+    return re.sub(r"[^A-Za-z0-9._=,-]+", "-", text).replace("..", ".")[:NAME_LENGTH].rstrip("-.,=") or "job"
+
+
+def _run_process(command: list[str]) -> int:
+    """Run one job to its end; signals that ask to stop are passed on, so that it can save what it has."""
+    with subprocess.Popen(command) as child, _passing_signals_to(child):
+        return child.wait()
+
+
+@contextmanager
+def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    def wait_for_child(number: int, frame: FrameType | None) -> None:
+        """Ctrl-C reaches the child by itself: it is in the terminal's foreground group."""
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_child)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

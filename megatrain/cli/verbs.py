@@ -1,0 +1,63 @@
+"""The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """What `megatrain <name>` does."""
+
+    name: str
+    summary: str
+    """One line for the list of verbs."""
+    usage: str
+    """What follows the verb on the command line."""
+    examples: tuple[tuple[str, str], ...]
+    """Three command lines, each with what it does."""
+    takes_config: bool
+    """It takes Hydra overrides, and the flags of `cli/options.py`."""
+    flags: tuple[tuple[str, str], ...] = ()
+    """Its own flags, each with what it does."""
+
+    def run(self, argv: list[str]) -> int:
+        """Run the verb; returns the process's exit code."""
+        return int(import_module(f"megatrain.cli.{self.name}").run(argv))
+
+
+VERBS = (
+    Verb(
+        name="train",
+        summary="train a model; alone, a small GPT on the Python source found on this machine",
+        usage="[group=option] [key=value] [flags]",
+        examples=(
+            ("megatrain train", "a small GPT on the standard library's source, minutes on a laptop"),
+            (
+                "megatrain train data.path=my.txt run.name=mine train.steps=2000",
+                "your own text; again: resume it",
+            ),
+            (
+                "megatrain train -m run.name=lr optim.lr=1e-3,3e-3 train.seed=0,1",
+                "four runs, one after another",
+            ),
+        ),
+        takes_config=True,
+    ),
+    Verb(
+        name="doctor",
+        summary="say what this machine offers, what is missing for which feature, and how to get it",
+        usage="[--json]",
+        examples=(
+            ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
+            ("megatrain doctor --json", "the same for programs"),
+            ("megatrain doctor --json | grep -A9 cuda", "look for one part"),
+        ),
+        takes_config=False,
+        flags=(("--json", "print one JSON object instead of a table"),),
+    ),
+)
+
+
+def find_verb(name: str) -> Verb | None:
+    """The verb of that name."""
+    return next((verb for verb in VERBS if verb.name == name), None)

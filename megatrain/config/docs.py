@@ -1,0 +1,121 @@
+"""What the keys mean, read from the docstrings below the fields, and the JSON schema of a config class."""
+
+import ast
+import inspect
+import sys
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatrain.config.load import config_classes, expected, hints, kind_of
+from megatrain.config.schema import shown
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One leaf of a config, for help texts."""
+
+    path: str
+    type: str
+    """What it takes, in words."""
+    default: str
+    """As the user would write it; where kinds differ, `kind: value` for each."""
+    doc: str
+    """Empty if the name says it all."""
+    only: tuple[str, ...] = ()
+    """The kinds of its section that have it; empty: all."""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Dotted path -> the docstring below that field, for all sections and leaves of any kind."""
+    docs: dict[str, str] = {}
+    for name, hint in hints(cls).items():
+        docs[name] = _own_docs(cls).get(name, "")
+        for inner in config_classes(hint):
+            docs |= {
+                f"{name}.{path}": doc
+                for path, doc in field_docs(inner).items()
+                if doc or f"{name}.{path}" not in docs
+            }
+    return docs
+
+
+def describe(cls: type, prefix: str = "") -> list[Key]:
+    """Every leaf that a config of type `cls` may have, in the order of the fields."""
+    rows: list[Key] = []
+    defaults = {field.name: field.default for field in fields(cls)}
+    for name, hint in hints(cls).items():
+        path, classes = prefix + name, config_classes(hint)
+        if len(classes) == 1:
+            rows += describe(classes[0], f"{path}.")
+        elif classes:
+            kinds = {kind_of(inner): describe(inner, f"{path}.") for inner in classes}
+            default = kind_of(type(defaults[name]))
+            rows.append(
+                Key(f"{path}.kind", f"one of {', '.join(kinds)}", default, "Set by the choice of the group.")
+            )
+            rows += _merged(kinds, besides=f"{path}.kind")
+        else:
+            rows.append(Key(path, expected(hint), shown(defaults[name]), _own_docs(cls).get(name, "")))
+    return rows
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON schema of a config class, with the field docstrings as descriptions (needs pydantic)."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls).json_schema()
+
+
+def _merged(by_kind: dict[str, list[Key]], *, besides: str) -> list[Key]:
+    """The keys of a section's kinds as one list: each key once, with the kinds it belongs to."""
+    found: dict[str, dict[str, Key]] = {}
+    for kind, rows in by_kind.items():
+        for row in rows:
+            found.setdefault(row.path, {})[kind] = row
+    del found[besides]
+    merged = []
+    for path, of_kind in found.items():
+        first = next(iter(of_kind.values()))
+        same = all(row.default == first.default for row in of_kind.values())
+        default = (
+            first.default if same else ", ".join(f"{kind}: {row.default}" for kind, row in of_kind.items())
+        )
+        doc = next((row.doc for row in of_kind.values() if row.doc), "")
+        only = () if len(of_kind) == len(by_kind) else tuple(of_kind)
+        merged.append(Key(path, first.type, default, doc, only))
+    return merged
+
+
+@cache
+def _own_docs(cls: type) -> dict[str, str]:
+    """Field name -> docstring of one class; a field without one takes its base class's."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if is_dataclass(base):
+            docs |= _docs_in_source(base.__module__).get(base.__name__, {})
+    return docs
+
+
+@cache
+def _docs_in_source(module: str) -> dict[str, dict[str, str]]:
+    """Class name -> field name -> docstring, from a module's source."""
+    source = Path(sys.modules[module].__file__ or "").read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_documented(node.body)) for node in classes}
+
+
+def _documented(body: list[ast.stmt]) -> list[tuple[str, str]]:
+    found = []
+    for field, doc in pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+            and isinstance(doc.value.value, str)
+        ):
+            found.append((field.target.id, " ".join(inspect.cleandoc(doc.value.value).split())))
+    return found

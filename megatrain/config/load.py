@@ -1,0 +1,229 @@
+"""From plain data to config objects and back, strictly, with every mistake reported at once.
+
+The loader walks the config classes: unknown keys, wrong types and values outside a `Literal` become
+problems, the value at fault is replaced by its default, and then every class's own rules (`problems`) are
+asked. Where a field is a union of config classes, the key `kind` selects one. Only the standard library is
+used: a run reads its frozen config on machines without a validation library, and the command starts faster.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from megatrain.config.nearest import nearest
+from megatrain.config.schema import ABSENT, ConfigError, Problem
+
+T = TypeVar("T")
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+
+
+def load(cls: type[T], data: Mapping[str, Any]) -> T:
+    """The config of type `cls` that `data` describes; keys that are not given have their defaults.
+
+    Raises:
+        ConfigError: with all problems of the whole tree.
+    """
+    cfg, broken = check(cls, data)
+    if broken:
+        raise ConfigError(broken)
+    return cfg
+
+
+def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[Problem]]:
+    """As `load`, but returns the problems beside a config in which values of wrong type are the defaults."""
+    walk = _Walk(cls)
+    cfg = walk.build(cls, data, "")
+    reported = {problem.field for problem in walk.broken}
+    return cfg, walk.broken + [problem for problem in rule_problems(cfg) if problem.field not in reported]
+
+
+def rule_problems(cfg: Any, prefix: str = "") -> Iterator[Problem]:
+    """What the `problems` methods of `cfg` and of all configs inside it report, with full paths."""
+    for problem in getattr(cfg, "problems", tuple)():
+        yield Problem(prefix + problem.field, problem.value, problem.rule, problem.legal)
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if is_dataclass(value):
+            yield from rule_problems(value, f"{prefix}{field.name}.")
+
+
+def dump(cfg: Any) -> dict[str, Any]:
+    """Plain dicts, lists and scalars; `load(type(cfg), dump(cfg)) == cfg`."""
+    return {field.name: _plain(getattr(cfg, field.name)) for field in fields(cfg)}
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, object]:
+    """Dotted path -> value of every leaf, in the order of the classes' fields."""
+    flat: dict[str, object] = {}
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def digest(cfg: Any) -> str:
+    """SHA-256 (hex) of the config's values, the same on every machine."""
+    text = json.dumps(dump(cfg), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def keys(cls: type, prefix: str = "") -> tuple[str, ...]:
+    """Dotted paths of all sections and leaves that a config of type `cls` may have, of any kind."""
+    found: dict[str, None] = {}
+    for name, hint in hints(cls).items():
+        found[prefix + name] = None
+        for inner in config_classes(hint):
+            found |= dict.fromkeys(keys(inner, f"{prefix}{name}."))
+    return tuple(found)
+
+
+def hint_at(cls: type, path: str) -> Any:
+    """The annotation of the leaf or section at a dotted path, or None if no kind has such a key."""
+    name, _, rest = path.partition(".")
+    hint = hints(cls).get(name)
+    if not rest or hint is None:
+        return hint
+    found = (hint_at(inner, rest) for inner in config_classes(hint))
+    return next((inner for inner in found if inner is not None), None)
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Field name -> resolved annotation of a config class."""
+    found = get_type_hints(cls)
+    return {field.name: found[field.name] for field in fields(cls)}
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; a one-tuple for any other annotation."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def config_classes(hint: Any) -> tuple[type, ...]:
+    """The config classes that a field annotated with `hint` may hold; empty for a leaf."""
+    return tuple(member for member in members(hint) if is_dataclass(member) and isinstance(member, type))
+
+
+def kind_of(cls: type) -> str:
+    """The value of `kind` that selects this class in a union."""
+    return str(get_args(hints(cls)["kind"])[0])
+
+
+def accepts(hint: Any, value: object) -> bool:
+    """Is `value`, as read from YAML, legal for a leaf annotated with `hint`?"""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(accepts(member, value) for member in args)
+    if origin is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin is tuple:  # tuple[X, ...] is the only form that configs use
+        return isinstance(value, list | tuple) and all(accepts(args[0], item) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def expected(hint: Any) -> str:
+    """What `accepts` wants, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(expected(member) for member in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return f"a list of {expected(args[0])}"
+    return NAMES[hint]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return dump(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Walk:
+    """One load: goes down the classes beside the data and collects what is wrong."""
+
+    def __init__(self, root: type) -> None:
+        self.root = root
+        self.broken: list[Problem] = []
+
+    def build(self, cls: type[T], data: Mapping[str, Any], prefix: str) -> T:
+        """`cls` from `data`; a value that can't be taken leaves the default."""
+        known = hints(cls)  # type: ignore[arg-type]
+        for key in data:
+            if key not in known:
+                self.report(
+                    f"{prefix}{key}",
+                    data[key],
+                    "there is no such key",
+                    nearest(f"{prefix}{key}", keys(self.root)),
+                )
+        values: dict[str, Any] = {}
+        for name, hint in known.items():
+            if name in data:
+                before = len(self.broken)
+                value = self.value(hint, data[name], prefix + name)
+                if value is not None or len(self.broken) == before:
+                    values[name] = value
+        return cls(**values)
+
+    def value(self, hint: Any, value: Any, path: str) -> Any:
+        """The value of one field; None, with a problem, if it can't be taken."""
+        classes = config_classes(hint)
+        if not classes and accepts(hint, value):
+            return _convert(hint, value)
+        if value is None and NoneType in members(hint):
+            return None
+        if not classes:
+            self.report(path, value, f"must be {expected(hint)}", _nearest_values(hint, value))
+            return None
+        if not isinstance(value, Mapping):
+            self.report(path, value, "must be a mapping of keys to values")
+            return None
+        return self.section(classes, value, path)
+
+    def section(self, classes: tuple[type, ...], data: Mapping[str, Any], path: str) -> Any:
+        """One of `classes`; where there are several, the key `kind` says which."""
+        if len(classes) == 1:
+            return self.build(classes[0], data, f"{path}.")
+        kinds = {kind_of(cls): cls for cls in classes}
+        kind = data.get("kind", ABSENT)
+        if isinstance(kind, str) and kind in kinds:
+            return self.build(kinds[kind], data, f"{path}.")
+        near = () if kind is ABSENT else nearest(str(kind), kinds)
+        self.report(f"{path}.kind", kind, f"must be one of {', '.join(kinds)}", near)
+        return None
+
+    def report(self, path: str, value: Any, rule: str, legal: tuple[object, ...] = ()) -> None:
+        self.broken.append(Problem(path, value, rule, legal))
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """An accepted value as the dataclass holds it: lists as tuples, whole numbers as floats where asked."""
+    fitting = [member for member in members(hint) if accepts(member, value)]
+    member = next((member for member in fitting if member is type(value)), fitting[0])
+    if get_origin(member) is tuple:
+        return tuple(_convert(get_args(member)[0], item) for item in value)
+    return float(value) if member is float else value
+
+
+def _nearest_values(hint: Any, value: object) -> tuple[object, ...]:
+    """Legal values that the user may have meant."""
+    choices = [
+        str(arg) for member in members(hint) if get_origin(member) is Literal for arg in get_args(member)
+    ]
+    if choices:
+        return nearest(str(value), choices)
+    if int in members(hint) and isinstance(value, float) and math.isfinite(value):
+        return (round(value),)
+    return ()

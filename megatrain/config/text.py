@@ -1,0 +1,50 @@
+"""Config objects as YAML text. PyYAML is imported when it is needed."""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from megatrain.config.errors import UserError
+from megatrain.config.load import dump, load
+
+if TYPE_CHECKING:
+    import yaml
+
+T = TypeVar("T")
+
+
+def to_yaml(cfg: Any) -> str:
+    """All keys with their values, in the classes' order; `from_yaml(type(cfg), to_yaml(cfg)) == cfg`."""
+    import yaml
+
+    return yaml.safe_dump(dump(cfg), sort_keys=False, allow_unicode=True, width=110)
+
+
+def from_yaml(cls: type[T], text: str) -> T:
+    """Load a config from YAML.
+
+    Raises:
+        UserError: the text is not YAML, or not a mapping.
+        ConfigError: its values break rules.
+    """
+    import yaml
+
+    try:
+        data = yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        raise UserError(f"This config is not valid YAML: {error}") from error
+    if not isinstance(data, Mapping):
+        raise UserError("This config is not a mapping of keys to values.")
+    return load(cls, data)
+
+
+def _loader() -> "type[yaml.SafeLoader]":
+    """PyYAML's safe loader, for which `1e-3` is a number as in YAML 1.2 (YAML 1.1 wants `1.0e-3`)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return Loader
