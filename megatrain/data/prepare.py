@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much tex
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data ready to be read. `token_bytes` (vocab_size,): bytes of text of each token id."""
+    """Data ready to be read. `token_bytes` (vocab_size,): bytes of text of each id; all 0 for synthetic data."""
 
     train: TokenStore | SyntheticStore
     val: TokenStore | SyntheticStore | None
@@ -94,8 +95,6 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
     directory = _follow(shortcut, root)
     if directory is None:
         directory = _find_or_build(cfg, corpus, root, progress)
-        if find_corpus(cfg.path, text_field=cfg.text_field).stamp() != corpus.stamp():
-            raise UserError(f"{corpus.origin} was changed while it was read; start again")
         _write_shortcut(shortcut, directory)
     return _open(directory, vocab_size)
 
@@ -113,7 +112,7 @@ def _synthetic(cfg: DataConfig, vocab_size: int) -> Prepared:
         val=SyntheticStore(vocab_size, seed=1) if cfg.val_fraction else None,
         tokenizer=ByteTokenizer(),
         fingerprint=train.fingerprint,
-        token_bytes=np.ones(vocab_size, dtype=np.int64),
+        token_bytes=np.zeros(vocab_size, dtype=np.int64),
     )
 
 
@@ -124,7 +123,7 @@ def _find_or_build(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progre
     progress("reading", 1.0)
     build_once(
         directory,
-        lambda partial: _build(cfg, corpus, partial, progress),
+        lambda unfinished: _build(cfg, corpus, unfinished, progress),
         waiting=lambda: progress("waiting for another process that prepares the same data", 0.0),
     )
     return directory
@@ -152,39 +151,51 @@ def _open(directory: Path, vocab_size: int | None) -> Prepared:
 
 def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress) -> None:
     survey = _survey(corpus, cfg.val_fraction, progress)
+    pieces = partial(_pieces, corpus, cfg.val_fraction, survey)
     if cfg.tokenizer.kind == "bpe":
-        sample = _training_sample(_pieces(corpus, cfg.val_fraction, survey), survey, progress)
+        sample = _training_sample(pieces(), survey, progress)
         tokenizer: Tokenizer = train_bpe(sample, vocab_size=cfg.tokenizer.vocab_size)
     else:
         tokenizer = read_tokenizer(cfg.tokenizer)
-    sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    writers = {name: SplitWriter(directory, name, **sizes) for name in ("train", "val")}
-    done = 0
-    for batch in _batches(_pieces(corpus, cfg.val_fraction, survey)):
-        progress("tokenizing", done / survey.chars)
-        for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
-            size = len(piece.text.encode())
-            writers[piece.split].append(ids, text_bytes=size, ends_document=piece.ends_document)
-            done += len(piece.text)
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    text_tokens = {name: counts["tokens"] - counts["documents"] for name, counts in splits.items()}
-    if text_tokens["train"] < 2:
+    splits = _encode(
+        pieces(), tokenizer, directory, progress=lambda n: progress("tokenizing", n / survey.chars)
+    )
+    train_tokens = splits["train"]["tokens"] - splits["train"]["documents"]
+    if train_tokens < 2:
         raise UserError(
-            f"{corpus.origin} has too little text: {text_tokens['train']} tokens to train on, "
-            "at least 2 are needed"
+            f"{corpus.origin} has too little text: {train_tokens} tokens to train on, at least 2 are needed"
         )
-    if text_tokens["val"] < 2:  # nothing could be predicted from one token
-        del splits["val"]
-        writers["val"].discard()
+    if find_corpus(cfg.path, text_field=cfg.text_field).stamp() != corpus.stamp():
+        raise UserError(f"{corpus.origin} was changed while it was read; start again")
     tokenizer.save(directory / "tokenizer")
     np.save(directory / "token_bytes.npy", tokenizer.token_bytes())
-    progress("tokenizing", 1.0)
     write_index(
         directory,
         splits=splits,
         tokenizer_digest=tokenizer.digest(),
         facts={"origin": corpus.origin, "vocab_size": tokenizer.vocab_size, "skipped": survey.skipped},
     )
+
+
+def _encode(
+    pieces: Iterator[Piece], tokenizer: Tokenizer, directory: Path, *, progress: Callable[[int], None]
+) -> dict[str, dict[str, int]]:
+    """Write the tokens of `pieces`; counts of each split. A split of one token is dropped: it predicts nothing."""
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    chars = 0
+    with SplitWriter(directory, "train", **sizes) as train, SplitWriter(directory, "val", **sizes) as val:
+        for batch in _batches(pieces):
+            progress(chars)
+            for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+                writer = val if piece.split == "val" else train
+                writer.append(ids, text_bytes=len(piece.text.encode()), ends_document=piece.ends_document)
+                chars += len(piece.text)
+    progress(chars)
+    splits = {"train": train.counts(), "val": val.counts()}
+    if splits["val"]["tokens"] - splits["val"]["documents"] < 2:
+        del splits["val"]
+        val.discard()
+    return splits
 
 
 def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
@@ -288,8 +299,8 @@ def _follow(shortcut: Path, root: Path) -> Path | None:
 
 def _write_shortcut(shortcut: Path, directory: Path) -> None:
     """Remember the way; failing to is no loss, since the content leads there too."""
-    partial = shortcut.with_name(f"{shortcut.name}.{os.getpid()}")
+    unfinished = shortcut.with_name(f"{shortcut.name}.{os.getpid()}")
     with suppress(OSError):
         shortcut.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(directory.name, encoding="utf-8")
-        partial.replace(shortcut)
+        unfinished.write_text(directory.name, encoding="utf-8")
+        unfinished.replace(shortcut)

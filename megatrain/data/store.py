@@ -95,17 +95,24 @@ class SyntheticStore:
 
 
 class SplitWriter:
-    """Appends documents to one split in `directory`."""
+    """Appends documents to one split in `directory`; a context that must end before the split is read."""
 
     def __init__(self, directory: Path, name: str, *, vocab_size: int, eos_id: int) -> None:
         self._paths = [directory / f"{name}.{part}" for part in SPLIT_PARTS]
-        self._file = open(self._paths[0], "wb")  # noqa: SIM115 - closed by `finish`
+        self._file = open(self._paths[0], "wb")  # noqa: SIM115 - closed by `__exit__`
         self._dtype = token_dtype(vocab_size)
         self._vocab_size, self._eos_id = vocab_size, eos_id
         self._starts = array("q")
         self._in_document = False
         self.n_tokens = 0
         self.text_bytes = 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._file.close()
+        self._paths[1].write_bytes(np.asarray(self._starts, dtype="<i8").tobytes())
 
     def append(self, ids: np.ndarray, *, text_bytes: int, ends_document: bool) -> None:
         """Write a piece of a document, `ids` of `text_bytes` bytes of text.
@@ -126,15 +133,12 @@ class SplitWriter:
         self.text_bytes += text_bytes
         self._in_document = not ends_document
 
-    def finish(self) -> dict[str, int]:
-        """Close the files; the counts that the index keeps."""
-        self._file.close()
-        with open(self._paths[1], "wb") as file:
-            file.write(np.asarray(self._starts, dtype="<i8").tobytes())
+    def counts(self) -> dict[str, int]:
+        """What the index keeps of this split."""
         return {"tokens": self.n_tokens, "documents": len(self._starts), "text_bytes": self.text_bytes}
 
     def discard(self) -> None:
-        """Remove the files after `finish`."""
+        """Remove the files of a closed split."""
         for path in self._paths:
             path.unlink()
 

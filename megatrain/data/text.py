@@ -166,7 +166,7 @@ def _expand(path: str, *, name: str) -> Iterator[SourceFile]:
 
 
 def _walk(root: str, *, prefix: str = "") -> Iterator[SourceFile]:
-    """All files below `root`, sorted by name, but hidden ones and those in `SKIPPED_FOLDERS` or linked ones."""
+    """All files below `root`, sorted by name, but hidden ones and what lies in skipped or linked folders."""
     with _accessible(root), os.scandir(root) as entries:
         found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in found:
