@@ -164,7 +164,7 @@ def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str,
     """Plain data with interpolations resolved; what can't be, or must still be given, becomes a problem."""
     data: dict[str, Any] = {}
     for key in node:
-        path = f"{prefix}{key}"
+        path = prefix + str(key)
         if OmegaConf.is_missing(node, key):
             broken.append(Problem(path, "???", f"must be given: write {path}=VALUE"))
             continue

@@ -28,20 +28,6 @@ class Key:
     """The kinds of its section that have it; empty: all."""
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Dotted path -> the docstring below that field, for all sections and leaves of any kind."""
-    docs: dict[str, str] = {}
-    for name, hint in hints(cls).items():
-        docs[name] = _own_docs(cls).get(name, "")
-        for inner in config_classes(hint):
-            docs |= {
-                f"{name}.{path}": doc
-                for path, doc in field_docs(inner).items()
-                if doc or f"{name}.{path}" not in docs
-            }
-    return docs
-
-
 def describe(cls: type, prefix: str = "") -> list[Key]:
     """Every leaf that a config of type `cls` may have, in the order of the fields."""
     rows: list[Key] = []
