@@ -94,8 +94,10 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
     shortcut = root / "shortcuts" / _key(cfg, corpus.stamp(), _stamp(tokenizer_files(cfg.tokenizer)))
     directory = _follow(shortcut, root)
     if directory is None:
+        is_settled = corpus.is_settled()
         directory = _find_or_build(cfg, corpus, root, progress)
-        _write_shortcut(shortcut, directory)
+        if is_settled:
+            _write_shortcut(shortcut, directory)
     return _open(directory, vocab_size)
 
 

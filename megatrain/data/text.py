@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import sysconfig
+import time
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -22,10 +23,9 @@ from typing import NamedTuple
 
 from megatrain.config.errors import UserError
 
-SNIFF_BYTES = (
-    8192  # a NUL byte in the first 8 KiB marks a binary file (git and grep use the same kind of rule)
-)
+SNIFF_BYTES = 8192  # a NUL byte in the first 8 KiB marks a binary file (git's rule is alike)
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
+CLOCK_TICK_NS = 50_000_000  # file systems keep times in steps of up to 10 ms; the rest is margin
 TEXT_HINT = "Give a text file in UTF-8, .jsonl, .parquet, a directory of them, or a glob pattern."
 
 
@@ -65,13 +65,17 @@ class Corpus:
         listing = [(f.path, f.size, f.mtime_ns, f.ctime_ns) for f in self.files]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
+    def is_settled(self) -> bool:
+        """Whether no file was changed so lately that a further change could leave its times as they are."""
+        return all(max(f.mtime_ns, f.ctime_ns) < time.time_ns() - CLOCK_TICK_NS for f in self.files)
+
     def content_digest(self) -> str:
         """Digest of the bytes of all files, in order, wherever they lie."""
         total = hashlib.sha256()
         for file in self.files:
             with _accessible(file.path), open(file.path, "rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
-            total.update(Path(file.name).suffix.lower().encode() + b"\0")
+            total.update(os.fsencode(Path(file.name).suffix.lower()) + b"\0")
         return total.hexdigest()
 
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[Document]:
