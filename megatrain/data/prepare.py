@@ -2,7 +2,7 @@
 
 The held-out split is chosen by a hash of each document's text, so that it does not depend on names or order
 and equal documents fall on one side. When that leaves one side empty (one document, or few), the tail of the
-longest document is held out instead: its last `val_fraction`, from the next line break on.
+longest document is held out instead: its last `val_fraction`, from the next line start on.
 """
 
 import hashlib
@@ -122,7 +122,6 @@ def _find_or_build(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progre
     progress("reading", 0.0)
     contents = [_content_digest(file) for file in tokenizer_files(cfg.tokenizer)]
     directory = root / _key(cfg, corpus.content_digest(), contents)
-    progress("reading", 1.0)
     build_once(
         directory,
         lambda unfinished: _build(cfg, corpus, unfinished, progress),
@@ -215,6 +214,7 @@ def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
     if not documents:
         left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
         raise UserError(f"{corpus.origin}: there is no text in it (left out: {left_out}). {TEXT_HINT}")
+    progress("reading", 1.0)
     one_side_empty = val_fraction > 0 and held in (0, documents)
     return Survey(chars, longest if one_side_empty else None, dict(skipped))
 
@@ -236,9 +236,9 @@ def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Pie
 
 
 def _tail_start(text: str, val_fraction: float) -> int:
-    """Where the held-out tail of a document starts: after the next line break, if one is near."""
+    """Where the held-out tail of a document starts: at the next line start, if one is near."""
     cut = len(text) - int(len(text) * val_fraction)
-    line = text.find("\n", cut) + 1
+    line = text.find("\n", cut - 1) + 1
     return line if 0 < line <= (cut + len(text)) // 2 else cut
 
 
