@@ -253,6 +253,18 @@ def test_changed_text_is_noticed(tmp_path: Path, cache: Path) -> None:
     assert first.fingerprint != second.fingerprint
 
 
+def test_the_times_of_a_fresh_file_are_not_trusted(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("some text\n" * 10)
+    hour_ns, fresh, old = 3600 * 10**9, ["reading"], []
+    for tick_ns, expected in ((hour_ns, [*fresh, "tokenizing"]), (hour_ns, fresh), (0, fresh), (0, old)):
+        monkeypatch.setattr("megatrain.data.text.CLOCK_TICK_NS", tick_ns)
+        progress = Phases()
+        run(tmp_path / "a.txt", cache, progress)
+        assert list(progress.seen) == expected
+
+
 def test_a_changed_tokenizer_is_noticed(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n" * 10)
     prints = []

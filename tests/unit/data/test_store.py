@@ -140,12 +140,13 @@ def test_build_once_builds_once_and_repairs(tmp_path: Path) -> None:
     directory, builds = tmp_path / "cache" / "set", []
 
     def build(target: Path) -> None:
-        builds.append(target)
+        builds.append(target.stat().st_ino)
         write_data_set(target)
 
     for expected in (1, 1):
         build_once(directory, build, waiting=never)
         assert len(builds) == expected
+        assert directory.stat().st_ino == builds[-1]  # renamed as a whole, not copied file by file
     (directory / "train.tokens").write_bytes(b"")
     build_once(directory, build, waiting=never)
     assert len(builds) == 2
