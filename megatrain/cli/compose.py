@@ -4,13 +4,11 @@ Hydra stops at its first error; here an override that fails is noted and left ou
 that one message names every mistake of the overrides, of the files and of the values.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.hydra import Hydra
@@ -21,17 +19,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from megatrain.cli.conf import config_dirs, group_options
+from megatrain.cli.mistakes import explain, in_words, must_be_given
 from megatrain.config.errors import UserError
-from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, keys, kind_of
-from megatrain.config.nearest import nearest
+from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, kind_of
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 from megatrain.train.config import Config
 
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError)
 QUOTE = str.maketrans({"\\": "\\\\", "'": "\\'"})
+
+
+class RequiredError(InterpolationResolutionError):
+    """A config file leaves this key to the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,13 @@ def _register() -> None:
             kind = kind_of(cls) if len(classes) > 1 else field.name
             store.store(group=field.name, name=f"base_{kind}", node=dump(cls()))
     store.store(name="base_run", node=root)
+    # `???` can't stand in a file above a base: OmegaConf lets no missing value replace one that is there.
+    OmegaConf.register_new_resolver("required", _required, replace=True)
+
+
+def _required() -> None:
+    """`key: ${required:}` in a config file: the user must give this key."""
+    raise RequiredError
 
 
 def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem]) -> DictConfig:
@@ -121,43 +129,21 @@ def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem])
     lines = [override.input_line or "" for override in parsed]
     try:
         return hydra_compose(source.config_name, lines)
-    except COMPOSE_ERRORS:
-        pass  # found below, one by one
+    except Exception:  # Hydra lets through what OmegaConf, PyYAML, the file system and its own slips raise
+        pass  # which override it was is found below, one by one
     try:
         tree = hydra_compose(source.config_name)
-    except COMPOSE_ERRORS as error:
-        raise UserError(f"The config files can't be composed: {_in_words(error)}") from error
+    except Exception as error:
+        raise UserError(f"The config files can't be composed: {in_words(error)}") from error
     groups = group_options(source.config_dir)
     accepted: list[str] = []
     for override in sorted(parsed, key=lambda override: override.key_or_group not in groups):
         try:
             tree = hydra_compose(source.config_name, [*accepted, override.input_line or ""])
             accepted.append(override.input_line or "")
-        except COMPOSE_ERRORS as error:
-            broken.append(_explain(override, error, tree, groups))
+        except Exception as error:
+            broken.append(explain(override, error, tree, groups))
     return tree
-
-
-def _explain(override: Override, error: Exception, tree: DictConfig, groups: dict[str, list[str]]) -> Problem:
-    """Why this override can't be applied to what is composed so far."""
-    value = ABSENT if override.is_delete() else override.value()
-    key = override.key_or_group
-    field = override.get_key_element()
-    if key in groups and value not in groups[key]:
-        options = [name for name in groups[key] if name != value]
-        near = nearest(str(value), options, 3) or tuple(options)
-        return Problem(field, value, f"is not an option of the group {key}", near)
-    if key in groups or override.is_add() or override.is_delete():
-        return Problem(field, value, _in_words(error))
-    if key not in keys(Config):
-        return Problem(field, value, "there is no such key", nearest(key, [*keys(Config), *groups]))
-    parent, _, name = key.rpartition(".")
-    section = OmegaConf.select(tree, parent)
-    if section is None:  # e.g. model.rope_scaling.factor
-        return Problem(field, value, f"{parent} is null here; write '{parent}={{{name}:VALUE}}'")
-    if OmegaConf.is_dict(section) and "kind" in section:
-        return Problem(field, value, f"{parent} is of kind {section.kind} here, which has no {name}")
-    return Problem(field, value, _in_words(error))
 
 
 def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str, Any]:
@@ -166,15 +152,18 @@ def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str,
     for key in node:
         path = prefix + str(key)
         if OmegaConf.is_missing(node, key):
-            broken.append(Problem(path, "???", f"must be given: write {path}=VALUE"))
+            broken.append(must_be_given(path))
             continue
         try:
             value = node[key]
             if OmegaConf.is_list(value):
                 value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+        except RequiredError:
+            broken.append(must_be_given(path))
+            continue
         except OmegaConfBaseException as error:
-            raw = OmegaConf.to_container(node, resolve=False)
-            broken.append(Problem(path, raw[key] if isinstance(raw, dict) else None, _in_words(error)))
+            raw = dict(node.items_ex(resolve=False))[key]
+            broken.append(Problem(path, str(raw), in_words(error)))
             continue
         data[str(key)] = _resolved(value, f"{path}.", broken) if OmegaConf.is_dict(value) else value
     return data
@@ -202,19 +191,3 @@ def _parse_one(text: str, parser: OverridesParser) -> Override:
 
 def _quoted(text: str) -> str:
     return f"'{text.translate(QUOTE)}'"
-
-
-def _in_words(error: BaseException) -> str:
-    """An error of Hydra, OmegaConf or PyYAML as one sentence, without hints for programmers."""
-    text = str(error) or str(error.__cause__ or type(error).__name__)
-    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
-    noise = (
-        "See https://",
-        "full_key:",
-        "object_type=",
-        "reference_type=",
-        "Config search path",
-        "Set the environment",
-    )
-    lines = [line.strip() for line in text.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(noise)).rstrip(".")

@@ -51,7 +51,7 @@ def dispatch(argv: list[str]) -> int:
         print(script(" ".join(rest)))
         return 0
     if name == "--complete":
-        print("\n".join(candidates(" ".join(rest))))
+        print(*(f"{candidate}\n" for candidate in candidates(" ".join(rest))), sep="", end="")
         return 0
     verb = find_verb(name)
     if verb is None:

@@ -11,15 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from megatrain.cli.compose import Source, compose, hydra_over, parse
+from megatrain.cli.conf import group_options
 from megatrain.config.errors import UserError
 from megatrain.config.schema import ConfigError
 from megatrain.train.config import Config
@@ -49,17 +49,16 @@ def plan_sweep(overrides: list[str], source: Source) -> list[Job]:
         if broken:
             raise ConfigError(broken)
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-        combinations = _combinations(parsed)
-    base = ""
+        combinations = _combinations(parsed, source)
     jobs: list[Job] = []
     mistakes: dict[str, list[str]] = {}
     for index, lines in enumerate(combinations):
         try:
             cfg = compose(lines, source)
             if "run.name" not in swept:
-                base = cfg.run.name
-                lines = [*lines, f"run.name='{base}/{index}-{_label(lines, swept)}'"]
-                cfg = compose(lines, source)
+                name = f"{cfg.run.name}/{index}-{_label(lines, swept)}"
+                cfg = replace(cfg, run=replace(cfg.run, name=name))
+                lines = [*lines, f"run.name='{name}'"]
             jobs.append(Job(lines, cfg))
         except ConfigError as error:
             for problem in error.problems:
@@ -90,10 +89,20 @@ def run_sweep(verb: str, jobs: list[Job], source: Source) -> int:
     return next((abs(code) for code, _ in ended if code), 0)
 
 
-def _combinations(parsed: list[Override]) -> list[list[str]]:
-    loader = GlobalHydra.instance().config_loader()
+class _Options:
+    """What glob() asks for a group's options: the files, without the bases that they are made from."""
+
+    def __init__(self, source: Source) -> None:
+        self.groups = group_options(source.config_dir)
+
+    def get_group_options(self, group_name: str, results_filter: object = None) -> list[str]:
+        """Hydra's name and parameters."""
+        return self.groups.get(group_name, [])
+
+
+def _combinations(parsed: list[Override], source: Source) -> list[list[str]]:
     for override in parsed:
-        override.config_loader = loader  # glob() lists a group's options
+        override.config_loader = _Options(source)
     try:
         return [list(lines) for lines in BasicSweeper.split_arguments(parsed, None)[0]]
     except HydraException as error:

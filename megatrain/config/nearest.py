@@ -22,8 +22,9 @@ def _similarity(word: str, name: str) -> float:
     whole = _ratio(word, name)
     if "." not in name:
         return whole
-    # Slightly less than a whole match: `train.steps` beats `eval.steps` for `train.stepz`.
-    return max(whole, _ratio(word.rpartition(".")[2], name.rpartition(".")[2]) - 0.05)
+    # A word with dots says where it belongs, so its last part alone is a weaker sign than that of a bare word.
+    weight = 0.7 if "." in word else 0.9
+    return max(whole, weight * _ratio(word.rpartition(".")[2], name.rpartition(".")[2]))
 
 
 def _ratio(a: str, b: str) -> float:

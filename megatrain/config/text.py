@@ -2,13 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from megatrain.config.errors import UserError
 from megatrain.config.load import dump, load
-
-if TYPE_CHECKING:
-    import yaml
 
 T = TypeVar("T")
 
@@ -17,7 +14,8 @@ def to_yaml(cfg: Any) -> str:
     """All keys with their values, in the classes' order; `from_yaml(type(cfg), to_yaml(cfg)) == cfg`."""
     import yaml
 
-    return yaml.safe_dump(dump(cfg), sort_keys=False, allow_unicode=True, width=110)
+    dumper = _with_plain_exponents(yaml.SafeDumper)  # so that text which looks like a number is quoted
+    return yaml.dump(dump(cfg), Dumper=dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def from_yaml(cls: type[T], text: str) -> T:
@@ -30,7 +28,7 @@ def from_yaml(cls: type[T], text: str) -> T:
     import yaml
 
     try:
-        data = yaml.load(text, Loader=_loader())
+        data = yaml.load(text, Loader=_with_plain_exponents(yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise UserError(f"This config is not valid YAML: {error}") from error
     if not isinstance(data, Mapping):
@@ -38,13 +36,9 @@ def from_yaml(cls: type[T], text: str) -> T:
     return load(cls, data)
 
 
-def _loader() -> "type[yaml.SafeLoader]":
-    """PyYAML's safe loader, for which `1e-3` is a number as in YAML 1.2 (YAML 1.1 wants `1.0e-3`)."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    return Loader
+def _with_plain_exponents(base: Any) -> Any:
+    """PyYAML's safe loader or dumper, for which `1e-3` is a number as in YAML 1.2 (YAML 1.1 wants `1.0e-3`)."""
+    plain: Any = type(base.__name__, (base,), {})
+    number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+    plain.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return plain

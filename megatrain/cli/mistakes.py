@@ -1,0 +1,65 @@
+"""Why an override or a config file could not be composed, in the user's words."""
+
+import re
+from collections.abc import Mapping
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from megatrain.config.load import keys
+from megatrain.config.nearest import nearest
+from megatrain.config.schema import ABSENT, Problem
+from megatrain.train.config import Config
+
+NOISE = ("See https://", "full_key:", "object_type=", "reference_type=", "Set the environment")
+"""Lines of error messages that speak to programmers."""
+
+
+def explain(override: Override, error: Exception, tree: DictConfig, groups: dict[str, list[str]]) -> Problem:
+    """Why `override` can't be applied to `tree`, which holds all that could be applied before it."""
+    key, field = override.key_or_group, override.get_key_element()
+    value: object = ABSENT if override.is_delete() else override.value()
+    if isinstance(value, Mapping):
+        unknown = [name for name in value if f"{key}.{name}" not in keys(Config)]
+        return (
+            _no_such_key(f"{key}.{unknown[0]}", value[unknown[0]])
+            if unknown
+            else Problem(field, value, in_words(error))
+        )
+    if key in groups and value not in groups[key]:
+        near = nearest(str(value), groups[key], 3) or tuple(groups[key])
+        none = f"; to choose none, write ~{key}" if value is None else ""
+        return Problem(field, value, f"is not an option of the group {key}{none}", near)
+    if key in groups or override.is_add() or override.is_delete():
+        return Problem(field, value, in_words(error))
+    if key not in keys(Config):
+        return _no_such_key(field, value, *groups)
+    return _not_here(field, value, tree) or Problem(field, value, in_words(error))
+
+
+def must_be_given(path: str) -> Problem:
+    """A key without a default that the user did not give."""
+    return Problem(path, ABSENT, f"must be given; write {path}=VALUE")
+
+
+def in_words(error: BaseException) -> str:
+    """An error of Hydra, OmegaConf or PyYAML as one sentence, without hints for programmers."""
+    text = str(error) or str(error.__cause__ or type(error).__name__)
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(NOISE)).rstrip(".")
+
+
+def _no_such_key(path: str, value: object, *groups: str) -> Problem:
+    return Problem(path, value, "there is no such key", nearest(path, [*keys(Config), *groups]))
+
+
+def _not_here(path: str, value: object, tree: DictConfig) -> Problem | None:
+    """A key that exists, but not under what is chosen here."""
+    parent, _, name = path.rpartition(".")
+    section = OmegaConf.select(tree, parent)
+    if section is None:  # as model.rope_scaling is, unless set
+        return Problem(path, value, f"{parent} is null here; write '{parent}={{{name}:VALUE}}'")
+    if OmegaConf.is_dict(section) and "kind" in section:
+        return Problem(path, value, f"{parent} is of kind {section.kind} here, which has no {name}")
+    return None
