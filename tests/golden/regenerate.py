@@ -1,0 +1,21 @@
+"""Write the golden text of every experiment anew: `python tests/golden/regenerate.py`, then read the diff."""
+
+from pathlib import Path
+
+from megatrain.cli.compose import compose
+from megatrain.config.text import to_yaml
+
+HERE = Path(__file__).parent
+EXPERIMENTS = HERE.parents[1] / "conf" / "experiment"
+
+
+def main() -> None:
+    for old in HERE.glob("*.yaml"):
+        old.unlink()
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        text = to_yaml(compose([f"experiment={path.stem}"]))
+        (HERE / path.name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
