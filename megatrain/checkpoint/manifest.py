@@ -1,0 +1,171 @@
+"""`manifest.json`: what a checkpoint consists of, so that a missing or changed byte is noticed.
+
+It carries a SHA-256 of itself, and is good only if rendering what it says gives the same bytes again.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import stat
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.checkpoint.errors import Damage
+from megatrain.checkpoint.files import FileRecord, hash_file
+from megatrain.config.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+METADATA_FILE = ".metadata"
+MAX_JSON_BYTES = 64 << 20
+PLAIN_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]{1,200}")  # no separator, no "." and ".."
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("megatrain")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        own = "unknown"
+    return {"megatrain": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One committed checkpoint. Every file but the manifest itself is in `files`, by its plain name."""
+
+    step: int
+    files: dict[str, FileRecord]
+    info: dict[str, Any]
+    """What the run says of itself: layout, config digest, data fingerprint."""
+    parent: str | None
+    """Name of the checkpoint that this process loaded or saved before."""
+    versions: dict[str, str] = field(default_factory=_versions)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    format_version: int = FORMAT_VERSION
+
+    def render(self) -> bytes:
+        """The bytes of `manifest.json`."""
+        files = {name: record._asdict() for name, record in sorted(self.files.items())}
+        return _render(asdict(self) | {"files": files})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `manifest.json` of a checkpoint (not yet the files that it lists).
+
+    Raises:
+        Damage: it is missing, was changed, or is of another step than the directory's name says.
+        UserError: a later version of this program wrote it.
+    """
+    if directory.is_symlink():
+        raise Damage("it is a symbolic link")
+    raw = read_bounded(directory / MANIFEST_FILE)
+    fields = parse_json(raw, MANIFEST_FILE)
+    if not isinstance(fields, dict) or _render(fields) != raw:
+        raise Damage(f"{MANIFEST_FILE} was changed: its own hash is wrong")
+    version = fields.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"{directory} was written by a later version of megatrain (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}; {fields.get('versions')}). Update megatrain to read it."
+        )
+    manifest = _from_fields(fields)
+    if directory.name != f"step-{manifest.step:08d}":
+        raise Damage(f"{MANIFEST_FILE} is of step {manifest.step}")
+    return manifest
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Every listed file is there, is a plain file, and has its size.
+
+    Raises:
+        Damage: names the first that does not.
+    """
+    for name, record in manifest.files.items():
+        size = file_size(directory / name)
+        if size != record.size:
+            raise Damage(f"{name} has {size:,} bytes instead of {record.size:,}")
+
+
+def check_hashes(directory: Path, manifest: Manifest) -> None:
+    """Every listed file has its SHA-256.
+
+    Raises:
+        Damage: names the first that has not.
+    """
+    for name, record in manifest.files.items():
+        if hash_file(directory / name) != record.sha256:
+            raise Damage(f"{name} was changed: its hash is wrong")
+
+
+def read_bounded(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """All bytes of a plain file of at most `limit` bytes.
+
+    Raises:
+        Damage: it is missing, no plain file, or larger.
+    """
+    size = file_size(path)
+    if size > limit:
+        raise Damage(f"{path.name} has {size:,} bytes; more than {limit:,} are not read")
+    return path.read_bytes()
+
+
+def file_size(path: Path) -> int:
+    """Size of a plain file in bytes.
+
+    Raises:
+        Damage: it is missing or not a plain file (a link may lead anywhere).
+    """
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damage(f"{path.name} is missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Damage(f"{path.name} is not a plain file")
+    return status.st_size
+
+
+def parse_json(raw: bytes, name: str) -> Any:
+    """The JSON value of `raw`.
+
+    Raises:
+        Damage: it is not JSON, or is nested too deeply to be ours.
+    """
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Damage(f"{name} is not JSON ({type(error).__name__})") from None
+
+
+def _render(fields: dict[str, Any]) -> bytes:
+    """Canonical JSON of `fields`, with the hash of all the others as `sha256`."""
+    body = {key: value for key, value in fields.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _from_fields(fields: dict[str, Any]) -> Manifest:
+    """The manifest of fields whose hash is right; what they say is still not trusted."""
+    try:
+        files = {name: FileRecord(**record) for name, record in fields["files"].items()}
+        given = {key: value for key, value in fields.items() if key != "sha256"}
+        manifest = Manifest(**given | {"files": files})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damage(f"{MANIFEST_FILE} has other fields than it should ({error})") from None
+    if not isinstance(manifest.step, int) or not isinstance(manifest.info, dict):
+        raise Damage(f"{MANIFEST_FILE} has fields of the wrong type")
+    for name, (size, sha256) in files.items():
+        if not PLAIN_NAME.fullmatch(name):
+            raise Damage(f"{MANIFEST_FILE} lists {name[:80]!r}, which is not a plain file name")
+        if not isinstance(size, int) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+            raise Damage(f"{MANIFEST_FILE} has no size and hash for {name}")
+    if missing := {STATE_FILE, METADATA_FILE} - files.keys():
+        raise Damage(f"{MANIFEST_FILE} does not list {', '.join(sorted(missing))}")
+    return manifest

@@ -1,0 +1,100 @@
+"""Which checkpoints a directory holds, which of them stay, and where a damaged one goes.
+
+checkpoints/
+  step-00000100/                committed: its name appeared by one rename
+  .tmp-step-00000200-1f3a…/     being written, or left behind by a killed process
+  .trash-step-00000050-77b2…/   being deleted
+  quarantine/step-00000150-…/   damaged, with reason.json
+"""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from megatrain.checkpoint.files import make_directory, sync_directory, write_file
+
+QUARANTINE = "quarantine"
+REASON_FILE = "reason.json"
+STEP_NAME = re.compile(r"step-(\d{8,18})")
+TEMPORARY = ".tmp-"
+TRASH = ".trash-"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def unique_name(prefix: str, step: int) -> str:
+    """A name that no other attempt uses."""
+    return f"{prefix}{step_name(step)}-{uuid.uuid4().hex[:12]}"
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps that have a committed checkpoint, ascending. Only names are looked at."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    found = (STEP_NAME.fullmatch(name) for name in names)
+    return sorted(step for match in found if match and step_name(step := int(match[1])) == match[0])
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints; 0 keeps all.
+
+    Each gets another name first, so that a half-deleted one is never taken for a checkpoint. What can't be
+    deleted now is tried again after the next save.
+    """
+    if not keep:
+        return
+    for step in committed_steps(directory)[:-keep]:
+        try:
+            os.rename(directory / step_name(step), directory / unique_name(TRASH, step))
+        except OSError:
+            continue
+    _remove_all(directory, TRASH)
+
+
+def sweep(directory: Path) -> None:
+    """Delete what killed processes left. Only for the one process that writes here."""
+    _remove_all(directory, TEMPORARY)
+    _remove_all(directory, TRASH)
+
+
+def quarantined(directory: Path) -> list[str]:
+    """Names of the damaged checkpoints that were put aside."""
+    try:
+        return sorted(os.listdir(directory / QUARANTINE))
+    except FileNotFoundError:
+        return []
+
+
+def quarantine(directory: Path, step: int, reason: str) -> Path:
+    """Move a damaged checkpoint aside and write down why; the new place.
+
+    Raises:
+        OSError: it can't be moved, for instance on a read-only disk.
+    """
+    target = directory / QUARANTINE / unique_name("", step)
+    make_directory(target.parent)
+    os.rename(directory / step_name(step), target)
+    sync_directory(directory)
+    sync_directory(target.parent)
+    if target.is_dir() and not target.is_symlink():
+        report = json.dumps({"step": step, "reason": reason}, indent=2) + "\n"
+        (target / REASON_FILE).unlink(missing_ok=True)
+        write_file(target / REASON_FILE, report.encode())
+    return target
+
+
+def _remove_all(directory: Path, prefix: str) -> None:
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.startswith(prefix):
+            shutil.rmtree(directory / name, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""Writes tensors with torch.distributed.checkpoint, so that every file is hashed and no error is lost."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from megatrain.checkpoint.files import FileRecord, HashingWriter
+
+
+class HashingFileSystem(FileSystem):
+    """The file system that torch.distributed.checkpoint writes through; keeps a record of every file."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+        self.failure: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        """A new, hashed file; `mode` is "wb"."""
+        stream = HashingWriter(Path(path))
+        try:
+            yield stream
+            stream.close()
+        finally:
+            stream.abandon()
+            self.failure = self.failure or stream.failure
+        assert stream.record is not None
+        self.records[Path(path).name] = stream.record
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        os.rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+
+
+class HashingStorageWriter(FileSystemWriter):
+    """One file a rank, written by one thread: with more, torch loses their errors."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, thread_count=1, sync_files=False, overwrite=False)  # the stream syncs
+        self.fs: HashingFileSystem = HashingFileSystem()
+
+    def storage_meta(self) -> StorageMeta:
+        """Without the path (the folder gets another name, and a pickled path ties the file to a Python version)."""
+        return StorageMeta()
+
+
+def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> dict[str, FileRecord]:
+    """Write `tensors` into the empty `directory`; the records of the files, all of them synced.
+
+    Raises:
+        OSError: as the system gave it, although torch reports another error.
+    """
+    writer = HashingStorageWriter(directory)
+    try:
+        with without_crc(), as_itself():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except Exception as error:
+        if writer.fs.failure is not None:
+            raise writer.fs.failure from error
+        raise
+    return writer.fs.records
+
+
+@contextmanager
+def as_itself() -> Iterator[None]:
+    """The error that happened instead of CheckpointException, which no `except Exception` catches.
+
+    Also without the warning that there is one process only.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
+
+
+@contextmanager
+def without_crc() -> Iterator[None]:
+    """torch.save without its CRC-32, which no reader checks; the SHA-256 of the file takes its place."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
