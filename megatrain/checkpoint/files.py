@@ -3,13 +3,17 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PARALLEL_BYTES = 1 << 18  # a shorter piece is hashed sooner than another thread wakes up
-SYNC_BYTES = 32 << 20  # the disk starts on what is written so far while the rest is hashed
-READ_BYTES = 4 << 20
+WORKERS = (
+    2  # files that a process writes, reads or hashes at once: one core hashes slower than a good disk is
+)
+SYNC_BYTES = 16 << 20  # the disk starts on what is written so far while the rest is hashed
+READ_BYTES = 1 << 20
 
 
 class FileRecord(NamedTuple):
@@ -20,76 +24,68 @@ class FileRecord(NamedTuple):
 
 
 class HashingWriter:
-    """A new file. Hash, copy to the page cache and transfer to the disk run at once, on one core each.
+    """A new file that is hashed as it is written, and goes to the disk in the background.
 
-    `close` returns after `fsync`; then `record` holds. `abandon` closes without syncing.
+    `close` returns after `fsync`; then `record` holds. `abandon` closes without syncing. `failure` is the first
+    OSError, for callers that lose it.
     """
 
     def __init__(self, path: Path) -> None:
         self.record: FileRecord | None = None
         self.failure: OSError | None = None
-        self._file = path.open("xb", buffering=1 << 20)
+        self._file = path.open("xb", buffering=READ_BYTES)
         self._digest = hashlib.sha256()
-        self._helpers = ThreadPoolExecutor(2)
+        self._syncer = ThreadPoolExecutor(1)
         self._sync: Future[None] | None = None
         self._unsynced = 0
 
     def write(self, data: Any) -> int:
-        """Write all of `data`, a contiguous buffer. `failure` keeps an OSError, for callers that lose it."""
+        """Write all of `data`, a contiguous buffer; its size in bytes."""
         view = memoryview(data).cast("B")
-        try:
-            if view.nbytes < PARALLEL_BYTES:
-                self._digest.update(view)
-                self._file.write(view)
-            else:
-                hashed = self._helpers.submit(self._digest.update, view)
-                try:
-                    self._file.write(view)
-                finally:
-                    hashed.result()
-            self._sync_early(view.nbytes)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
+        self._digest.update(view)
+        with self._noting_failure():
+            self._file.write(view)
+            self._unsynced += view.nbytes
+            if self._unsynced >= SYNC_BYTES and (self._sync is None or self._sync.done()):
+                self._end_sync()
+                self._sync = self._syncer.submit(os.fdatasync, self._file.fileno())
+                self._unsynced = 0
         return view.nbytes
 
     def tell(self) -> int:
         return self._file.tell()
 
     def flush(self) -> None:
-        self._file.flush()
+        """Nothing: `close` flushes."""
 
     def close(self) -> None:
         """Sync and close; nothing happens the second time."""
         if self._file.closed:
             return
-        try:
+        with self._noting_failure():
             self._file.flush()
-            if self._sync is not None:
-                self._sync.result()
+            self._end_sync()
             os.fsync(self._file.fileno())
             self.record = FileRecord(self._file.tell(), self._digest.hexdigest())
+            self._file.close()
+        self._syncer.shutdown()
+
+    def abandon(self) -> None:
+        self._syncer.shutdown()
+        with suppress(OSError):  # what the buffer still holds may not fit either
+            self._file.close()
+
+    def _end_sync(self) -> None:
+        if self._sync is not None:
+            self._sync.result()  # the kernel reports a failed write once: it must not be lost here
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.failure = self.failure or error
             raise
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        self._helpers.shutdown()
-        try:
-            self._file.close()
-        except OSError as error:  # what the buffer still held did not fit either
-            self.failure = self.failure or error
-
-    def _sync_early(self, written: int) -> None:
-        self._unsynced += written
-        if self._unsynced < SYNC_BYTES or (self._sync is not None and not self._sync.done()):
-            return
-        if self._sync is not None:
-            self._sync.result()  # the kernel reports a write error once: it must not be lost here
-        self._sync = self._helpers.submit(os.fdatasync, self._file.fileno())
-        self._unsynced = 0
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:

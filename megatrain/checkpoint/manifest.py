@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from megatrain.checkpoint.errors import Damage
-from megatrain.checkpoint.files import FileRecord, hash_file
+from megatrain.checkpoint.files import WORKERS, FileRecord, hash_file
 from megatrain.config.errors import UserError
 
 FORMAT_VERSION = 1
@@ -100,8 +101,10 @@ def check_hashes(directory: Path, manifest: Manifest) -> None:
     Raises:
         Damage: names the first that has not.
     """
-    for name, record in manifest.files.items():
-        if hash_file(directory / name) != record.sha256:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        hashed = pool.map(hash_file, [directory / name for name in manifest.files])
+    for (name, record), found in zip(manifest.files.items(), hashed, strict=True):
+        if found != record.sha256:
             raise Damage(f"{name} was changed: its hash is wrong")
 
 

@@ -8,6 +8,9 @@ silent about keys that were not asked for, about other dtypes, and about holes; 
 import io
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from megatrain.checkpoint.errors import CheckpointMismatchError, Damage
-from megatrain.checkpoint.files import FileRecord
+from megatrain.checkpoint.files import WORKERS, FileRecord
 from megatrain.checkpoint.writer import as_itself
 
 MAX_METADATA_BYTES = 1 << 30
@@ -78,6 +83,19 @@ class CheckedReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.checked
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """`WORKERS` files at once."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        read = partial(super().read_data, planner=planner)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for part in [pool.submit(read, replace(plan, items=items)) for items in by_file.values()]:
+                part.result()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
 
 def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:

@@ -1,9 +1,13 @@
 """Writes tensors with torch.distributed.checkpoint, so that every file is hashed and no error is lost."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatrain.checkpoint.files import FileRecord, HashingWriter
+from megatrain.checkpoint.files import WORKERS, FileRecord, HashingWriter
 
 
 class HashingFileSystem(FileSystem):
@@ -44,7 +51,10 @@ class HashingFileSystem(FileSystem):
 
 
 class HashingStorageWriter(FileSystemWriter):
-    """One file a rank, written by one thread: with more, torch loses their errors."""
+    """Each rank writes `WORKERS` files at once, each with its own hash.
+
+    torch's own threads lose the errors of all but the first, and publish what they wrote; these do not.
+    """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, thread_count=1, sync_files=False, overwrite=False)  # the stream syncs
@@ -53,6 +63,43 @@ class HashingStorageWriter(FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
         """Without the path (the folder gets another name, and a pickled path ties the file to a Python version)."""
         return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            write = partial(super().write_data, planner=planner)
+            parts = [pool.submit(write, part) for part in _split(plan, WORKERS)]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([result for part in parts for result in part.result().value()])
+        return future
+
+
+def _split(plan: SavePlan, files: int) -> list[SavePlan]:
+    """The plan of each file; none is empty."""
+    return [
+        replace(
+            plan,
+            items=items,
+            storage_data=replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{n}_"),
+        )
+        for n, items in enumerate(split_evenly(plan.items, files))
+    ]
+
+
+def split_evenly(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:
+    """Up to `parts` lists of about equal bytes, none of them empty; the same for the same items."""
+    lists: list[list[WriteItem]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for item in sorted(items, key=_bytes_of, reverse=True):
+        smallest = sizes.index(min(sizes))
+        lists[smallest].append(item)
+        sizes[smallest] += _bytes_of(item) + 1
+    return [part for part in lists if part]
+
+
+def _bytes_of(item: WriteItem) -> int:
+    assert item.tensor_data is not None  # only tensors are saved
+    chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
+    return math.prod(chunk.sizes) * dtype.itemsize
 
 
 def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> dict[str, FileRecord]:
