@@ -29,7 +29,11 @@ def build_optimizer(cfg: OptimConfig, parameters: Mapping[str, nn.Parameter]) ->
 def _initial_state(cfg: OptimConfig, parameter: nn.Parameter) -> dict[str, Tensor]:
     if isinstance(cfg, AdamWConfig):
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        return {
+            "step": step,
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
     if isinstance(cfg, SGDConfig) and cfg.momentum > 0:
         # torch starts from the first gradient; a zero buffer gives the same: momentum · 0 + gradient.
         return {"momentum_buffer": torch.zeros_like(parameter)}

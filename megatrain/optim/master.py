@@ -22,8 +22,10 @@ class MasterWeights:
             self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
             return
         self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
-        model.to(compute_dtype)
-        named = dict(model.named_parameters())
+        for (
+            parameter
+        ) in named.values():  # not model.to(): buffers such as rotary frequencies keep their precision
+            parameter.data = parameter.data.to(compute_dtype)
         self._pairs = [(self.parameters[name], p) for name, p in named.items()]
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ class ParallelConfig:
     """Ranks over which matrices are cut."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations made again in the backward pass: none; full: each block's; selective: all but the outputs of
-    matrix products and attention."""
+    linear layers and fused attention."""
     compile: bool = False
     """torch.compile each block."""
 

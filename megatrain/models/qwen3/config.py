@@ -3,7 +3,7 @@
 from typing import Literal
 
 from megatrain.config.schema import config
-from megatrain.models.decoder.config import DecoderConfig
+from megatrain.nn.config import DecoderConfig
 
 
 @config

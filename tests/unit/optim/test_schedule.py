@@ -34,7 +34,9 @@ def test_wsd_is_flat_and_then_falls_over_its_last_share() -> None:
     assert factors[14:] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
 
 
-@pytest.mark.parametrize("cfg", [CosineConfig(warmup_steps=0), LinearConfig(warmup_steps=1), WSDConfig(warmup_steps=1)])
+@pytest.mark.parametrize(
+    "cfg", [CosineConfig(warmup_steps=0), LinearConfig(warmup_steps=1), WSDConfig(warmup_steps=1)]
+)
 def test_a_run_of_one_step_uses_a_positive_rate(
     cfg: CosineConfig | LinearConfig | WSDConfig,
 ) -> None:

@@ -112,7 +112,9 @@ def test_small_gradients_are_not_scaled() -> None:
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 1e-3)
     clip_gradients(parameters.values(), 1.0)
-    assert all(torch.equal(p.grad, torch.full_like(p, 1e-3)) for p in parameters.values() if p.grad is not None)
+    assert all(
+        torch.equal(p.grad, torch.full_like(p, 1e-3)) for p in parameters.values() if p.grad is not None
+    )
 
 
 def test_masters_take_steps_that_the_low_precision_copy_cannot_hold() -> None:

@@ -87,7 +87,10 @@ class DecoderConfig:
 
     def problems(self) -> Iterator[Problem]:
         sizes = ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "vocab_size")
-        broken = [*at_least(self, 1, *sizes, "max_seq_len", "window"), *at_least(self, 0, "init_std", "norm_eps")]
+        broken = [
+            *at_least(self, 1, *sizes, "max_seq_len", "window"),
+            *at_least(self, 0, "init_std", "norm_eps"),
+        ]
         yield from broken
         if broken:
             return

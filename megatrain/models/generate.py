@@ -1,0 +1,46 @@
+"""Text from a model, one token at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    context: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` token ids that follow `prompt` (at least one id).
+
+    Args:
+        context: how many of the last tokens the model sees.
+        temperature: 0 takes the likeliest token.
+        top_k: draw from the k likeliest only.
+        stop: end, without yielding it, at this token.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        window = torch.tensor([tokens[-context:]], device=device)
+        token = _draw(model(window)[0, -1].float().cpu(), temperature, top_k, generator)
+        if token == stop:
+            return
+        tokens.append(token)
+        yield token
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k is not None and top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))

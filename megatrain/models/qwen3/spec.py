@@ -1,0 +1,7 @@
+"""The family Qwen3."""
+
+from megatrain.models.decoder import Decoder
+from megatrain.models.qwen3.weights import hf_config, weight_map
+from megatrain.models.spec import ModelSpec
+
+SPEC = ModelSpec(kind="qwen3", build=Decoder, weights=weight_map, hf_config=hf_config)

@@ -1,0 +1,27 @@
+"""One layer of a decoder: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+from torch import Tensor, nn
+
+from megatrain.nn.attention import Attention, Layout
+from megatrain.nn.config import DecoderConfig
+from megatrain.nn.mlp import make_mlp
+from megatrain.nn.norm import make_norm
+
+
+class Block(nn.Module):
+    """`(batch, seq, hidden)` to the same."""
+
+    def __init__(self, cfg: DecoderConfig) -> None:
+        super().__init__()
+        self.scale = cfg.residual_scale
+        self.attn_norm = make_norm(cfg)
+        self.attn = Attention(cfg)
+        self.mlp_norm = make_norm(cfg)
+        self.mlp = make_mlp(cfg)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = self._add(x, self.attn(self.attn_norm(x), layout))
+        return self._add(x, self.mlp(self.mlp_norm(x)))
+
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x + update if self.scale == 1 else x + self.scale * update

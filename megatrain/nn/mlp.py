@@ -1,0 +1,45 @@
+"""The feed-forward block: gated (SwiGLU) or plain."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatrain.nn.config import DecoderConfig
+from megatrain_kernels import swiglu
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, cfg: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
+        self.up = nn.Linear(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
+        self.down = nn.Linear(cfg.ffn_size, cfg.hidden_size, bias=cfg.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(swiglu(self.gate(x), self.up(x)))
+        return out
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, cfg: DecoderConfig) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        self.up = nn.Linear(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
+        self.down = nn.Linear(cfg.ffn_size, cfg.hidden_size, bias=cfg.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self._activate(self.up(x)))
+        return out
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "relu2":
+            return F.relu(x).square()
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+def make_mlp(cfg: DecoderConfig) -> nn.Module:
+    """The feed-forward block that `cfg.activation` asks for."""
+    return GatedMLP(cfg) if cfg.activation == "swiglu" else PlainMLP(cfg)

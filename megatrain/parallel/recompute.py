@@ -1,0 +1,37 @@
+"""Activations that are made again in the backward pass instead of being kept (Chen et al., arXiv 1604.06174)."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+KEPT = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""Linear layers and fused attention are dear to repeat: selective recomputation keeps what they return."""
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_blocks(model: nn.Module, kind: Literal["none", "full", "selective"]) -> None:
+    """Make each block of `model.layers` recompute; gradients stay the same."""
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
+    for block in layers.values():
+        block.forward = partial(checkpoint, block.forward, **options)
