@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from megatrain.cli.compose import Source, compose
+from megatrain.cli.conf import group_options
 from megatrain.config.load import dump, load
 from megatrain.config.schema import ConfigError
 from megatrain.config.text import from_yaml, to_yaml
@@ -68,6 +69,20 @@ def test_every_golden_text_has_its_experiment() -> None:
 
 def test_the_default_run_is_the_small_one() -> None:
     assert compose([]) == compose(["experiment=stdlib_small"])
+
+
+OPTIONS = [
+    (group, option)
+    for group, options in group_options().items()
+    for option in options
+    if group != "experiment"
+]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    path = ["data.path=my.txt"] if (group, option) == ("data", "text") else []
+    assert isinstance(compose([f"{group}={option}", *path]), Config)
 
 
 @pytest.mark.parametrize("text", ["a: 1", "train: {steps: 3}"])

@@ -4,8 +4,8 @@ from typing import Any
 
 from megatrain.config.docs import Key, describe, json_schema
 from megatrain.config.load import flatten, kind_of
-from megatrain.models.decoder.config import DecoderConfig
 from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.nn.config import DecoderConfig
 from megatrain.optim.config import AdamWConfig, SGDConfig
 from megatrain.train.config import Config
 
