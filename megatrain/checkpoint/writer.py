@@ -65,7 +65,8 @@ class HashingStorageWriter(FileSystemWriter):
         return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with ThreadPoolExecutor(WORKERS) as pool:
+        # the option holds for a thread or for all, depending on torch's version; `without_crc` puts the latter back
+        with ThreadPoolExecutor(WORKERS, initializer=set_crc32_options, initargs=(False,)) as pool:
             write = partial(super().write_data, planner=planner)
             parts = [pool.submit(write, part) for part in _split(plan, WORKERS)]
         future: Future[list[WriteResult]] = Future()
