@@ -105,7 +105,19 @@ def check_hashes(directory: Path, manifest: Manifest) -> None:
         hashed = pool.map(hash_file, [directory / name for name in manifest.files])
     for (name, record), found in zip(manifest.files.items(), hashed, strict=True):
         if found != record.sha256:
-            raise Damage(f"{name} was changed: its hash is wrong")
+            raise Damage(_changed(name))
+
+
+def read_listed(path: Path, manifest: Manifest, *, limit: int) -> bytes:
+    """All bytes of a small file that the manifest lists; its hash is always checked, since what it says is used.
+
+    Raises:
+        Damage: it is missing, too large, or was changed.
+    """
+    raw = read_bounded(path, limit)
+    if hashlib.sha256(raw).hexdigest() != manifest.files[path.name].sha256:
+        raise Damage(_changed(path.name))
+    return raw
 
 
 def read_bounded(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -145,6 +157,10 @@ def parse_json(raw: bytes, name: str) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise Damage(f"{name} is not JSON ({type(error).__name__})") from None
+
+
+def _changed(name: str) -> str:
+    return f"{name} was changed: its hash is wrong"
 
 
 def _render(fields: dict[str, Any]) -> bytes:

@@ -23,13 +23,14 @@ from megatrain.checkpoint.errors import CheckpointSaveError, Damage
 from megatrain.checkpoint.files import free_bytes, make_directory, sync_directory, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST_FILE,
+    MAX_JSON_BYTES,
     METADATA_FILE,
     STATE_FILE,
     Manifest,
     check_hashes,
     check_sizes,
     parse_json,
-    read_bounded,
+    read_listed,
     read_manifest,
 )
 from megatrain.checkpoint.reader import (
@@ -254,8 +255,9 @@ class Checkpointer:
         path = self.directory / step_name(step)
         manifest = read_manifest(path)
         check_sizes(path, manifest)
-        checked = read_metadata(read_bounded(path / METADATA_FILE, MAX_METADATA_BYTES), manifest.files)
-        state = parse_json(read_bounded(path / STATE_FILE), STATE_FILE)
+        metadata = read_listed(path / METADATA_FILE, manifest, limit=MAX_METADATA_BYTES)
+        checked = read_metadata(metadata, manifest.files)
+        state = parse_json(read_listed(path / STATE_FILE, manifest, limit=MAX_JSON_BYTES), STATE_FILE)
         if not isinstance(state, dict):
             raise Damage(f"{STATE_FILE} is not an object")
         found = Found(step=step, path=path, state=state, manifest=manifest)
