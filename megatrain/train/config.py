@@ -24,7 +24,9 @@ class RunConfig:
 
     def problems(self) -> Iterator[Problem]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,/-]*", self.name) or ".." in self.name:
-            yield Problem("name", self.name, "must be letters, digits and . _ - = , / and start with a letter or digit")
+            yield Problem(
+                "name", self.name, "must be letters, digits and . _ - = , / and start with a letter or digit"
+            )
 
 
 @config
@@ -88,7 +90,9 @@ class Config:
         broken = [*at_least(self, 1, "seq_len", "global_batch_size", "micro_batch_size")]
         yield from broken
         if self.schema_version != SCHEMA_VERSION:
-            yield Problem("schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,))
+            yield Problem(
+                "schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,)
+            )
         if not broken and self.global_batch_size % self.micro_batch_size:
             rule = f"must divide global_batch_size ({self.global_batch_size})"
             legal = nearest_divisors(self.global_batch_size, self.micro_batch_size)
@@ -100,6 +104,10 @@ class Config:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
         tokenizer = self.data.tokenizer
-        if self.data.kind == "text" and tokenizer.kind == "bpe" and tokenizer.vocab_size > self.model.vocab_size:
+        if (
+            self.data.kind == "text"
+            and tokenizer.kind == "bpe"
+            and tokenizer.vocab_size > self.model.vocab_size
+        ):
             rule = f"must be at least data.tokenizer.vocab_size ({tokenizer.vocab_size})"
             yield Problem("model.vocab_size", self.model.vocab_size, rule, (tokenizer.vocab_size,))

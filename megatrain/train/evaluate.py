@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatrain.data.loader import Batch
+from megatrain.train.step import loss_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +26,13 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], token_bytes: np.ndarray
 
     token_bytes: `(vocab,)` bytes of text of each token, 0 for special tokens.
     """
-    device = next(model.parameters()).device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    nats = 0.0
     valid = text_bytes = 0
     for batch in batches:
-        part = batch.to(device)
-        loss_sum += model(part.tokens, targets=part.targets, positions=part.positions, doc_ids=part.doc_ids)
+        nats += loss_sum(model, batch).item()
         targets = batch.targets[batch.targets >= 0].numpy()
         valid += targets.size
         if token_bytes is not None:
             text_bytes += int(token_bytes[targets].sum())
-    nats = loss_sum.item()
     bits_per_byte = nats / (math.log(2) * text_bytes) if text_bytes else None
     return Evaluation(loss=nats / max(valid, 1), bits_per_byte=bits_per_byte)

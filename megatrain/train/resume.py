@@ -42,7 +42,9 @@ def check_same_run(old: Config, new: Config) -> dict[str, tuple[object, object]]
     """
     changed = changed_keys(old, new)
     allowed = new.train.allow_changes
-    refused = {key: pair for key, pair in changed.items() if not any(fnmatchcase(key, rule) for rule in allowed)}
+    refused = {
+        key: pair for key, pair in changed.items() if not any(fnmatchcase(key, rule) for rule in allowed)
+    }
     if refused:
         lines = [f"  {key}: was {was}, now {now}" for key, (was, now) in refused.items()]
         raise UserError(

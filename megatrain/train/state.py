@@ -31,7 +31,9 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its key (no copies: loading writes into them)."""
-        found: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in self.weights.parameters.items()}
+        found: dict[str, Tensor] = {
+            f"model.{name}": p.detach() for name, p in self.weights.parameters.items()
+        }
         for key, value in optimizer_tensors(self.optimizer, self.weights.parameters).items():
             found[f"optim.{key}"] = value
         if self.average is not None:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatrain.data.loader import StepBatch
+from megatrain.data.loader import Batch, StepBatch
 from megatrain.optim.clip import clip_gradients
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
@@ -21,6 +21,17 @@ class StepStats:
     """Of the whole model, before clipping."""
 
 
+def loss_sum(model: nn.Module, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
+    """Loss in nats, summed over the valid tokens of `batch` (float32 scalar on the model's device)."""
+    device = next(model.parameters()).device
+    tokens, targets, positions = (
+        t.to(device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.positions)
+    )
+    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device, non_blocking=True)
+    loss: Tensor = model(tokens, targets=targets, positions=positions, doc_ids=doc_ids, z_loss=z_loss)
+    return loss
+
+
 def train_step(state: TrainState, batch: StepBatch, cfg: Config, *, lr: float) -> StepStats:
     """One optimizer step at learning rate `lr` over the global batch.
 
@@ -30,15 +41,7 @@ def train_step(state: TrainState, batch: StepBatch, cfg: Config, *, lr: float) -
     device = next(state.model.parameters()).device
     total_loss = torch.zeros((), dtype=torch.float32, device=device)
     for part in batch.micro_batches:
-        part = part.to(device)
-        loss_sum = state.model(
-            part.tokens,
-            targets=part.targets,
-            positions=part.positions,
-            doc_ids=part.doc_ids,
-            z_loss=cfg.train.z_loss,
-        )
-        loss = loss_sum / max(batch.valid_tokens, 1)
+        loss = loss_sum(state.model, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
         loss.backward()
         state.weights.collect_gradients()
         total_loss += loss.detach()

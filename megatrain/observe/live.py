@@ -1,0 +1,101 @@
+"""The live display: a progress bar, the run's figures, the course of the loss, and notices. Needs rich."""
+
+import contextlib
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megatrain.observe.display import REFRESH_S, Clock, Row, describe, sparkline
+
+KEPT_NOTICES = 4
+STICKY = ("eval/loss", "eval/bits_per_byte")
+
+
+class LiveDisplay:
+    """Drawn in place, a few times a second at most; everything is left on the screen at the end."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
+        self._title = ""
+        self._phase = ("", 0.0)
+        self._clock = Clock()
+        self._row: Row = {}
+        self._losses: list[float] = []
+        self._notices: list[str] = []
+        self._drawn = float("-inf")
+        self._started = False
+
+    def phase(self, name: str, fraction: float) -> None:
+        self._phase = (name, fraction)
+        self._draw(force=fraction >= 1)
+
+    def start(self, total_steps: int, step: int, title: str) -> None:
+        self._clock = Clock(total_steps, step)
+        self._title, self._phase = title, ("", 0.0)
+        if step:
+            self._notices.append(f"resumed at step {step}")
+        self._draw(force=True)
+
+    def step(self, row: Row) -> None:
+        self._clock.tick(row)
+        self._losses.append(row["train/loss"])
+        self._row = {key: self._row[key] for key in STICKY if key in self._row} | row
+        self._draw(force="eval/loss" in row or self._clock.finished)
+
+    def notice(self, text: str) -> None:
+        self._notices = [*self._notices, text][-KEPT_NOTICES:]
+        self._draw(force=True)
+
+    def close(self) -> None:
+        if self._started:
+            self._draw(force=True)
+            with contextlib.suppress(OSError, ValueError):
+                self._live.stop()
+            self._started = False
+
+    def _draw(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if not force and now - self._drawn < REFRESH_S:
+            return
+        self._drawn = now
+        with contextlib.suppress(OSError, ValueError):  # a closed output must not end a run
+            if not self._started:
+                self._live.start()
+                self._started = True
+            self._live.update(self._picture(), refresh=True)
+
+    def _picture(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._phase[0]:
+            parts.append(_bar(f"data: {self._phase[0]}", self._phase[1], ""))
+        if self._title:
+            parts.append(Text(self._title, style="bold"))
+            share = self._clock.done / max(self._clock.total, 1)
+            label = f"step {self._clock.done}/{self._clock.total}"
+            parts.append(_bar(label, share, f"eta {self._clock.eta()}"))
+        if self._row:
+            parts.append(self._figures())
+            parts.append(
+                Text(sparkline(self._losses, max(10, min(72, self._console.width - 8))), style="cyan")
+            )
+        parts += [Text(f"· {notice}", style="yellow") for notice in self._notices]
+        return Group(*parts)
+
+    def _figures(self) -> Table:
+        table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+        facts = describe(self._row)
+        for name, _ in facts:
+            table.add_column(name, header_style="dim", no_wrap=True)
+        table.add_row(*(value for _, value in facts))
+        return table
+
+
+def _bar(label: str, share: float, right: str) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(Text(label), ProgressBar(total=1.0, completed=share, width=32), f"{share:.0%}", right)
+    return grid

@@ -1,0 +1,107 @@
+"""Where a step's row goes: metrics.jsonl, the display, Weights & Biases, TensorBoard."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatrain.config.errors import UserError
+from megatrain.observe.config import LogConfig
+from megatrain.observe.display import Display, Row
+from megatrain.observe.rundir import RunLog
+
+Sink = Callable[[Row], None]
+
+
+class Observer:
+    """Fans rows out. No sink can end a run: one that fails is said once and left out from then on.
+
+    Raises:
+        UserError: TensorBoard is asked for and is not installed.
+    """
+
+    def __init__(
+        self, run_dir: Path, cfg: LogConfig, display: Display, log: RunLog, config: dict[str, Any]
+    ) -> None:
+        self._every = cfg.every
+        self._display = display
+        self._log = log
+        self._sinks: dict[str, Sink] = {}
+        self._closers: list[Callable[[], None]] = []
+        if cfg.tensorboard:
+            self._open_tensorboard(run_dir)
+        if cfg.wandb != "off":
+            self._attempt("Weights & Biases", lambda: self._open_wandb(run_dir, cfg, config))
+
+    def step(self, row: Row) -> None:
+        """One step's row; every `log.every`-th is recorded, and each with a validation."""
+        if row["step"] % self._every and "eval/loss" not in row:
+            return
+        self._log.row(row)
+        self._display.step(row)
+        for name, sink in list(self._sinks.items()):
+            self._attempt(name, lambda sink=sink: sink(row))
+
+    def notice(self, text: str) -> None:
+        """Something that a person should know: shown, and kept in events.jsonl."""
+        self._log.event("notice", text=text)
+        self._display.notice(text)
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        for close in self._closers:
+            self._attempt("a log", close)
+        self._closers.clear()
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._sinks.pop(name, None)
+            self.notice(f"{name} is left out from here on: {error}")
+
+    def _open_wandb(self, run_dir: Path, cfg: LogConfig, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise RuntimeError("the package is not installed (pip install wandb)") from None
+        run_id = _run_id(run_dir / "wandb_id")
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+        run = wandb.init(
+            project=cfg.wandb_project,
+            id=run_id,
+            name=run_dir.name,
+            dir=str(run_dir),
+            mode=cfg.wandb,
+            resume="allow" if cfg.wandb == "online" else None,
+            config=config,
+            settings=settings,
+        )
+        self._sinks["Weights & Biases"] = lambda row: run.log(row, step=row["step"])
+        self._closers.append(lambda: run.finish())
+
+    def _open_tensorboard(self, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "log.tensorboard=true needs the package tensorboard: pip install 'megatrain[tensorboard]'"
+            ) from None
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+        def write(row: Row) -> None:
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "step":
+                    writer.add_scalar(key, value, row["step"])
+
+        self._sinks["TensorBoard"] = write
+        self._closers.append(writer.close)
+
+
+def _run_id(file: Path) -> str:
+    """The run's id at Weights & Biases, the same after every resume."""
+    if file.exists():
+        return file.read_text().strip()
+    run_id = os.urandom(4).hex()
+    file.write_text(run_id + "\n")
+    return run_id

@@ -1,0 +1,35 @@
+"""Is the run over-fitting? Counters that live in the checkpoint, and a notice."""
+
+from typing import Any
+
+RISES = 3  # validations in a row with rising validation and falling training loss before it is said
+
+
+def update(
+    counters: dict[str, Any], *, step: int, train_loss: float, eval_loss: float
+) -> tuple[dict[str, Any], str | None]:
+    """The counters after one more validation, and a notice when over-fitting shows.
+
+    Counters: best, best_step; without_best: validations since the best; rises: validations in a row in which the
+    validation loss rose while the training loss fell; eval_loss, train_loss: the last ones.
+    """
+    best = counters.get("best", float("inf"))
+    is_best = eval_loss < best
+    diverges = bool(counters) and eval_loss > counters["eval_loss"] and train_loss < counters["train_loss"]
+    rises = counters.get("rises", 0) + 1 if diverges else 0
+    new = {
+        "best": eval_loss if is_best else best,
+        "best_step": step if is_best else counters.get("best_step", step),
+        "without_best": 0 if is_best else counters.get("without_best", 0) + 1,
+        "rises": rises,
+        "eval_loss": eval_loss,
+        "train_loss": train_loss,
+    }
+    if rises != RISES:
+        return new, None
+    notice = (
+        f"step {step}: over-fitting: the validation loss rose {RISES} times in a row while the training loss fell "
+        f"(best {new['best']:.4f} at step {new['best_step']}). More data, a smaller model or an earlier stop helps "
+        "(train.early_stop_patience)."
+    )
+    return new, notice
