@@ -2,12 +2,12 @@
 
 import json
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict
 
 from megatrain.cli import machine
 from megatrain.cli.machine import Row
+from megatrain.cli.options import Parser
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "versions": machine.versions,
@@ -23,7 +23,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
 
 def run(argv: list[str]) -> int:
     """Look at every part and print what was found; 1 if something that every run needs is broken, else 0."""
-    parser = ArgumentParser(prog="megatrain doctor", add_help=False, allow_abbrev=False)
+    parser = Parser("doctor")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     found = {part: _look(function) for part, function in PARTS.items()}

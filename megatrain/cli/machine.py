@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from megatrain.runtime.paths import cache_dir
+
 GIB = 2**30
 MIN_FREE_GIB = 2
 """Free space below which a small run's checkpoints and data cache may not fit, in GiB."""
@@ -177,12 +179,10 @@ def network() -> list[Row]:
 
 def paths() -> list[Row]:
     """The directories that a run writes to, each really written to."""
-    from megatrain.data.store import cache_root
-
     places = {
         "runs": (Path("runs").absolute(), "write elsewhere with run.dir=DIR"),
         "data cache": (
-            cache_root(None),
+            cache_dir(),
             "set MEGATRAIN_CACHE or data.cache_dir to a directory that can be written",
         ),
         "temporary": (Path(tempfile.gettempdir()), "set TMPDIR to a directory that can be written"),

@@ -1,7 +1,10 @@
-"""The flags of the verbs that take a config: Hydra's own, where Hydra has them."""
+"""Flags: how every verb reads its own, and those of the verbs that take a config (Hydra's, where it has them)."""
 
 from argparse import ArgumentParser
 from dataclasses import dataclass
+from typing import NoReturn
+
+from megatrain.config.errors import UserError
 
 FLAGS = (
     (
@@ -21,6 +24,22 @@ FLAGS = (
 )
 
 
+class Parser(ArgumentParser):
+    """argparse for one verb; a mistake is a `UserError` as everywhere, and help comes from the table of verbs."""
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(prog=f"megatrain {verb}", add_help=False, allow_abbrev=False)
+        self.verb = verb
+
+    def error(self, message: str) -> NoReturn:
+        """argparse calls this for every mistake.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{self.verb}: {message}; see `megatrain {self.verb} --help`.")
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """A parsed command line of a verb that takes a config."""
@@ -33,8 +52,12 @@ class Options:
 
 
 def parse_options(verb: str, argv: list[str]) -> Options:
-    """Split a command line into overrides and flags; a wrong flag ends the process with 2 (argparse)."""
-    parser = ArgumentParser(prog=f"megatrain {verb}", add_help=False, allow_abbrev=False)
+    """Split a command line into overrides and flags.
+
+    Raises:
+        UserError: there is no such flag, or it has a wrong value.
+    """
+    parser = Parser(verb)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--cfg", "-c", choices=["job", "schema"])
     parser.add_argument("--resolve", action="store_true")

@@ -44,6 +44,29 @@ VERBS = (
         takes_config=True,
     ),
     Verb(
+        name="generate",
+        summary="continue a text with the model of a run",
+        usage="RUN [PROMPT] [flags]",
+        examples=(
+            (
+                'megatrain generate runs/default "def main("',
+                "go on from a prompt with the run's last checkpoint",
+            ),
+            ('megatrain generate runs/default "import " --temperature 0', "the likeliest token every time"),
+            (
+                "megatrain generate runs/default --tokens 500 --seed 7",
+                "without a prompt, longer, another draw",
+            ),
+        ),
+        takes_config=False,
+        flags=(
+            ("--tokens N", "tokens to make at most; default: 200"),
+            ("--temperature T", "0: the likeliest token; higher: more varied; default: 0.8"),
+            ("--top-k K", "draw among the K likeliest tokens; default: all"),
+            ("--seed N", "seed of the draw; default: 0"),
+        ),
+    ),
+    Verb(
         name="doctor",
         summary="say what this machine offers, what is missing for which feature, and how to get it",
         usage="[--json]",
