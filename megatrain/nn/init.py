@@ -1,6 +1,8 @@
 """Initial weights: each element a pure function of (seed, canonical parameter name, its global index)."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,22 @@ from megatrain.runtime.rng import fill_normal_
 BLOCK_OUTPUTS = ("attn.wo.weight", "mlp.down.weight")
 
 
+class Shard(NamedTuple):
+    """The rectangular part of a parameter that is at hand."""
+
+    values: Tensor
+    """What to fill."""
+    shape: Sequence[int]
+    """Of the whole parameter."""
+    offsets: Sequence[int]
+    """Where `values` begins in it."""
+
+
+def whole(parameter: Tensor) -> Shard:
+    """All of a parameter."""
+    return Shard(parameter.data, parameter.shape, (0,) * parameter.ndim)
+
+
 def parameter_std(name: str, cfg: DecoderConfig) -> float:
     """Standard deviation of a matrix at initialization."""
     if cfg.init_scaling == "depth" and name.endswith(BLOCK_OUTPUTS):
@@ -19,22 +37,19 @@ def parameter_std(name: str, cfg: DecoderConfig) -> float:
 
 
 @torch.no_grad()
-def init_parameter_(
-    out: Tensor, name: str, cfg: DecoderConfig, *, seed: int, indices: Tensor | None = None
+def init_weights(
+    model: nn.Module, cfg: DecoderConfig, *, seed: int, shard_of: Callable[[Tensor], Shard] = whole
 ) -> None:
-    """Fill one parameter, or the part of it whose elements have the global (row-major) `indices`.
+    """Fill all parameters of `model`, each on the device where it is: matrices normal, norms 1, biases 0.
 
-    Matrices are normal, norms 1, biases 0.
+    `shard_of` tells which part of a parameter is held here, when it is not the whole.
     """
-    if name.endswith("bias"):
-        out.zero_()
-    elif name.endswith("norm.weight"):
-        out.fill_(1.0)
-    else:
-        fill_normal_(out, seed=seed, name=name, std=parameter_std(name, cfg), indices=indices)
-
-
-def init_weights(model: nn.Module, cfg: DecoderConfig, *, seed: int) -> None:
-    """Fill all parameters of `model`, each on the device where it is."""
     for name, parameter in model.named_parameters():
-        init_parameter_(parameter.data, name, cfg, seed=seed)
+        values, shape, offsets = shard_of(parameter)
+        if name.endswith("bias"):
+            values.zero_()
+        elif name.endswith("norm.weight"):
+            values.fill_(1.0)
+        else:
+            std = parameter_std(name, cfg)
+            fill_normal_(values, seed=seed, name=name, std=std, shape=shape, offsets=offsets)

@@ -69,5 +69,5 @@ def _element_numbers(part: Tensor, shape: Sequence[int], offsets: Sequence[int])
     numbers = torch.zeros((), dtype=torch.int64, device=part.device)
     for size, whole, offset in zip(part.shape, shape, offsets, strict=True):
         place = torch.arange(offset, offset + size, device=part.device)
-        numbers = numbers.unsqueeze(-1) * size + place
+        numbers = numbers.unsqueeze(-1) * whole + place
     return numbers

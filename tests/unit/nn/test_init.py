@@ -1,79 +1,93 @@
-"""Initial weights: shard by shard the same, with the promised statistics."""
+"""Initial weights: what each parameter starts as, whole or in parts."""
 
-import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from megatrain.models.decoder import Decoder
 from megatrain.nn.config import DecoderConfig
-from megatrain.nn.init import init_parameter_, init_weights
-from megatrain.runtime.rng import fill_normal_, random_bits, stream_key
+from megatrain.nn.init import Shard, init_weights
 
-CFG = DecoderConfig(n_layers=8, hidden_size=64, n_heads=4, ffn_size=96, vocab_size=128, init_std=0.02)
-WQ = "layers.0.attn.wq.weight"
-
-
-def splitmix64(state: int, count: int) -> list[int]:
-    """The published generator, in Python integers."""
-    mask, out = (1 << 64) - 1, []
-    for _ in range(count):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        out.append(z ^ (z >> 31))
-    return out
-
-
-@pytest.mark.parametrize("key", [0, 1234567, -5, stream_key(0, WQ)])
-def test_bits_are_splitmix64(key: int) -> None:
-    got = random_bits(torch.arange(100), key).numpy().astype(np.uint64)
-    assert got.tolist() == splitmix64(key & ((1 << 64) - 1), 100)
+CFG = DecoderConfig(
+    n_layers=8,
+    hidden_size=64,
+    n_heads=4,
+    ffn_size=96,
+    vocab_size=128,
+    max_seq_len=32,
+    norm="layer",
+    positions="learned",
+    tie_embeddings=False,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    init_std=0.03,
+)
 
 
-def test_a_shard_equals_its_part_of_the_whole() -> None:
-    whole = torch.empty(64, 48)
-    init_parameter_(whole, WQ, CFG, seed=3)
-    indices = torch.arange(64 * 48).view(64, 48)
-    for rows, columns in (
-        (slice(0, 16), slice(None)),
-        (slice(None), slice(7, 31)),
-        (slice(63, 64), slice(0, 1)),
-    ):
-        part = torch.empty(whole[rows, columns].shape)
-        init_parameter_(part, WQ, CFG, seed=3, indices=indices[rows, columns].contiguous())
-        assert torch.equal(part, whole[rows, columns])
-
-
-def test_values_are_normal_and_streams_are_unrelated() -> None:
-    n = 1 << 20
-    draws = []
-    for seed, name in ((0, "a"), (1, "a"), (0, "b")):
-        out = torch.empty(n, dtype=torch.float64)
-        fill_normal_(out, seed=seed, name=name, std=2.0)
-        draws.append(out)
-        # Five standard errors of each moment's estimate.
-        assert abs(out.mean()) < 5 * 2 / math.sqrt(n)
-        assert abs(out.std() / 2 - 1) < 5 / math.sqrt(2 * n)
-        assert abs((out / 2).pow(4).mean() - 3) < 5 * math.sqrt(96 / n)
-        assert abs((out[1:] * out[:-1]).mean() / 4) < 5 / math.sqrt(n)
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert abs((draws[one] * draws[other]).mean() / 4) < 5 / math.sqrt(n)
-
-
-def test_first_values_are_frozen() -> None:
-    out = torch.empty(3)
-    fill_normal_(out, seed=0, name=WQ, std=1.0)
-    assert out.tolist() == pytest.approx([-0.8474783, -1.563622, 0.4260369], rel=1e-6)
+def make(cfg: DecoderConfig = CFG, seed: int = 0) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        model = Decoder(cfg)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))  # so that one left out is seen
+    init_weights(model, cfg, seed=seed)
+    return dict(model.named_parameters())
 
 
 def test_roles() -> None:
-    model = Decoder(CFG)
-    init_weights(model, CFG, seed=0)
-    weights = dict(model.named_parameters())
-    assert torch.equal(weights["norm.weight"], torch.ones(64))
-    assert weights[WQ].std().item() == pytest.approx(0.02, rel=0.1)
-    assert weights["layers.0.attn.wo.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.1)
-    assert weights["layers.0.mlp.down.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    deep = 0.03 / 4  # sqrt(2 · 8 layers)
+    for name, parameter in make().items():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        else:
+            std = deep if name.endswith(("attn.wo.weight", "mlp.down.weight")) else 0.03
+            # The smallest matrix has 2,048 elements: five standard errors are 8 %.
+            assert parameter.std().item() == pytest.approx(std, rel=0.08), name
+            assert abs(parameter.mean().item()) < 5 * std / parameter.numel() ** 0.5, name
+
+
+def test_without_depth_scaling_all_matrices_are_alike() -> None:
+    plain = make(replace(CFG, init_scaling="none"))
+    assert plain["layers.3.attn.wo.weight"].std().item() == pytest.approx(0.03, rel=0.08)
+
+
+def test_no_two_parameters_and_no_two_seeds_share_values() -> None:
+    matrices = {name: p for name, p in make().items() if p.ndim == 2}
+    other = make(seed=1)
+    firsts = {round(p[0, 0].item(), 12) for p in [*matrices.values(), *(other[name] for name in matrices)]}
+    assert len(firsts) == 2 * len(matrices)
+
+
+def test_a_parameter_depends_on_nothing_but_seed_and_name() -> None:
+    """Not on the depth of the model, nor on what else is in it."""
+    torch.manual_seed(11)
+    shallow = make(replace(CFG, n_layers=2, init_scaling="none", tie_embeddings=True))
+    deep = make(replace(CFG, init_scaling="none"))
+    for name, parameter in shallow.items():
+        assert torch.equal(parameter, deep[name]), name
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_two_halves_are_the_whole(dim: int) -> None:
+    halves = []
+    for half in (0, 1):
+
+        def shard_of(parameter: torch.Tensor, half: int = half) -> Shard:
+            cut = min(dim, parameter.ndim - 1)
+            size = parameter.shape[cut] // 2
+            offsets = [0] * parameter.ndim
+            offsets[cut] = half * size
+            return Shard(parameter.data.narrow(cut, half * size, size), parameter.shape, offsets)
+
+        model = Decoder(CFG)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        init_weights(model, CFG, seed=0, shard_of=shard_of)
+        halves.append(dict(model.named_parameters()))
+    for name, whole in make().items():
+        assert torch.equal(halves[0][name] + halves[1][name], whole), name  # the other half is 0
