@@ -26,7 +26,9 @@ def _show_result(cfg: Config, code: int) -> None:
 
     directory = run_directory(cfg)
     if code:
-        print(f"\nStopped by a signal; everything is saved in {directory}. The same command goes on from there.")
+        print(
+            f"\nStopped by a signal; everything is saved in {directory}. The same command goes on from there."
+        )
         return
     prompt = PYTHON_PROMPT if cfg.data.kind == "text" and cfg.data.path is None else ""
     if cfg.train.sample_tokens and cfg.data.kind == "text":

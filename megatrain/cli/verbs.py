@@ -67,6 +67,24 @@ VERBS = (
         ),
     ),
     Verb(
+        name="bench",
+        summary="measure how fast a config trains on this machine, and where a step's time goes",
+        usage="[group=option] [key=value] [flags]",
+        examples=(
+            ("megatrain bench", "the default config on its own data"),
+            (
+                "megatrain bench data=synthetic model=gpt2_124m seq_len=512 --steps 5",
+                "a preset on random tokens",
+            ),
+            ("megatrain bench train.precision=fp32 --json", "float32, for programs"),
+        ),
+        takes_config=True,
+        flags=(
+            ("--steps N", "steps to count after three of warm-up; default: 20"),
+            ("--json", "print one JSON object instead of a table"),
+        ),
+    ),
+    Verb(
         name="doctor",
         summary="say what this machine offers, what is missing for which feature, and how to get it",
         usage="[--json]",
