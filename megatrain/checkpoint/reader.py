@@ -8,6 +8,7 @@ silent about keys that were not asked for, about other dtypes, and about holes; 
 import io
 import math
 import pickle
+import pickletools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -63,6 +64,16 @@ ALLOWED: dict[tuple[str, str], Any] = {
 }
 """All that a metadata file may refer to. None of it does more than hold values."""
 
+# fmt: off
+OPCODES = frozenset((
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE",
+    "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE", "EMPTY_TUPLE", "TUPLE",
+    "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
+    "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD",
+))
+# fmt: on
+"""The steps that a metadata file is built by. Left out are, for instance, those that ask for any amount of memory."""
+
 
 class MetadataUnpickler(pickle.Unpickler):
     """Makes objects of `ALLOWED` only; everything else is refused before it is imported or called."""
@@ -105,6 +116,8 @@ def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:
         Damage: it holds anything but tensors that lie wholly in `files`.
     """
     try:
+        if strange := {opcode.name for opcode, _, _ in pickletools.genops(raw)} - OPCODES:
+            raise pickle.UnpicklingError(f"it uses {', '.join(sorted(strange))}")
         found = MetadataUnpickler(io.BytesIO(raw)).load()
     except Exception as error:  # a broken pickle may raise anything
         raise Damage(f".metadata is refused: {error or type(error).__name__}") from None
