@@ -1,7 +1,13 @@
 """The family GPT-2."""
 
 from megatrain.models.decoder import Decoder
-from megatrain.models.gpt2.weights import hf_config, weight_map
+from megatrain.models.gpt2.weights import config_from_hf, hf_config, weight_map
 from megatrain.models.spec import ModelSpec
 
-SPEC = ModelSpec(kind="gpt2", build=Decoder, weights=weight_map, hf_config=hf_config)
+SPEC = ModelSpec(
+    kind="gpt2",
+    build=Decoder,
+    weights=weight_map,
+    hf_config=hf_config,
+    config_from_hf=config_from_hf,
+)

@@ -1,23 +1,64 @@
-"""Qwen3's names at Hugging Face: Llama's, and a norm of queries and keys."""
+"""Qwen3's form at Hugging Face: Llama's, and a norm of queries and keys."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from megatrain.models.llama3.weights import LLAMA_LIKE, NAMES, llama_like_config, llama_like_map
+from megatrain.config.errors import UserError
+from megatrain.config.load import load
+from megatrain.models.llama3.weights import (
+    LLAMA_LIKE,
+    MODULES,
+    llama_like_config,
+    llama_like_from_hf,
+    llama_like_map,
+)
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.models.spec import WeightMap, require
 
-QWEN3_NAMES = NAMES | {
-    "attn.q_norm.weight": "self_attn.q_norm.weight",
-    "attn.k_norm.weight": "self_attn.k_norm.weight",
-}
+QWEN3_MODULES = MODULES | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 
 
 def weight_map(cfg: Qwen3Config) -> WeightMap:
     """Names of `Qwen3ForCausalLM`'s parameters."""
-    require(cfg, "Qwen3", qk_norm=True, **LLAMA_LIKE)
-    return llama_like_map(cfg, QWEN3_NAMES)
+    check(cfg)
+    return llama_like_map(cfg, QWEN3_MODULES)
+
+
+def check(cfg: Qwen3Config) -> None:
+    """Refuse what Hugging Face's Qwen3 does not have."""
+    require(cfg, "Qwen3", qk_norm=True, mlp_bias=False, output_bias=cfg.attention_bias, **LLAMA_LIKE)
 
 
 def hf_config(cfg: Qwen3Config) -> dict[str, Any]:
-    """Arguments of transformers' `Qwen3Config`."""
-    return llama_like_config(cfg, "qwen3") | {"use_sliding_window": False}
+    """config.json of `Qwen3ForCausalLM`."""
+    check(cfg)
+    windowed = cfg.window is not None
+    own = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "use_sliding_window": windowed,
+        "sliding_window": cfg.window,
+        "max_window_layers": 0 if windowed else cfg.n_layers,  # the window begins at this layer
+        "layer_types": ["sliding_attention" if windowed else "full_attention"] * cfg.n_layers,
+    }
+    return own | llama_like_config(cfg)
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Qwen3Config:
+    """The config of a `Qwen3ForCausalLM`."""
+    return load(Qwen3Config, llama_like_from_hf(hf) | {"window": _window(hf)})
+
+
+def _window(hf: Mapping[str, Any]) -> int | None:
+    """The window that all layers share, if there is one."""
+    window: int | None = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
+    if window is None:
+        return None
+    layers = hf["num_hidden_layers"]
+    first = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
+    ]
+    if len(set(kinds)) > 1:
+        raise UserError("config.json: layers with and without sliding_window in one model are not supported")
+    return window if kinds[0] == "sliding_attention" else None
