@@ -36,7 +36,7 @@ def committed_steps(directory: Path) -> list[int]:
     """Steps that have a committed checkpoint, ascending. Only names are looked at."""
     try:
         names = os.listdir(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = (STEP_NAME.fullmatch(name) for name in names)
     return sorted(step for match in found if match and step_name(step := int(match[1])) == match[0])

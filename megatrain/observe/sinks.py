@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatrain.config.errors import UserError
 from megatrain.observe.config import LogConfig
@@ -31,7 +32,9 @@ class Observer:
         if cfg.tensorboard:
             self._open_tensorboard(run_dir)
         if cfg.wandb != "off":
-            self._attempt("Weights & Biases", lambda: self._open_wandb(run_dir, cfg, config))
+            self._attempt(
+                "Weights & Biases", partial(self._open_wandb, run_dir, cfg.wandb_project, cfg.wandb, config)
+            )
 
     def step(self, row: Row) -> None:
         """One step's row; every `log.every`-th is recorded, and each with a validation."""
@@ -40,7 +43,7 @@ class Observer:
         self._log.row(row)
         self._display.step(row)
         for name, sink in list(self._sinks.items()):
-            self._attempt(name, lambda sink=sink: sink(row))
+            self._attempt(name, partial(sink, row))
 
     def notice(self, text: str) -> None:
         """Something that a person should know: shown, and kept in events.jsonl."""
@@ -60,7 +63,9 @@ class Observer:
             self._sinks.pop(name, None)
             self.notice(f"{name} is left out from here on: {error}")
 
-    def _open_wandb(self, run_dir: Path, cfg: LogConfig, config: dict[str, Any]) -> None:
+    def _open_wandb(
+        self, run_dir: Path, project: str, mode: Literal["offline", "online"], config: dict[str, Any]
+    ) -> None:
         try:
             import wandb
         except ImportError:
@@ -68,12 +73,12 @@ class Observer:
         run_id = _run_id(run_dir / "wandb_id")
         settings = wandb.Settings(silent=True, console="off", init_timeout=30)
         run = wandb.init(
-            project=cfg.wandb_project,
+            project=project,
             id=run_id,
             name=run_dir.name,
             dir=str(run_dir),
-            mode=cfg.wandb,
-            resume="allow" if cfg.wandb == "online" else None,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
             config=config,
             settings=settings,
         )

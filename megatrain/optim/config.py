@@ -69,8 +69,8 @@ class CosineConfig:
     """Half a cosine from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_steps: int = 100
-    """Steps of linear growth from 0 to the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear growth from 0 to the peak; null: a tenth of all steps, 100 at most."""
     final_ratio: float = 0.1
     """Learning rate at the last step, as a share of the peak."""
 
@@ -82,8 +82,8 @@ class CosineConfig:
 @config
 class LinearConfig:
     kind: Literal["linear"] = "linear"
-    warmup_steps: int = 100
-    """Steps of linear growth from 0 to the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear growth from 0 to the peak; null: a tenth of all steps, 100 at most."""
     final_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
 
@@ -97,8 +97,8 @@ class WSDConfig:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395)."""
 
     kind: Literal["wsd"] = "wsd"
-    warmup_steps: int = 100
-    """Steps of linear growth from 0 to the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear growth from 0 to the peak; null: a tenth of all steps, 100 at most."""
     decay_fraction: float = 0.2
     """Share of all steps, at the end, in which the rate falls linearly."""
     final_ratio: float = 0.0

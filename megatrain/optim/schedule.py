@@ -11,15 +11,16 @@ def lr_factor(cfg: ScheduleConfig, step: int, *, total_steps: int) -> float:
     Warm-up grows linearly and reaches 1 at step `warmup_steps`; its first step is not 0. The last step,
     `total_steps - 1`, uses the schedule's final ratio.
     """
-    if step < cfg.warmup_steps:
-        return (step + 1) / (cfg.warmup_steps + 1)
+    warmup = min(100, total_steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if isinstance(cfg, ConstantConfig):
         return 1.0
     if isinstance(cfg, CosineConfig | LinearConfig):
-        done = _progress(step, cfg.warmup_steps, total_steps - 1)
+        done = _progress(step, warmup, total_steps - 1)
         shape = 0.5 * (1 + math.cos(math.pi * done)) if isinstance(cfg, CosineConfig) else 1 - done
     else:
-        decay_start = max(cfg.warmup_steps, round(total_steps * (1 - cfg.decay_fraction)) - 1)
+        decay_start = max(warmup, round(total_steps * (1 - cfg.decay_fraction)) - 1)
         shape = 1 - _progress(step, decay_start, total_steps - 1)
     return cfg.final_ratio + (1 - cfg.final_ratio) * shape
 

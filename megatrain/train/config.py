@@ -100,7 +100,7 @@ class Config:
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
-        if self.schedule.warmup_steps > self.train.steps:
+        if (self.schedule.warmup_steps or 0) > self.train.steps:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
         tokenizer = self.data.tokenizer

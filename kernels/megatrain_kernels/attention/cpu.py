@@ -91,4 +91,4 @@ def blocked_causal_attention(
     kv_heads = k.shape[2]
     grouped = (q * scale).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
     out = BlockedCausalAttention.apply(grouped, k.transpose(1, 2), v.transpose(1, 2), window, doc_ids)
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, seq, heads, v.shape[-1])  # type: ignore[no-untyped-call]
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, seq, heads, v.shape[-1])

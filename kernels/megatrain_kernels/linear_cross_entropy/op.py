@@ -113,5 +113,5 @@ def linear_cross_entropy(
         )
         return reduce_loss(losses, valid, reduction)
     options = _Options(ignore_index, z_loss, softcap)
-    total = _ChunkedLoss.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), options)  # type: ignore[no-untyped-call]
+    total = _ChunkedLoss.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), options)
     return reduce_loss(total, valid, reduction)

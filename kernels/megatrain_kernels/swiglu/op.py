@@ -29,4 +29,4 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) · up, elementwise over equal shapes."""
     if choose(backend) == "reference":
         return swiglu_reference(gate, up)
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+    return _SwiGLU.apply(gate, up)

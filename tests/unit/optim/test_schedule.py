@@ -41,3 +41,9 @@ def test_a_run_of_one_step_uses_a_positive_rate(
     cfg: CosineConfig | LinearConfig | WSDConfig,
 ) -> None:
     assert lr_factor(cfg, 0, total_steps=1) > 0
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(50, 5), (400, 40), (5000, 100)])
+def test_warmup_is_a_tenth_by_default_and_a_hundred_at_most(steps: int, warmup: int) -> None:
+    factors = [lr_factor(CosineConfig(), step, total_steps=steps) for step in range(warmup + 1)]
+    assert factors == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup)] + [1.0])

@@ -1,0 +1,91 @@
+"""How fast a config trains on this machine, and where one step's time goes. Nothing is written."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatrain.data.prepare import prepare
+from megatrain.models.flops import flops_per_token, n_params
+from megatrain.observe.metrics import peak_memory_gib, throughput
+from megatrain.observe.profile import breakdown
+from megatrain.runtime.device import choose_precision, peak_flops, pick_device
+from megatrain.train.build import COMPUTE_DTYPE, build_parts
+from megatrain.train.config import Config
+from megatrain.train.step import train_step
+
+WARM_UP = 3  # steps that are not counted: allocators and libraries set themselves up
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians over the counted steps; seconds of one step by class of operation."""
+
+    device: str
+    precision: str
+    parameters: int
+    steps: int
+    step_time_s: float
+    spread_s: tuple[float, float]
+    """Fastest and slowest counted step."""
+    rates: dict[str, float]
+    """tokens/s, TFLOP/s and MFU under the names of metrics.jsonl."""
+    peak_how: str | None
+    """Whether the ceiling of the MFU was published or measured; None: it is not known."""
+    peak_memory_gib: float
+    classes: list[tuple[str, float]]
+    operators: list[tuple[str, float]]
+
+
+def bench(cfg: Config, *, steps: int, progress: Callable[[str, float], None]) -> BenchResult:
+    """Time `steps` training steps of `cfg` on its own data.
+
+    Raises:
+        UserError: the data is wrong, or too short.
+    """
+    device = pick_device()
+    if cfg.train.precision == "auto":
+        settled = dataclasses.replace(cfg.train, precision=choose_precision(device))
+        cfg = dataclasses.replace(cfg, train=settled)
+    data = prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size)
+    parts = build_parts(cfg, data, device)
+    batches = parts.loader.batches(0)
+
+    def step() -> None:
+        train_step(parts.state, next(batches), cfg, lr=0.0).loss.item()  # item() waits for the device
+
+    times: list[float] = []
+    for number in range(WARM_UP + steps):
+        progress("measuring steps", number / (WARM_UP + steps))
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    counted = times[WARM_UP:]
+    memory = peak_memory_gib(device)
+    classes, operators = breakdown(step)
+    batches.close()  # type: ignore[attr-defined]
+    peak = peak_flops(device, COMPUTE_DTYPE[cfg.train.precision])
+    rates = throughput(
+        cfg.global_batch_size * cfg.seq_len,
+        statistics.median(counted),
+        flops_per_token_full=flops_per_token(cfg.model, cfg.seq_len, causal=False),
+        flops_per_token_causal=flops_per_token(cfg.model, cfg.seq_len, causal=True),
+        peak=peak,
+        devices=1,
+    )
+    return BenchResult(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        precision=cfg.train.precision,
+        parameters=n_params(cfg.model),
+        steps=steps,
+        step_time_s=statistics.median(counted),
+        spread_s=(min(counted), max(counted)),
+        rates=rates,
+        peak_how=None if peak is None else peak.how,
+        peak_memory_gib=memory,
+        classes=classes,
+        operators=operators,
+    )

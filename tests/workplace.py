@@ -1,0 +1,62 @@
+"""A small corpus and a small run, started as a user starts it: as a process, from the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TINY = (
+    "data.tokenizer.kind=bytes",
+    "model.n_layers=2",
+    "model.hidden_size=32",
+    "model.n_heads=2",
+    "model.n_kv_heads=null",
+    "model.head_dim=null",
+    "model.ffn_size=64",
+    "model.vocab_size=260",
+    "seq_len=32",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "train.steps=12",
+    "train.eval_every=5",
+    "train.eval_tokens=256",
+    "train.sample_tokens=8",
+    "schedule.warmup_steps=2",
+    "checkpoint.every=4",
+    "checkpoint.keep=0",
+    "log.wandb=off",
+)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "megatrain", *arguments]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """An empty folder with a cache of its own, in which the command runs."""
+
+    folder: Path
+    text: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"MEGATRAIN_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def tiny(self, *overrides: str) -> list[str]:
+        """The command line of a tiny run on the workplace's text."""
+        return command("train", f"data.path={self.text}", *TINY, *overrides)
+
+    def run(self, arguments: Sequence[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            arguments, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def rows(self, name: str) -> list[dict[str, object]]:
+        lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
