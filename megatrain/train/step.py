@@ -39,7 +39,7 @@ def train_step(state: TrainState, batch: StepBatch, cfg: Config, *, lr: float) -
     batch, so the cut into micro-batches changes nothing but rounding.
     """
     device = next(state.model.parameters()).device
-    total_loss = torch.zeros((), dtype=torch.float32, device=device)
+    total_loss = torch.zeros((), dtype=torch.float64, device=device)  # a long sum of small parts
     for part in batch.micro_batches:
         loss = loss_sum(state.model, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
         loss.backward()

@@ -1,0 +1,54 @@
+"""What may differ when a run goes on."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatrain.config.errors import UserError
+from megatrain.observe.config import LogConfig
+from megatrain.optim.config import AdamWConfig, SGDConfig
+from megatrain.train.config import Config, RunConfig, TrainConfig
+from megatrain.train.resume import FREE, changed_keys, check_same_data, check_same_run
+
+OLD = Config()
+
+
+def test_watching_storing_and_cutting_are_free() -> None:
+    new = replace(OLD, log=LogConfig(every=7), run=RunConfig(dir="/elsewhere"), micro_batch_size=2)
+    assert changed_keys(OLD, new) == {}
+
+
+def test_what_changes_the_run_is_refused_by_name_with_both_values() -> None:
+    new = replace(OLD, optim=AdamWConfig(lr=0.5), seq_len=128)
+    with pytest.raises(UserError) as refusal:
+        check_same_run(OLD, new)
+    message = str(refusal.value)
+    assert "optim.lr: was 0.001, now 0.5" in message
+    assert "seq_len: was 256, now 128" in message
+    assert "train.allow_changes=[" in message
+
+
+def test_allowed_changes_are_returned() -> None:
+    new = replace(OLD, optim=AdamWConfig(lr=0.5), train=TrainConfig(allow_changes=("optim.*",)))
+    assert check_same_run(OLD, new) == {"optim.lr": (0.001, 0.5)}
+
+
+def test_another_optimizer_is_a_change() -> None:
+    assert "optim.kind" in changed_keys(OLD, replace(OLD, optim=SGDConfig()))
+
+
+def test_data_is_compared_by_content() -> None:
+    assert not check_same_data("aa", "aa", OLD)
+    with pytest.raises(UserError, match="fingerprint"):
+        check_same_data("aa", "bb", OLD)
+    assert check_same_data("aa", "bb", replace(OLD, train=TrainConfig(allow_changes=("data.path",))))
+
+
+def test_every_free_key_exists() -> None:
+    from megatrain.config.load import keys
+
+    known = keys(Config)
+    for pattern in FREE:
+        assert any(
+            key == pattern or (pattern.endswith(".*") and key.startswith(pattern[:-1])) for key in known
+        )
