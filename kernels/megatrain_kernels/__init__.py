@@ -1,10 +1,11 @@
 """Operations of a Transformer, each with its plain definition (`reference.py`) and its fastest path (`op.py`)."""
 
 from megatrain_kernels.attention.op import attention
+from megatrain_kernels.cross_entropy.op import cross_entropy
 from megatrain_kernels.layer_norm.op import layer_norm
 from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
 from megatrain_kernels.rms_norm.op import rms_norm
 from megatrain_kernels.rotary.op import rotary
 from megatrain_kernels.swiglu.op import swiglu
 
-__all__ = ["attention", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu"]
+__all__ = ["attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu"]

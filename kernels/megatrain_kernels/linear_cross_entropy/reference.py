@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-Reduction = str  # "mean", "sum" or "none"
+from megatrain_kernels.cross_entropy.reference import cross_entropy_reference
 
 
 def linear_cross_entropy_reference(
@@ -15,30 +15,7 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Loss of each token, `(...)`, 0 where the target is `ignore_index`; float32 at least.
-
-    logits = x weightᵀ (capped to softcap · tanh(logits / softcap)); loss = lse - logits[target] + z_loss · lse², with
-    lse the log-sum-exp of the logits (z-loss: PaLM, arXiv 2204.02311, section 5).
-    """
+    """Loss of each token, `(...)`: `cross_entropy_reference` of logits = x weightᵀ, float32 at least."""
     compute = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(compute) @ weight.to(compute).T
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    valid = targets != ignore_index
-    lse = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(-1, targets.where(valid, 0).unsqueeze(-1)).squeeze(-1)
-    return (lse - picked + z_loss * lse.square()).where(valid, 0.0)
-
-
-def reduce_loss(losses: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:
-    """Mean over the valid tokens (0 if there is none), sum, or the losses themselves.
-
-    Raises:
-        ValueError: another reduction.
-    """
-    if reduction == "none":
-        return losses
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: must be mean, sum or none")
-    total = losses.sum()
-    return total / valid.sum().clamp(min=1) if reduction == "mean" else total
+    return cross_entropy_reference(logits, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap)

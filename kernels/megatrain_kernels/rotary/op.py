@@ -4,13 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatrain_kernels.backend import choose
+from megatrain_kernels.blocks import BLOCK_ELEMENTS
 from megatrain_kernels.rotary.reference import rotary_reference
 
 
 class _Rotate(torch.autograd.Function):
-    """Few passes over memory: cos and sin are widened once, and the gradient is the rotation by -angle."""
+    """Keeps cos and sin only: the gradient is the rotation by -angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -18,18 +20,31 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    c, s = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+    """A few sequences at a time, which a CPU's cache holds; float32 at least inside."""
+    batch, seq, heads, dim = x.shape
+    half = dim // 2
+    compute = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    first, second = x[..., :half], x[..., half:]
-    torch.mul(first, c, out=out[..., :half]).addcmul_(second, s, value=-1)
-    torch.mul(second, c, out=out[..., half:]).addcmul_(first, s)
+    several = max(1, BLOCK_ELEMENTS // max(1, seq * heads * dim)) if x.device.type == "cpu" else batch
+    tables: list[Tensor] = []
+    for start in range(0, batch, max(1, several)):
+        chosen = slice(start, start + several)
+        if not tables or cos.dim() == 3:  # one entry for each head: long rows are the fast ones
+            c, s = (t[chosen] if t.dim() == 3 else t for t in (cos, sin))
+            both = torch.cat([c, c], -1).to(compute)
+            tables = [t.to(compute).unsqueeze(-2).repeat_interleave(heads, dim=-2) for t in (both, s)]
+        wide = x[chosen].to(compute)
+        turned = wide * tables[0]
+        turned[..., :half].addcmul_(wide[..., half:], tables[1], value=-1)
+        turned[..., half:].addcmul_(wide[..., :half], tables[1])
+        out[chosen].copy_(turned)
     return out
 
 
@@ -40,4 +55,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
     """
     if choose(backend) == "reference":
         return rotary_reference(q, cos, sin), rotary_reference(k, cos, sin)
-    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)

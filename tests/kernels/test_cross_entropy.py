@@ -1,0 +1,131 @@
+"""Cross entropy, plain and with its linear layer: all options, chunks, a vocabulary sharded over processes."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn import functional as F
+
+from megatrain_kernels import cross_entropy, linear_cross_entropy
+
+TOKENS, VOCAB, HIDDEN, WORLD = 23, 38, 16, 2
+OPTIONS = [(0.0, None), (0.1, None), (0.0, 2.0), (0.1, 2.0)]
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.requires_grad_()
+
+
+def draw_targets() -> Tensor:
+    targets = torch.randint(VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(3))
+    targets[4:9] = -100
+    return targets
+
+
+def true_losses(logits: Tensor, targets: Tensor, z_loss: float, softcap: float | None) -> Tensor:
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses + z_loss * logits.logsumexp(-1).square() * (targets != -100)
+
+
+# Both compute in the type of the inputs at least; one rounding of the gradient in theirs.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("z_loss", "softcap"), OPTIONS)
+def test_cross_entropy(
+    dtype: torch.dtype, tolerance: float, backend: str, z_loss: float, softcap: float | None
+) -> None:
+    logits = (3 * draw(1, TOKENS, VOCAB)).detach().to(dtype).requires_grad_()
+    targets, cotangent = draw_targets(), draw(4, TOKENS).detach()
+    wide = logits.detach().double().requires_grad_()
+    truth = true_losses(wide, targets, z_loss, softcap)
+    got = cross_entropy(logits, targets, z_loss=z_loss, softcap=softcap, reduction="none", backend=backend)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got.double(), truth, rtol=2e-6, atol=2e-6)
+    (mine,) = torch.autograd.grad(got, logits, cotangent.to(got.dtype))
+    (true,) = torch.autograd.grad(truth, wide, cotangent)
+    torch.testing.assert_close(mine.double(), true, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_of_several_blocks_and_far_apart_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("megatrain_kernels.blocks"), "BLOCK_ELEMENTS", 5 * VOCAB)
+    logits, targets = (1e4 * draw(1, TOKENS, VOCAB)).detach().requires_grad_(), draw_targets()
+    truth = true_losses(logits, targets, 0.0, None)
+    got = cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(got, truth)
+    cotangent = draw(4, TOKENS).detach()
+    mine, true = (torch.autograd.grad(loss, logits, cotangent)[0] for loss in (got, truth))
+    torch.testing.assert_close(mine, true)
+
+
+def test_double_precision_gradcheck() -> None:
+    x, weight, targets = draw(1, 5, 3), draw(2, 7, 3), torch.tensor([0, 6, -100, 2, 2])
+    assert torch.autograd.gradcheck(
+        lambda x, w: linear_cross_entropy(x, w, targets, z_loss=0.1, softcap=2.0), (x, weight)
+    )
+
+
+def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 chunks are as exact as one: their sum is kept in float32 (in bf16 the error here is over 2 %)."""
+    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.op")
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 64})
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 64)
+    x = draw(1, 4096, HIDDEN).detach().bfloat16().requires_grad_()
+    weight = draw(2, VOCAB, HIDDEN).detach().bfloat16().requires_grad_()
+    targets = torch.randint(VOCAB, (4096,), generator=torch.Generator().manual_seed(3))
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    loss = F.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum")
+    (true,) = torch.autograd.grad(loss, wide[1])
+    (mine,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, reduction="sum"), weight)
+    assert (mine.double() - true).abs().max() <= 5e-3 * true.abs().max()  # one bf16 rounding is 4e-3
+
+
+def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    group = dist.group.WORLD
+    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.op")
+    module.CHUNK_ELEMENTS, module.MIN_CHUNK_ROWS = {"cpu": 5 * VOCAB}, 1  # type: ignore[attr-defined]
+    x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, VOCAB, HIDDEN), draw_targets()
+    columns = slice(rank * VOCAB // WORLD, (rank + 1) * VOCAB // WORLD)
+    shard = weight.detach()[columns].clone().requires_grad_()
+    got = linear_cross_entropy(x, shard, targets, z_loss=z_loss, softcap=softcap, tp_group=group)
+    losses = true_losses(x @ weight.T, targets, z_loss, softcap)
+    truth = losses.sum() / (targets != -100).sum()
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+    grads, true = torch.autograd.grad(got, (x, shard)), torch.autograd.grad(truth, (x, weight))
+    torch.testing.assert_close(grads[0], true[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[1], true[1][columns], rtol=1e-12, atol=1e-12)
+    logits = (x @ weight.T).detach()[:, columns].clone().requires_grad_()
+    got = cross_entropy(logits, targets, z_loss=z_loss, softcap=softcap, reduction="none", tp_group=group)
+    torch.testing.assert_close(got, losses, rtol=1e-12, atol=1e-12)
+    dist.destroy_process_group()
+
+
+def test_vocabulary_sharded_over_two_processes(tmp_path: Path) -> None:
+    mp.spawn(_sharded_worker, (str(tmp_path / "store"), 0.1, 2.0), nprocs=WORLD)
+
+
+def test_a_sharded_vocabulary_has_no_reference() -> None:
+    x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, VOCAB, HIDDEN), draw_targets()
+    group = object()
+    with pytest.raises(ValueError, match="sharded over tp_group"):
+        linear_cross_entropy(x, weight, targets, tp_group=group, reduction="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sharded over tp_group"):
+        cross_entropy(x @ weight.T, targets, tp_group=group, backend="reference")  # type: ignore[arg-type]
+
+
+def test_the_factor_of_the_loss_is_not_rounded_to_bf16() -> None:
+    """1/3000 in bf16 is off by 0.15 %, which would be the mean error of every gradient."""
+    x, weight = (draw(s, 3000, 64).detach().bfloat16().requires_grad_() for s in (1, 2))
+    targets = torch.arange(3000)
+    (whole,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, reduction="sum"), x)
+    (mean,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x)
+    ratio = (mean.double() * 3000 * whole.double()).sum() / whole.double().square().sum()
+    assert abs(ratio.item() - 1) < 1e-4  # 192,000 roundings of 0.1 % each average out
