@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from megatrain.nn.attention import Layout
 from megatrain.nn.block import Block
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.embed import Embedding
 from megatrain.nn.loss import LossHead
 from megatrain.nn.norm import make_norm
 from megatrain.nn.rope import rope_angles
@@ -17,10 +18,8 @@ class Decoder(nn.Module):
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.pos_embed = (
-            nn.Embedding(cfg.max_seq_len, cfg.hidden_size) if cfg.positions == "learned" else None
-        )
+        self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.pos_embed = Embedding(cfg.max_seq_len, cfg.hidden_size) if cfg.positions == "learned" else None
         self.layers = nn.ModuleDict({str(index): Block(cfg) for index in range(cfg.n_layers)})
         self.norm = make_norm(cfg)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -51,12 +50,8 @@ class Decoder(nn.Module):
             hidden = block(hidden, layout)
         hidden = self.norm(hidden)
         weight = self.embed.weight if self.head is None else self.head.weight
-        if targets is not None:
-            loss: Tensor = self.loss_head(hidden, weight, targets, z_loss)
-            return loss
-        logits = nn.functional.linear(hidden, weight)
-        cap = self.cfg.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        out: Tensor = self.loss_head(hidden, weight, targets, z_loss)
+        return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         hidden: Tensor = self.embed(tokens)

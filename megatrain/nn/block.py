@@ -20,8 +20,9 @@ class Block(nn.Module):
         self.mlp = make_mlp(cfg)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = self._add(x, self.attn(self.attn_norm(x), layout))
-        return self._add(x, self.mlp(self.mlp_norm(x)))
+        attended = self._scaled(self.attn(self.attn_norm(x), layout))
+        normed, x = self.mlp_norm(attended, residual=x)  # adds and normalises in one
+        return x + self._scaled(self.mlp(normed))
 
-    def _add(self, x: Tensor, update: Tensor) -> Tensor:
-        return x + update if self.scale == 1 else x + self.scale * update
+    def _scaled(self, update: Tensor) -> Tensor:
+        return update if self.scale == 1 else update * self.scale

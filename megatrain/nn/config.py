@@ -28,6 +28,14 @@ class RopeScaling:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "factor", "original_max_seq_len")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                rule = f"must be above 0 and below {high} ({getattr(self, high):g})"
+                yield Problem(low, getattr(self, low), rule)
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            yield Problem(
+                "attention_factor", self.attention_factor, "must be positive, or null for the formula"
+            )
 
 
 @config

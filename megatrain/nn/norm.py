@@ -1,4 +1,7 @@
-"""The two norms, and the choice between them."""
+"""The two norms, and the choice between them.
+
+Both take a residual on request: then it is added first, and (norm of the sum, sum) is returned.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = rms_norm(x, self.weight, self.eps)
-        assert isinstance(out, Tensor)
-        return out
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x and residual `(..., size)`."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class LayerNorm(nn.Module):
@@ -30,8 +32,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x and residual `(..., size)`."""
+        total = x if residual is None else x + residual
+        out = layer_norm(total, self.weight, self.bias, self.eps)
+        return out if residual is None else (out, total)
 
 
 def make_norm(cfg: DecoderConfig) -> nn.Module:

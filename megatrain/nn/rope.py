@@ -8,48 +8,58 @@ from torch import Tensor
 from megatrain.nn.config import RopeScaling
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[list[float], float]:
-    """`head_dim / 2` angles a token, and the factor on cos and sin (1 but for YaRN)."""
-    plain = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, *, device: torch.device | None = None
+) -> Tensor:
+    """Radians a token of each pair of dimensions, `(head_dim / 2,)` float64.
+
+    All kinds of stretching have the form `f · (kept + (1 - kept) / factor)`; they differ in how much of which
+    frequency is kept as it was. Everything is computed on `device`: a copy to it would make the host wait.
+    """
+    pair = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+    frequencies = theta ** (-2 * pair / head_dim)
     if scaling is None:
-        return plain, 1.0
-    if scaling.kind == "linear":
-        return [f / scaling.factor for f in plain], 1.0
-    if scaling.kind == "llama3":
-        return [_llama3(f, scaling) for f in plain], 1.0
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return _yarn(plain, theta, scaling), factor
+        return frequencies
+    if (
+        scaling.kind == "llama3"
+    ):  # by how often it turns over the original length (Llama 3.1's published code)
+        turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    elif scaling.kind == "yarn":
+        kept = _yarn_kept(pair, head_dim, theta, scaling)
+    else:  # position interpolation (arXiv 2306.15595)
+        kept = torch.zeros_like(frequencies)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _llama3(frequency: float, scaling: RopeScaling) -> float:
-    """Long wavelengths are stretched, short ones kept, with a ramp between (Llama 3.1's published code)."""
-    turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-    return (1 - kept) * frequency / scaling.factor + kept * frequency
+def _yarn_kept(pair: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """YaRN's ramp over the pairs of dimensions (arXiv 2309.00071, section 3.2)."""
+
+    def pair_with(turns: float) -> float:
+        """Where the pair lies that turns this often over the original length."""
+        length = scaling.original_max_seq_len / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with(scaling.beta_slow)), head_dim - 1)
+    return 1 - (pair - low) / max(high - low, 0.001)
 
 
-def _yarn(plain: list[float], theta: float, scaling: RopeScaling) -> list[float]:
-    """YaRN's ramp over the dimensions (arXiv 2309.00071, section 3.2)."""
-    half = len(plain)
-
-    def dimension(turns: float) -> float:
-        """Where the dimension lies that turns this often over the original length."""
-        return half * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / math.log(theta)
-
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), 2 * half - 1)
-    stretched = [min(1.0, max(0.0, (i - low) / max(high - low, 0.001))) for i in range(half)]
-    return [f / scaling.factor * s + f * (1 - s) for f, s in zip(plain, stretched, strict=True)]
+def rope_magnitude(scaling: RopeScaling | None) -> float:
+    """Factor on cos and sin: 1 but for YaRN's temperature (arXiv 2309.00071, section 3.4)."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0
 
 
 def rope_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `(..., head_dim / 2)`, float32, of `positions` `(...)`."""
-    frequencies, factor = rope_frequencies(head_dim, theta, scaling)
-    inverse = torch.tensor(frequencies, dtype=torch.float32, device=positions.device)
-    angles = positions.to(torch.float32).unsqueeze(-1) * inverse
-    return angles.cos() * factor, angles.sin() * factor
+    frequencies = rope_frequencies(head_dim, theta, scaling, device=positions.device)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies.to(torch.float32)
+    magnitude = rope_magnitude(scaling)
+    return angles.cos().mul_(magnitude), angles.sin().mul_(magnitude)

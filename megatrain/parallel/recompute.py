@@ -1,10 +1,11 @@
 """Activations that are made again in the backward pass instead of being kept (Chen et al., arXiv 1604.06174)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
@@ -34,4 +35,14 @@ def recompute_blocks(model: nn.Module, kind: Literal["none", "full", "selective"
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
     for block in layers.values():
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = _recomputed(block.forward, options)
+
+
+def _recomputed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
+    # A function of ours, not a partial of `checkpoint`: torch.compile passes over frames of torch's own, and
+    # would silently compile nothing.
+    def run(*args: Any) -> Tensor:
+        out: Tensor = checkpoint(forward, *args, **options)
+        return out
+
+    return run

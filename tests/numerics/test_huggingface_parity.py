@@ -16,7 +16,7 @@ from megatrain.models.llama3.config import Llama3Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.models.registry import config_from_hf, get_spec
 from megatrain.nn.config import RopeScaling
-from megatrain.nn.rope import rope_frequencies
+from megatrain.nn.rope import rope_frequencies, rope_magnitude
 
 TINY: dict[str, Any] = {
     "n_layers": 2,
@@ -112,14 +112,14 @@ def test_frequencies(scaling: RopeScaling | None, head_dim: int, theta: float, s
         scaling = replace(scaling, original_max_seq_len=16 * stretch)
     cfg = Llama3Config(**TINY, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
     config = AutoConfig.for_model(**get_spec("llama3").hf_config(cfg))
-    ours, factor = rope_frequencies(head_dim, theta, scaling)
+    ours = rope_frequencies(head_dim, theta, scaling).float()
     if scaling is None:
         expected, expected_factor = 1 / theta ** (torch.arange(0, head_dim, 2) / head_dim), 1.0
     else:
         expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, torch.device("cpu"))
     # transformers' float32 powers are off by a few units in the last place.
-    torch.testing.assert_close(torch.tensor(ours), expected, rtol=2e-6, atol=0)
-    assert factor == pytest.approx(expected_factor, rel=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=0)
+    assert rope_magnitude(scaling) == pytest.approx(expected_factor, rel=1e-12)
 
 
 def test_files_of_older_versions() -> None:
