@@ -95,6 +95,7 @@ def test_recomputation_changes_nothing(recompute: str) -> None:
     assert ours(changed)[0] == ours(CFG)[0]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about its own internals
 def test_compiled_blocks_train_alike() -> None:
     changed = replace(CFG, parallel=ParallelConfig(compile=True))
     assert ours(changed)[0] == pytest.approx(ours(CFG)[0], rel=1e-10)
