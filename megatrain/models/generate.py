@@ -15,6 +15,7 @@ def generate(
     context: int,
     temperature: float = 0.8,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     stop: int | None = None,
 ) -> Iterator[int]:
@@ -24,6 +25,7 @@ def generate(
         context: how many of the last tokens the model sees.
         temperature: 0 takes the likeliest token.
         top_k: draw from the k likeliest only.
+        top_p: draw from the fewest likeliest that have this probability together (arXiv 1904.09751).
         stop: end, without yielding it, at this token.
     """
     device = next(model.parameters()).device
@@ -31,16 +33,23 @@ def generate(
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-context:]], device=device)
-        token = _draw(model(window)[0, -1].float().cpu(), temperature, top_k, generator)
+        token = _draw(model(window)[0, -1].float().cpu(), (temperature, top_k, top_p), generator)
         if token == stop:
             return
         tokens.append(token)
         yield token
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+def _draw(logits: Tensor, how: tuple[float, int | None, float | None], generator: torch.Generator) -> int:
+    """One token from logits `(vocab,)`; `how` is (temperature, top_k, top_p)."""
+    temperature, top_k, top_p = how
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None and top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    if top_p is not None:
+        likeliest, token = probabilities.sort(descending=True)
+        up_to = likeliest.cumsum(0)
+        probabilities[token[1:][up_to[:-1] >= top_p]] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,4 +1,4 @@
-"""Options of the decoder, its loss against its logits, and generation."""
+"""Options of the decoder against their formulas, and its loss against its logits."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from megatrain.models.decoder import Decoder
-from megatrain.models.generate import generate
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.init import init_weights
 
@@ -174,20 +173,3 @@ def test_a_window_forgets() -> None:
     changed = tokens.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 61
     torch.testing.assert_close(model(tokens)[:, 3:], model(changed)[:, 3:])
-
-
-def test_greedy_generation_takes_the_likeliest_token() -> None:
-    model, _ = make()
-    prompt = draw_tokens()[0, :4].tolist()
-    produced = list(generate(model, prompt, max_new_tokens=5, context=8, temperature=0))
-    for step, token in enumerate(produced):
-        seen = (prompt + produced)[: 4 + step][-8:]
-        assert token == int(model(torch.tensor([seen]))[0, -1].argmax())
-
-
-def test_generation_repeats_under_a_seed_and_stops() -> None:
-    model, _ = make()
-    first = list(generate(model, [1], max_new_tokens=9, context=8, seed=3, top_k=5))
-    assert first == list(generate(model, [1], max_new_tokens=9, context=8, seed=3, top_k=5))
-    stopped = list(generate(model, [1], max_new_tokens=9, context=8, seed=3, top_k=5, stop=first[2]))
-    assert stopped == first[: first.index(first[2])]

@@ -1,13 +1,15 @@
 """Every preset, built on the meta device, has the published number of parameters."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatrain.cli.compose import compose
 from megatrain.models.flops import n_embedding_parameters, n_params
-from megatrain.models.registry import get_spec
+from megatrain.models.registry import config_from_hf, get_spec
 
 # Parameters in the safetensors files of the model named in the preset's first line; for GPT-2 as transformers
 # counts them (the original paper counts 117M, 345M, 762M and 1542M).
@@ -25,6 +27,68 @@ PUBLISHED = {
     "qwen3_1_7b": 1_720_574_976,
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "head_dim": 128,
+}
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
+
+
+def llama(*sizes: int, factor: float, tied: bool) -> dict[str, Any]:
+    rope = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return LLAMA | dict(zip(SIZES, sizes, strict=True)) | {"rope_scaling": rope, "tie_word_embeddings": tied}
+
+
+def qwen3(*sizes: int, tied: bool) -> dict[str, Any]:
+    return QWEN3 | dict(zip(SIZES, sizes, strict=True)) | {"tie_word_embeddings": tied}
+
+
+# What shapes the model in the config.json of the repository named in the preset's first line.
+CONFIG_JSON = {
+    "gpt2_124m": {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12},
+    "gpt2_350m": {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "gpt2_774m": {"model_type": "gpt2", "n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "gpt2_1_5b": {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25},
+    "llama3_1b": llama(16, 2048, 32, 8, 8192, factor=32.0, tied=True),
+    "llama3_3b": llama(28, 3072, 24, 8, 8192, factor=32.0, tied=True),
+    "llama3_8b": llama(32, 4096, 32, 8, 14336, factor=8.0, tied=False),
+    "llama3_70b": llama(80, 8192, 64, 8, 28672, factor=8.0, tied=False),
+    "llama3_405b": llama(126, 16384, 128, 8, 53248, factor=8.0, tied=False),
+    "qwen3_0_6b": qwen3(28, 1024, 16, 8, 3072, tied=True),
+    "qwen3_1_7b": qwen3(28, 2048, 16, 8, 6144, tied=True),
+    "qwen3_8b": qwen3(36, 4096, 32, 8, 12288, tied=False),
+    "qwen3_32b": qwen3(64, 5120, 64, 8, 25600, tied=False),
 }
 UNPUBLISHED = {"llama3_debug", "small"}
 PRESETS = {path.stem for path in (Path(__file__).parents[3] / "conf" / "model").glob("*.yaml")}
@@ -44,3 +108,14 @@ def test_parameter_count(name: str) -> None:
     assert counted == PUBLISHED.get(name, counted)
     embeddings = sum(p.numel() for n, p in model.named_parameters() if n.endswith("embed.weight"))
     assert embeddings == n_embedding_parameters(cfg)
+
+
+@pytest.mark.parametrize("name", CONFIG_JSON)
+def test_config(name: str) -> None:
+    published = CONFIG_JSON[name]
+    if published["model_type"] == "gpt2":
+        published = published | {"vocab_size": 50257, "n_positions": 1024, "activation_function": "gelu_new"}
+    cfg, expected = compose([f"model={name}", "seq_len=128"]).model, config_from_hf(published)
+    # One may leave out what the other spells out.
+    spelt = replace(cfg, n_kv_heads=cfg.kv_heads, head_dim=cfg.head_size)
+    assert spelt == replace(expected, n_kv_heads=expected.kv_heads, head_dim=expected.head_size)
