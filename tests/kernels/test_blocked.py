@@ -110,6 +110,19 @@ def test_rotary_in_blocks(
             assert_near((after.detach(),), (torch.cat([turned.real, turned.imag], -1),), dtype)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_swiglu_in_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("megatrain_kernels.blocks"), "BLOCK_ELEMENTS", 40)
+    gate, up = draw(1, 13, 7).T.to(dtype).requires_grad_(), draw(2, 7, 13).to(dtype).requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in (gate, up)]
+    cotangent = draw(3, 7, 13).to(dtype)
+    truth = wide[0] / (1 + torch.exp(-wide[0])) * wide[1]
+    got = swiglu(gate, up)
+    grads = torch.autograd.grad(got, (gate, up), cotangent)
+    true_grads = torch.autograd.grad(truth, wide, cotangent.double())
+    assert_near((got.detach(), *grads), (truth.detach(), *true_grads), dtype)
+
+
 def saved_bytes(result: Tensor, inputs: list[Tensor]) -> int:
     """Bytes of storage that the backward pass of `result` keeps beyond its inputs."""
     given = {t.untyped_storage().data_ptr() for t in inputs}
