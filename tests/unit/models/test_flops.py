@@ -1,12 +1,16 @@
 """The closed form of a step's FLOPs against torch's counter, which watches the operations as they run."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain.models.decoder import Decoder
-from megatrain.models.flops import attention_pairs, flops_per_token
+from megatrain.models.flops import attention_pairs, flops_per_token, n_embedding_parameters, n_params
+from megatrain.models.llama3.config import Llama3Config
 from megatrain.nn.config import DecoderConfig
+from megatrain_kernels import linear_cross_entropy
 
 CONFIGS = {
     "gated, grouped heads": DecoderConfig(
@@ -16,33 +20,39 @@ CONFIGS = {
         n_layers=1, hidden_size=32, n_heads=2, head_dim=24, ffn_size=64, vocab_size=96, activation="gelu",
         tie_embeddings=False,
     ),
+    "biases, layer norm, learned positions": DecoderConfig(
+        n_layers=2, hidden_size=32, n_heads=4, ffn_size=64, vocab_size=96, activation="gelu_tanh", norm="layer",
+        positions="learned", max_seq_len=16, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_matches_the_counter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = CONFIGS[name]
-    # The definition multiplies every query with every key, so the counter sees the full convention.
-    monkeypatch.setattr("megatrain.nn.attention.attention", attention_by_definition)
-    monkeypatch.setattr("megatrain.nn.loss.linear_cross_entropy", loss_by_definition)
+    # The counter does not see products with `out=`, of which the fast loss makes one.
+    by_definition = partial(linear_cross_entropy, backend="reference")
+    monkeypatch.setattr("megatrain.nn.loss.linear_cross_entropy", by_definition)
     model = Decoder(cfg)
-    tokens = torch.zeros(3, 16, dtype=torch.int64)
+    tokens = torch.zeros(3, 16, dtype=torch.int64)  # so short that every query is multiplied with every key
     with FlopCounterMode(display=False) as counter:
         model(tokens, targets=tokens).backward()
     assert counter.get_total_flops() == flops_per_token(cfg, 16, causal=False) * tokens.numel()
 
 
-def attention_by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.softmax(q.transpose(1, 2) @ k.permute(0, 2, 3, 1), -1)
-    return (scores @ v.transpose(1, 2)).transpose(1, 2)
+def test_a_causal_model_of_one_token_is_a_full_one() -> None:
+    for cfg in CONFIGS.values():
+        assert flops_per_token(cfg, 1, causal=True) == flops_per_token(cfg, 1, causal=False)
 
 
-def loss_by_definition(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **_: object
-) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten())
+def test_llama_3_8b() -> None:
+    """6 FLOPs a weight that is multiplied with, and 12 a layer, dimension and visible key (PaLM, appendix B)."""
+    cfg = Llama3Config(n_layers=32, hidden_size=4096, n_heads=32, n_kv_heads=8, ffn_size=14336)
+    weights = n_params(cfg) - n_embedding_parameters(cfg) - 65 * 4096  # without the norms
+    assert weights == 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    for causal, keys in ((False, 8192), (True, 8193 / 2)):
+        expected = 6 * weights + 12 * 32 * 4096 * keys
+        assert flops_per_token(cfg, 8192, causal=causal) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("seq", "window"), [(1, None), (7, None), (7, 3), (7, 9), (10, 1)])
