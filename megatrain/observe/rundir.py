@@ -1,14 +1,15 @@
 """The run's own record: metrics.jsonl (a row a step), events.jsonl (what happened) and status.json (how it stands).
 
-Nothing here ends a run: a record that can't be written is said once, on standard error, and training goes on.
+Nothing here ends a run: a record that can't be written is said once, on standard error, and training goes on. A number
+that JSON does not have (nan, inf) is written as null.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ class RunLog:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.first_step = 0
+        """Steps that were done when this attempt began."""
         self._metrics = directory / "metrics.jsonl"
         self._events = directory / "events.jsonl"
         self._status = directory / "status.json"
@@ -28,22 +31,20 @@ class RunLog:
     def open(self, step: int) -> None:
         """Keep the rows up to `step` only: what a killed process did after its last checkpoint is done again.
 
-        A last line that a killed process left torn is dropped, from the events too.
+        Lines that a kill or a full disk left torn are dropped, from the events too.
         """
-        rows = [row for row in _read_rows(self._metrics) if row.get("step", 0) <= step]
-        self._attempted(lambda: _rewrite(self._metrics, rows))
-        self._attempted(lambda: _rewrite(self._events, _read_rows(self._events)))
+        self.first_step = step
+        self._attempted(lambda: _rewrite(self._metrics, keep=lambda row: row.get("step", 0) <= step))
+        self._attempted(lambda: _rewrite(self._events, keep=lambda row: True))
 
     def row(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl; a value that is not finite becomes null."""
+        """Append one row to metrics.jsonl."""
         self._attempted(lambda: _append(self._metrics, row))
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._attempted(
-            lambda: _append(self._events, {"time": now, "event": event, "attempt": self._attempt, **facts})
-        )
+        stamped = {"time": _now(), "event": event, "attempt": self._attempt, **facts}
+        self._attempted(lambda: _append(self._events, stamped))
 
     def status(self, state: str, *, step: int, reason: str, exit_code: int | None = None) -> None:
         """Replace status.json: state is running, done, stopped or failed."""
@@ -54,56 +55,91 @@ class RunLog:
             "exit_code": exit_code,
             "attempt": self._attempt,
             "pid": os.getpid(),
-            "time": time.time(),
+            "time": _now(),
         }
-        self._attempted(lambda: _replace(self._status, json.dumps(facts, indent=1) + "\n"))
+        self._attempted(lambda: _replace(self._status, [json.dumps(facts, indent=1) + "\n"]))
 
     def _attempted(self, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as error:
             if not self._warned:
-                print(
-                    f"megatrain: the run's log can't be written, training goes on: {error}", file=sys.stderr
-                )
                 self._warned = True
+                with contextlib.suppress(OSError, ValueError):  # standard error may be gone as well
+                    print(
+                        f"megatrain: the run's log can't be written, training goes on: {error}",
+                        file=sys.stderr,
+                    )
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
+    """The row as one line of strict JSON, ASCII only."""
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` with what JSON lacks replaced: numbers of other libraries by Python's, nan and inf by null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(_line(row))
+    """Add one line, or nothing: half a line (the disk is full) is taken back."""
+    line = _line(row).encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(f"only a part of a line fitted into {path}")
+        except OSError:
+            file.truncate(end)
+            raise
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """Put `lines` in the place of `path`'s content: all or nothing, even if the machine stops."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        with partial.open("w") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = "".join(map(_line, rows))
-    if not path.exists() or path.read_text() != text:
-        _replace(path, text)
+def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows that are not to be kept, and whatever is not a row; a file without such is left alone."""
+    if not path.exists():
+        return
+    if any(row is None or not keep(row) or not line.endswith("\n") for line, row in _read(path)):
+        _replace(
+            path, (line.rstrip("\n") + "\n" for line, row in _read(path) if row is not None and keep(row))
+        )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a torn line ends the file."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
+def _read(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each line with its row, one at a time (the file of a long run is large); None for a torn one."""
+    with path.open(errors="replace", newline="\n") as file:
+        for line in file:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                break
-    return rows
+                row = None
+            yield line, row if isinstance(row, dict) else None
 
 
 def _read_attempt(path: Path) -> int:
