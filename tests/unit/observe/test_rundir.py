@@ -113,14 +113,20 @@ for step in itertools.count(1):
 
 
 def test_killed_at_any_moment_the_record_is_whole(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
-    metrics = tmp_path / "metrics.jsonl"
+    metrics, status_file = tmp_path / "metrics.jsonl", tmp_path / "status.json"
     deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size > 300_000) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    status = json.loads((tmp_path / "status.json").read_text())
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) as process:
+        try:
+            while (
+                not (metrics.exists() and metrics.stat().st_size > 1_000_000) and time.monotonic() < deadline
+            ):
+                if (
+                    status_file.exists()
+                ):  # whoever looks while it is replaced finds the old one or the new one
+                    json.loads(status_file.read_text())
+        finally:
+            process.send_signal(signal.SIGKILL)
+    status = json.loads(status_file.read_text())
     last = len(metrics.read_text().splitlines())
     assert abs(status["step"] - last) <= 1
     RunLog(tmp_path).open(last // 2)
