@@ -219,6 +219,13 @@ def test_the_oldest_form_of_rotary_scaling() -> None:
     assert standard["original_max_position_embeddings"] == 64
 
 
+def test_a_window_is_read_without_layer_types() -> None:
+    hf = get_spec("qwen3").hf_config(MODELS["qwen3, untied, window"])
+    del hf["layer_types"]
+    assert config_from_hf(hf).window == 9
+    assert config_from_hf(hf | {"max_window_layers": 2}).window is None  # it would begin after the last layer
+
+
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(UserError, match="mamba: must be one of gpt2, llama3, qwen3"):
         get_spec("mamba")
