@@ -1,10 +1,11 @@
 """Recomputation: the same gradients to the last bit, with less memory."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.models.decoder import Decoder
 from megatrain.nn.config import DecoderConfig
@@ -63,3 +64,31 @@ def test_names_and_evaluation_stay() -> None:
     assert recomputing.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
         assert torch.equal(plain(TOKENS), recomputing(TOKENS))
+
+
+class Repeated(TorchDispatchMode):
+    """Counts matrix products and forward passes of fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.attentions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        self.products += name == "aten::mm"
+        self.attentions += "attention" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_dear_is_repeated_only_by_full_recomputation() -> None:
+    tokens = torch.arange(2048)[None] % 61  # so long that attention is one fused operation
+    counts = {}
+    for kind in ("none", "selective", "full"):
+        loss = make(kind)(tokens, targets=tokens)
+        with Repeated() as repeated:
+            loss.backward()
+        counts[kind] = repeated
+    assert counts["selective"].products == counts["none"].products
+    # Six of a block's seven: nothing waits for the result of the last.
+    assert counts["full"].products == counts["none"].products + 6 * CFG.n_layers
+    assert [counts[kind].attentions for kind in counts] == [0, 0, CFG.n_layers]
