@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import platform
+import re
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,19 +15,49 @@ import torch
 
 from megatrain.runtime.paths import cache_dir
 
-# Dense tensor-core TFLOP/s in bf16 and in fp32 (TF32 where the chip has it), from the makers' data sheets.
-PUBLISHED_TFLOPS = {
-    "A100": (312, 156),
-    "H100 PCIe": (756, 378),
-    "H100": (989, 495),
-    "H200": (989, 495),
-    "B200": (2250, 1125),
-    "MI300X": (1307, 654),
-    "L40S": (362, 183),
-    "RTX 4090": (165, 83),
-    "RTX 3090": (71, 36),
+PUBLISHED_TFLOPS: dict[str, tuple[float, float | None, float | None, float | None]] = {
+    # Dense (no structured sparsity) peaks: float32 without tensor cores, TF32, bf16 and fp16 with float32 sums, fp8.
+    # Sources: NVIDIA's data sheets of each product (where they count sparsity, half of it), the appendices of its
+    # white papers on GA102, AD102 and GB202, AMD's data sheets (float32: its matrix cores; MI250X: one of two dies).
+    "V100": (15.7, None, None, None),
+    "T4": (8.1, None, None, None),
+    "A10": (31.2, 62.5, 125, None),
+    "A40": (37.4, 74.8, 149.7, None),
+    "A100": (19.5, 156, 312, None),
+    "A800": (19.5, 156, 312, None),
+    "L4": (30.3, 60.5, 121, 242.5),
+    "L40": (90.5, 90.5, 181, 362),
+    "L40S": (91.6, 183, 362, 733),
+    "H20": (44, 74, 148, 296),
+    "H100": (67, 494.5, 989.5, 1979),
+    "H100 PCIe": (51, 378, 756, 1513),
+    "H100 NVL": (60, 417.5, 835.5, 1670.5),
+    "H800": (67, 494.5, 989.5, 1979),
+    "H200": (67, 494.5, 989.5, 1979),
+    "H200 NVL": (60, 417.5, 835.5, 1670.5),
+    "GH200": (67, 494.5, 989.5, 1979),
+    "B200": (75, 1125, 2250, 4500),
+    "GB200": (80, 1250, 2500, 5000),
+    "MI250X": (47.9, None, 191.5, None),
+    "MI300X": (163.4, 653.7, 1307.4, 2614.9),
+    "MI325X": (163.4, 653.7, 1307.4, 2614.9),
+    "RTX 3090": (35.6, 35.6, 71, None),
+    "RTX 4090": (82.6, 82.6, 165.2, 330.3),
+    "RTX 5090": (104.8, 104.8, 209.5, 419),
+    "RTX A6000": (38.7, 77.4, 154.8, None),
 }
-GEMM_SHAPE = (2048, 1024, 1024)  # rows, inner, columns: large enough for the peak, 30 ms on two slow cores
+SLOWER_KINDS = {
+    "laptop",
+    "mobile",
+    "max",
+    "d",
+    "mig",
+}  # words that name a slower kind, or a part, of a known GPU
+
+GEMM_SHAPE = (2048, 1024, 1024)  # rows, inner, columns: large enough for the peak, 25 ms on two cores
+QUICK_S = 0.05  # a product that takes longer is not made larger
+FASTER = 1.3  # casts and norms eat a smaller gain
+NOISE = 1.02  # measurements that differ by less are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,54 +75,123 @@ def pick_device() -> torch.device:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
-    """Best FLOP/s of `device` in `dtype`: published for a known GPU, measured for a CPU, else None."""
-    if device.type == "cpu":
-        return Peak(_measured(dtype), "measured")
-    name = torch.cuda.get_device_name(device)
-    for known, (bf16, fp32) in PUBLISHED_TFLOPS.items():
-        if all(word in name for word in known.split()):
-            if dtype in (torch.bfloat16, torch.float16):
-                return Peak(bf16 * 1e12, "published")
-            return Peak(fp32 * 1e12, "published") if dtype == torch.float32 else None
-    return None
+    """Best FLOP/s of `device` in `dtype`: published for a known GPU, measured for a CPU, else None.
+
+    On a CPU, the best that any process on this machine ever measured, so that a moment in which others kept the
+    machine busy does not lower the ceiling for good. Takes a tenth of a second.
+    """
+    if device.type != "cpu":
+        tflops = published_tflops(torch.cuda.get_device_name(device), dtype)
+        return None if tflops is None else Peak(tflops * 1e12, "published")
+    known = _read_peaks()
+    best = known.get(_key(dtype), 0.0)
+    now = _measure((dtype,), seconds=0.1)[dtype]
+    if now > NOISE * best:
+        best = now
+        _write_peaks(known | {_key(dtype): now})
+    return Peak(best, "measured")
+
+
+def published_tflops(name: str, dtype: torch.dtype) -> float | None:
+    """Dense TFLOP/s in `dtype` of the GPU that its driver calls `name`; None if they are not known.
+
+    float32 is counted as TF32 where `torch.set_float32_matmul_precision` allows it.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    fits = [known for known in PUBLISHED_TFLOPS if words.issuperset(known.lower().split())]
+    if not fits or words & SLOWER_KINDS:
+        return None
+    fp32, tf32, half, fp8 = PUBLISHED_TFLOPS[max(fits, key=lambda known: len(known.split()))]
+    if dtype == torch.float32:
+        return fp32 if tf32 is None or torch.get_float32_matmul_precision() == "highest" else tf32
+    if dtype in (torch.bfloat16, torch.float16):
+        return half
+    return fp8 if dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else None
 
 
 def choose_precision(device: torch.device) -> Literal["bf16", "fp32"]:
-    """bf16 where the device multiplies it faster than float32, by a quick measurement on a CPU."""
+    """bf16 where the device multiplies it clearly faster than float32.
+
+    On a CPU by a measurement of 0.3 s, kept in the cache directory.
+    """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    faster = _measured(torch.bfloat16) > 1.3 * _measured(torch.float32)  # casts and norms eat a smaller gain
-    return "bf16" if faster else "fp32"
+    both = (torch.bfloat16, torch.float32)
+    known = _read_peaks()
+    if any(_key(dtype) not in known for dtype in both):
+        known |= {_key(dtype): flops for dtype, flops in _measure(both, seconds=0.3).items()}
+        _write_peaks(known)
+    bf16, fp32 = (known[_key(dtype)] for dtype in both)
+    return "bf16" if bf16 > FASTER * fp32 else "fp32"
 
 
-def _measured(dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products on this CPU; measured once and kept in the cache directory."""
-    key = f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}"
-    file = cache_dir() / "gemm_peaks.json"
-    known: dict[str, float] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
-    if key not in known:
-        known[key] = _time_gemm(dtype)
-        with contextlib.suppress(OSError):  # without a cache it is measured again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{file.name}.{os.getpid()}")
-            partial.write_text(json.dumps(known, indent=1))
-            partial.replace(file)
-    return known[key]
+def _measure(dtypes: Iterable[torch.dtype], *, seconds: float) -> dict[torch.dtype, float]:
+    """FLOP/s of matrix products on this CPU, best of many; the types take turns, so that noise hits them alike."""
+    products = {dtype: _affordable_product(dtype) for dtype in dtypes}
+    best = dict.fromkeys(products, 0.0)
+    deadline = time.perf_counter() + seconds
+    while True:
+        for dtype, product in products.items():
+            best[dtype] = max(best[dtype], product())
+        if time.perf_counter() > deadline:
+            return best
 
 
-def _time_gemm(dtype: torch.dtype) -> float:
-    rows, inner, columns = GEMM_SHAPE
+def _affordable_product(dtype: torch.dtype) -> Callable[[], float]:
+    """A product of GEMM_SHAPE, or of fewer rows where it would take long.
+
+    (A CPU without instructions for bf16 can be hundreds of times slower in it than in float32.)
+    """
+    rows, inner, columns = 4, *GEMM_SHAPE[1:]
+    while True:
+        product = _product(dtype, rows)
+        flops = 2 * rows * inner * columns
+        quick = any(flops / product() < QUICK_S for _ in range(2))  # the first may be slow by chance
+        if rows == GEMM_SHAPE[0] or not quick:
+            return product
+        rows = min(4 * rows, GEMM_SHAPE[0])
+
+
+def _product(dtype: torch.dtype, rows: int) -> Callable[[], float]:
+    """Multiplies matrices once a call, into the same memory, and returns the FLOP/s."""
+    _, inner, columns = GEMM_SHAPE
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
-    best, started = float("inf"), time.perf_counter()
-    for _ in range(20):
+    out = torch.ones(rows, columns, dtype=dtype)
+
+    def multiply() -> float:
         before = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - before)
-        if time.perf_counter() - started > 0.3:
-            break
-    return 2 * rows * inner * columns / best
+        torch.mm(a, b, out=out)
+        return 2 * rows * inner * columns / (time.perf_counter() - before)
+
+    return multiply
+
+
+def _key(dtype: torch.dtype) -> str:
+    """What a measured peak depends on."""
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else "as is"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} threads, torch {torch.__version__}, {dtype}, {precision}"
+
+
+def _peaks_file() -> Path:
+    return cache_dir() / "gemm_peaks.json"
+
+
+def _read_peaks() -> dict[str, float]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(_peaks_file().read_text())
+        if isinstance(found, dict):
+            return {key: value for key, value in found.items() if isinstance(value, float) and value > 0}
+    return {}
+
+
+def _write_peaks(peaks: dict[str, float]) -> None:
+    file = _peaks_file()
+    with contextlib.suppress(OSError):  # without a cache it is measured again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(peaks, indent=1) + "\n")
+        partial.replace(file)
 
 
 def _cpu_name() -> str:
