@@ -1,18 +1,46 @@
 """Which implementation of an operation runs."""
 
+import os
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
-Backend = Literal["auto", "torch", "reference"]
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton", "reference"]
 
 
-def choose(backend: str) -> str:
-    """ "auto" is the fastest PyTorch path; "reference" the plain definition.
+def choose(backend: str, available: tuple[str, ...] = ("torch", "reference")) -> str:
+    """ "auto" is the fastest PyTorch path; "reference" the plain definition; "triton" where an operation has it.
 
     Raises:
         ValueError: there is no backend of that name.
     """
     if backend == "auto":
         return "torch"
-    if backend not in ("torch", "reference"):
-        raise ValueError(f"backend={backend!r}: must be auto, torch or reference")
+    if backend not in available:
+        names = ", ".join(("auto", *available[:-1]))
+        raise ValueError(f"backend={backend!r}: must be {names} or {available[-1]}")
     return backend
+
+
+@cache
+def has_triton() -> bool:
+    """Is Triton installed?"""
+    return find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Does Triton run its kernels on the CPU, in Python (for tests)?"""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" and has_triton()
+
+
+@cache
+def _has_tensor_cores(index: int) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def triton_runs_on(x: Tensor) -> bool:
+    """Can a compiled kernel take x? (Triton's interpreter takes CPU tensors too: only tests ask for that.)"""
+    return x.is_cuda and has_triton() and _has_tensor_cores(x.device.index or 0)
