@@ -2,10 +2,23 @@
 
 from megatrain_kernels.attention.op import attention
 from megatrain_kernels.cross_entropy.op import cross_entropy
+from megatrain_kernels.grouped_gemm.op import grouped_gemm
+from megatrain_kernels.grouped_gemm.permute import permute, unpermute
 from megatrain_kernels.layer_norm.op import layer_norm
 from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
 from megatrain_kernels.rms_norm.op import rms_norm
 from megatrain_kernels.rotary.op import rotary
 from megatrain_kernels.swiglu.op import swiglu
 
-__all__ = ["attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "grouped_gemm",
+    "layer_norm",
+    "linear_cross_entropy",
+    "permute",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "unpermute",
+]

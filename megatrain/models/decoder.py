@@ -20,7 +20,7 @@ class Decoder(nn.Module):
         self.cfg = cfg
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.pos_embed = Embedding(cfg.max_seq_len, cfg.hidden_size) if cfg.positions == "learned" else None
-        self.layers = nn.ModuleDict({str(index): Block(cfg) for index in range(cfg.n_layers)})
+        self.layers = nn.ModuleDict({str(index): Block(cfg, index) for index in range(cfg.n_layers)})
         self.norm = make_norm(cfg)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.loss_head = LossHead(cfg.logit_softcap)

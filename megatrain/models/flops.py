@@ -9,12 +9,26 @@ only the pairs that a causal or windowed mask leaves.
 from megatrain.nn.config import DecoderConfig
 
 
-def _matrix_parameters(cfg: DecoderConfig) -> int:
-    """Weights of one layer that take part in matrix products."""
+def _attention_parameters(cfg: DecoderConfig) -> int:
+    """Weights of one layer's attention that take part in matrix products."""
     q_size, kv_size = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
-    attention = cfg.hidden_size * (2 * q_size + 2 * kv_size)
+    return cfg.hidden_size * (2 * q_size + 2 * kv_size)
+
+
+def _feed_forward_parameters(cfg: DecoderConfig, layer: int, *, active: bool) -> int:
+    """The same of layer number `layer`'s feed-forward block; `active`: only those that one token meets."""
     matrices = 3 if cfg.activation == "swiglu" else 2
-    return attention + matrices * cfg.hidden_size * cfg.ffn_size
+    if cfg.moe is None or not cfg.has_experts(layer):
+        return matrices * cfg.hidden_size * cfg.ffn_size
+    experts = (cfg.moe.top_k if active else cfg.moe.n_experts) + cfg.moe.n_shared_experts
+    router = cfg.moe.n_experts * cfg.hidden_size
+    return matrices * cfg.hidden_size * cfg.expert_ffn_size * experts + router
+
+
+def _matrix_parameters(cfg: DecoderConfig, *, active: bool) -> int:
+    """Weights of all layers that take part in matrix products."""
+    blocks = sum(_feed_forward_parameters(cfg, layer, active=active) for layer in range(cfg.n_layers))
+    return cfg.n_layers * _attention_parameters(cfg) + blocks
 
 
 def _vector_parameters(cfg: DecoderConfig) -> int:
@@ -36,10 +50,10 @@ def n_embedding_parameters(cfg: DecoderConfig) -> int:
     return (cfg.vocab_size + positions) * cfg.hidden_size
 
 
-def n_params(cfg: DecoderConfig) -> int:
-    """All parameters; a tied head is counted once."""
+def n_params(cfg: DecoderConfig, *, active: bool = False) -> int:
+    """All parameters; a tied head is counted once. `active`: without the experts that one token does not meet."""
     head = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.hidden_size
-    layers = cfg.n_layers * (_matrix_parameters(cfg) + _vector_parameters(cfg))
+    layers = _matrix_parameters(cfg, active=active) + cfg.n_layers * _vector_parameters(cfg)
     return n_embedding_parameters(cfg) + layers + _norm_parameters(cfg) + head
 
 
@@ -52,8 +66,11 @@ def attention_pairs(seq_len: int, *, causal: bool, window: int | None) -> int:
 
 
 def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
-    """Forward and backward FLOPs a token of sequences of `seq_len` tokens, recomputation not counted."""
-    matrices = cfg.n_layers * _matrix_parameters(cfg) + cfg.vocab_size * cfg.hidden_size
+    """Forward and backward FLOPs a token of sequences of `seq_len` tokens, recomputation not counted.
+
+    Of experts only those that a token meets count.
+    """
+    matrices = _matrix_parameters(cfg, active=True) + cfg.vocab_size * cfg.hidden_size
     pairs = attention_pairs(seq_len, causal=causal, window=cfg.window)
     attention = 2 * 2 * cfg.n_layers * cfg.n_heads * cfg.head_size * pairs / seq_len
     return 3 * (2 * matrices + attention)

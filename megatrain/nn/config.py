@@ -39,6 +39,72 @@ class RopeScaling:
 
 
 @config
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward block; no token is dropped."""
+
+    n_experts: int = 8
+    top_k: int = 2
+    """Experts of each token."""
+    ffn_size: int | None = None
+    """Width inside one expert; null: as the model's `ffn_size`."""
+    n_shared_experts: int = 0
+    """Experts that every token passes, as one block of so many times the width (DeepSeekMoE, arXiv 2401.06066)."""
+    routing: Literal["softmax", "sigmoid"] = "softmax"
+    """Scores of the experts: softmax over all, or each one's sigmoid (DeepSeek-V3, arXiv 2412.19437)."""
+    normalize_top_k: bool = True
+    """Divide the scores of a token's experts by their sum."""
+    routed_scale: float = 1.0
+    """Factor on what the routed experts add."""
+    n_groups: int = 1
+    """Groups of neighbouring experts (experts of one node); must divide n_experts."""
+    top_groups: int = 1
+    """Groups that a token may use: those with the largest sum of their two best scores (DeepSeek-V3)."""
+    aux_loss: float = 0.0
+    """Factor on the balance loss of each sequence (DeepSeek-V3, section 2.1.2), added to the gradient of each of its
+    tokens; 0: none. `train/loss` does not hold it."""
+    bias_rate: float | None = None
+    """After each step the bias by which experts are chosen moves by this towards an equal load (arXiv 2408.15664);
+    0: there is a bias, which stays; null: there is none."""
+    first_k_dense: int = 0
+    """The first layers that keep their feed-forward block."""
+    layer_frequency: int = 1
+    """After them each layer whose index is a multiple of this has experts."""
+
+    def problems(self) -> Iterator[Problem]:
+        broken = [
+            *at_least(self, 1, "n_experts", "top_k", "ffn_size", "n_groups", "top_groups", "layer_frequency"),
+            *at_least(self, 0, "n_shared_experts", "routed_scale", "aux_loss", "bias_rate", "first_k_dense"),
+        ]
+        yield from broken
+        if broken:
+            return
+        if self.n_experts % self.n_groups:
+            rule = f"must divide n_experts ({self.n_experts})"
+            yield Problem("n_groups", self.n_groups, rule, nearest_divisors(self.n_experts, self.n_groups))
+            return
+        if self.top_groups > self.n_groups:
+            yield Problem(
+                "top_groups", self.top_groups, f"must not exceed n_groups ({self.n_groups})", (self.n_groups,)
+            )
+            return
+        size = self.n_experts // self.n_groups
+        if self.n_groups > 1 and size < 2:
+            rule = f"a group needs two experts at least, but n_experts is {self.n_experts}"
+            yield Problem("n_groups", self.n_groups, rule, (self.n_experts // 2,))
+        if self.top_k > self.top_groups * size:
+            rule = f"must not exceed the experts that a token may use ({self.top_groups * size})"
+            yield Problem("top_k", self.top_k, rule, (self.top_groups * size,))
+
+
+@config
+class ExpertsConfig:
+    """How the products of experts are computed; the result is the same up to rounding."""
+
+    backend: Literal["auto", "loop", "grouped_mm"] = "auto"
+    """auto: the fastest at hand; loop: one expert after the other, the definition; grouped_mm: torch's own."""
+
+
+@config
 class DecoderConfig:
     """A decoder-only Transformer (pre-norm). Sizes are counts, not bytes."""
 
@@ -72,6 +138,8 @@ class DecoderConfig:
     output_bias: bool = False
     """Bias in the attention's output projection."""
     mlp_bias: bool = False
+    moe: MoEConfig | None = None
+    """Experts in place of the feed-forward blocks; null: none."""
     tie_embeddings: bool = True
     """The output head is the embedding."""
     logit_softcap: float | None = None
@@ -92,6 +160,16 @@ class DecoderConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Width inside one expert."""
+        return self.ffn_size if self.moe is None or self.moe.ffn_size is None else self.moe.ffn_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Is the feed-forward block of layer number `layer` a mixture of experts?"""
+        moe = self.moe
+        return moe is not None and layer >= moe.first_k_dense and layer % moe.layer_frequency == 0
 
     def problems(self) -> Iterator[Problem]:
         sizes = ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "vocab_size")
@@ -115,3 +193,8 @@ class DecoderConfig:
             yield Problem("n_kv_heads", self.kv_heads, rule, legal)
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             yield Problem("logit_softcap", self.logit_softcap, "must be positive, or null for none")
+        if self.moe is not None:
+            for option, value in (("activation", "swiglu"), ("mlp_bias", False)):
+                if getattr(self, option) != value:
+                    rule = "experts are gated (swiglu) and have no biases"
+                    yield Problem(option, getattr(self, option), rule, (value,))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatrain.nn.config import DecoderConfig
 from megatrain.runtime.rng import fill_normal_
 
-BLOCK_OUTPUTS = ("attn.wo.weight", "mlp.down.weight")
+BLOCK_OUTPUTS = ("attn.wo.weight", "mlp.down.weight", "moe.experts.down", "moe.shared.down.weight")
 
 
 class Shard(NamedTuple):
@@ -40,10 +40,12 @@ def parameter_std(name: str, cfg: DecoderConfig) -> float:
 def init_weights(
     model: nn.Module, cfg: DecoderConfig, *, seed: int, shard_of: Callable[[Tensor], Shard] = whole
 ) -> None:
-    """Fill all parameters of `model`, each on the device where it is: matrices normal, norms 1, biases 0.
+    """Fill all of `model`, each on the device where it is: matrices normal, norms 1, biases and buffers 0.
 
     `shard_of` tells which part of a parameter is held here, when it is not the whole.
     """
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter in model.named_parameters():
         values, shape, offsets = shard_of(parameter)
         if name.endswith("bias"):

@@ -10,11 +10,11 @@ from megatrain_kernels import swiglu
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, cfg: DecoderConfig) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool) -> None:
         super().__init__()
-        self.gate = nn.Linear(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
-        self.up = nn.Linear(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
-        self.down = nn.Linear(cfg.ffn_size, cfg.hidden_size, bias=cfg.mlp_bias)
+        self.gate = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(swiglu(self.gate(x), self.up(x)))
@@ -42,4 +42,6 @@ class PlainMLP(nn.Module):
 
 def make_mlp(cfg: DecoderConfig) -> nn.Module:
     """The feed-forward block that `cfg.activation` asks for."""
-    return GatedMLP(cfg) if cfg.activation == "swiglu" else PlainMLP(cfg)
+    if cfg.activation == "swiglu":
+        return GatedMLP(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
+    return PlainMLP(cfg)

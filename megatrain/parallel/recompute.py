@@ -12,6 +12,7 @@ KEPT = frozenset(
         "aten::mm",
         "aten::addmm",
         "megatrain::attention",
+        "megatrain::grouped_gemm",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",

@@ -8,6 +8,7 @@ from megatrain.data.loader import Batch, Loader, validation_batches
 from megatrain.data.prepare import Prepared
 from megatrain.models.registry import get_spec
 from megatrain.nn.init import init_weights
+from megatrain.nn.moe import use_experts_backend
 from megatrain.optim.build import build_optimizer
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
@@ -38,6 +39,7 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
         model = get_spec(cfg.model.kind).build(cfg.model)
     model = model.to(master_dtype).to_empty(device=device)
     init_weights(model, cfg.model, seed=cfg.train.seed)
+    use_experts_backend(model, cfg.moe.backend)
     weights = MasterWeights(model, compute_dtype)
     parallelize(model, cfg.parallel)
     optimizer = build_optimizer(cfg.optim, weights.parameters)

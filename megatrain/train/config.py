@@ -9,6 +9,7 @@ from megatrain.config.schema import Problem, at_least, between, config, nearest_
 from megatrain.data.config import DataConfig
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.nn.config import ExpertsConfig
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
@@ -78,6 +79,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    moe: ExpertsConfig = ExpertsConfig()
     engine: Literal["native"] = "native"
     seq_len: int = 256
     """Tokens of a training sequence."""

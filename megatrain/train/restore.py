@@ -24,7 +24,7 @@ def restore_model(directory: Path, device: torch.device) -> tuple[nn.Module, Tok
         model = get_spec(cfg.model.kind).build(cfg.model)
     dtype = torch.float64 if cfg.train.precision == "fp64" else torch.float32
     model = model.to(dtype).to_empty(device=device)
-    tensors = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     found = Checkpointer(directory / "checkpoints", cfg.checkpoint).load(tensors, only="model.")
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")

@@ -14,6 +14,7 @@ FREE = (
     "parallel.*",
     "micro_batch_size",
     "engine",
+    "moe.*",
     "train.stop_at",
     "train.resume",
     "train.allow_changes",

@@ -34,6 +34,7 @@ class TrainState:
         found: dict[str, Tensor] = {
             f"model.{name}": p.detach() for name, p in self.weights.parameters.items()
         }
+        found |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         for key, value in optimizer_tensors(self.optimizer, self.weights.parameters).items():
             found[f"optim.{key}"] = value
         if self.average is not None:

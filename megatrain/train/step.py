@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.data.loader import Batch, StepBatch
+from megatrain.nn.balance import balance_experts, begin_balance
 from megatrain.optim.clip import clip_gradients
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
@@ -39,6 +40,7 @@ def train_step(state: TrainState, batch: StepBatch, cfg: Config, *, lr: float) -
     batch, so the cut into micro-batches changes nothing but rounding.
     """
     device = next(state.model.parameters()).device
+    begin_balance([state.model], 1 / max(batch.valid_tokens, 1))
     total_loss = torch.zeros((), dtype=torch.float64, device=device)  # a long sum of small parts
     for part in batch.micro_batches:
         loss = loss_sum(state.model, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
@@ -52,6 +54,7 @@ def train_step(state: TrainState, batch: StepBatch, cfg: Config, *, lr: float) -
     state.optimizer.step()
     state.weights.zero_gradients()
     state.weights.publish()
+    balance_experts([state.model], cfg.model, lambda counts: counts)
     if state.average is not None:
         state.average.update(state.weights.parameters)
     state.step += 1

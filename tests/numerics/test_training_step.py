@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from megatrain.data.loader import Loader
 from megatrain.data.store import SyntheticStore
 from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.nn.config import MoEConfig
 from megatrain.optim.config import AdamWConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.train.build import build_state
@@ -87,6 +88,28 @@ def test_equals_a_plain_loop_however_it_is_cut(micro_batch_size: int) -> None:
     assert norms == pytest.approx(true_norms, rel=1e-11)
     for name, truth in true_weights.items():
         torch.testing.assert_close(weights[name], truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_experts_train_alike_however_the_batch_is_cut(micro_batch_size: int) -> None:
+    """With a balance loss, and with biases that follow the counts of the whole batch."""
+    moe = MoEConfig(n_experts=4, top_k=2, ffn_size=24, routing="sigmoid", aux_loss=0.1, bias_rate=0.01)
+    results = []
+    for rows in (8, micro_batch_size):
+        cfg = replace(CFG, model=replace(CFG.model, moe=moe), micro_batch_size=rows)
+        state = build_state(cfg, torch.device("cpu"))
+        losses = []
+        for number in range(STEPS):
+            batch = loader(cfg).step_batch(number)
+            losses.append(train_step(state, batch, cfg, lr=cfg.optim.lr).loss.item())
+        assert {block.moe.balance.scale for block in state.model.layers.values()} == {1 / batch.valid_tokens}  # type: ignore[operator, union-attr]
+        results.append((losses, {name: t.detach() for name, t in state.tensors().items()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-11)
+    for name, truth in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], truth, rtol=1e-9, atol=1e-9)
+    bias = results[0][1]["model.layers.1.moe.expert_bias"]
+    assert bias.any()
+    assert torch.equal((bias / 0.01).round(), (bias / 0.01).round().clamp(-STEPS, STEPS))
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])

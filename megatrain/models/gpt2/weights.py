@@ -57,6 +57,7 @@ def check(cfg: GPT2Config) -> None:
         kv_heads=cfg.n_heads,
         head_size=cfg.hidden_size // cfg.n_heads,
         qk_norm=False,
+        moe=None,
         window=None,
         attention_bias=True,
         output_bias=True,

@@ -25,6 +25,7 @@ LLAMA_LIKE: dict[str, object] = {
     "norm": "rms",
     "activation": "swiglu",
     "positions": "rope",
+    "moe": None,
     "logit_softcap": None,
     "residual_scale": 1.0,
     "embedding_scale": 1.0,

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from megatrain.models.decoder import Decoder
-from megatrain.nn.config import DecoderConfig
+from megatrain.nn.config import DecoderConfig, MoEConfig
 from megatrain.nn.init import init_weights
 
 BASE = DecoderConfig(
@@ -30,6 +30,25 @@ OPTIONS: dict[str, dict[str, object]] = {
     "scales": {"residual_scale": 0.5, "embedding_scale": 3.0},
     "scales, layer norm": {"residual_scale": 0.5, "norm": "layer"},
     "biases": {"attention_bias": True, "output_bias": True},
+    "experts": {"moe": MoEConfig(n_experts=5, top_k=2)},
+    "all kinds of layers": {
+        "n_layers": 4,
+        "moe": MoEConfig(
+            n_experts=3, top_k=1, ffn_size=20, n_shared_experts=2, first_k_dense=1, layer_frequency=2
+        ),
+    },
+    "sigmoid experts in groups": {
+        "moe": MoEConfig(
+            n_experts=6,
+            top_k=3,
+            routing="sigmoid",
+            n_groups=3,
+            top_groups=2,
+            routed_scale=2.5,
+            bias_rate=0.1,
+        )
+    },
+    "experts with their own scores": {"moe": MoEConfig(n_experts=4, top_k=3, normalize_top_k=False)},
 }
 
 
@@ -63,7 +82,12 @@ def written_out(cfg: DecoderConfig, w: dict[str, torch.Tensor], tokens: list[int
     for layer in range(cfg.n_layers):
         own = {key.removeprefix(f"layers.{layer}."): value for key, value in w.items()}
         x = x + cfg.residual_scale * attention(cfg, own, norm(cfg, own, "attn_norm", x))
-        x = x + cfg.residual_scale * feed_forward(cfg, own, norm(cfg, own, "mlp_norm", x))
+        y = norm(cfg, own, "mlp_norm", x)
+        moe = cfg.moe
+        if moe is None or layer < moe.first_k_dense or layer % moe.layer_frequency:
+            x = x + cfg.residual_scale * feed_forward(cfg, own, y)
+        else:
+            x = x + cfg.residual_scale * torch.stack([mixture(cfg, moe, own, token) for token in y])
     logits = norm(cfg, w, "norm", x) @ w["embed.weight" if cfg.tie_embeddings else "head.weight"].T
     return logits if cfg.logit_softcap is None else cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
 
@@ -121,14 +145,35 @@ def feed_forward(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor
     return project(w, "mlp.down", formulas[cfg.activation])
 
 
+def mixture(cfg: DecoderConfig, moe: MoEConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One token through its experts, chosen by sorting."""
+    logits = w["moe.router.weight"] @ x
+    scores = 1 / (1 + torch.exp(-logits)) if moe.routing == "sigmoid" else torch.softmax(logits, 0)
+    biased = (scores + w.get("moe.expert_bias", torch.zeros(()))).tolist()
+    size = moe.n_experts // moe.n_groups
+    groups = [range(first, first + size) for first in range(0, moe.n_experts, size)]
+    groups.sort(key=lambda group: -sum(sorted(biased[e] for e in group)[-2:]))
+    allowed = [e for group in groups[: moe.top_groups] for e in group]
+    chosen = sorted(allowed, key=lambda e: -biased[e])[: moe.top_k]
+    factor = moe.routed_scale / (scores[chosen].sum() if moe.normalize_top_k else 1)
+    out = torch.zeros_like(x)
+    for e in chosen:
+        gate, up = w["moe.experts.gate"][e] @ x, w["moe.experts.up"][e] @ x
+        out = out + factor * scores[e] * (w["moe.experts.down"][e] @ (gate / (1 + torch.exp(-gate)) * up))
+    if moe.n_shared_experts:
+        gate, up = w["moe.shared.gate.weight"] @ x, w["moe.shared.up.weight"] @ x
+        out = out + w["moe.shared.down.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
+    return out
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_logits_are_those_of_the_formulas(name: str) -> None:
     model, cfg = make(**OPTIONS[name])
     generator = torch.Generator().manual_seed(2)
     weights = {}
-    for key, parameter in model.named_parameters():  # also norms and biases, which start at 1 and 0
+    for key, parameter in model.state_dict().items():  # also norms and biases, which start at 1 and 0
         noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        weights[key] = parameter.data.add_(noise)
+        weights[key] = parameter.add_(noise)
     tokens = draw_tokens()[:1]
     # cos and sin are made in float32.
     torch.testing.assert_close(

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatrain.models.decoder import Decoder
 from megatrain.models.flops import attention_pairs, flops_per_token, n_embedding_parameters, n_params
 from megatrain.models.llama3.config import Llama3Config
-from megatrain.nn.config import DecoderConfig
+from megatrain.nn.config import DecoderConfig, MoEConfig
 from megatrain_kernels import linear_cross_entropy
 
 CONFIGS = {
@@ -23,6 +23,10 @@ CONFIGS = {
     "biases, layer norm, learned positions": DecoderConfig(
         n_layers=2, hidden_size=32, n_heads=4, ffn_size=64, vocab_size=96, activation="gelu_tanh", norm="layer",
         positions="learned", max_seq_len=16, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True,
+    ),
+    "experts": DecoderConfig(
+        n_layers=3, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=64,
+        moe=MoEConfig(n_experts=4, top_k=2, ffn_size=24, n_shared_experts=1, first_k_dense=1),
     ),
 }  # fmt: skip
 

@@ -1,0 +1,47 @@
+"""Inputs of grouped products that are tested, timed and planned with, and what a call costs at least."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain_kernels.kernel import Case, Cost
+
+
+def _case(name: str, sizes: str, **options: Any) -> Case:
+    """sizes: "tokens groups in_size out_size"."""
+    names = ("tokens", "groups", "in_size", "out_size")
+    return Case(name, dict(zip(names, map(int, sizes.split()), strict=True)), options)
+
+
+CASES = [
+    _case("mixtral_up", "16384 8 4096 14336"),
+    _case("mixtral_down", "16384 8 14336 4096"),
+    _case("deepseek_v3_up", "65536 256 7168 2048"),
+    _case("deepseek_v3_up_one_rank", "16384 4 7168 2048"),
+    _case("skewed", "16384 64 2048 1408", skew=1.5),
+    _case("few_tokens", "256 128 2048 768"),
+]
+"""`skew` s: expert i has a share proportional to (i + 1) to the power -s; 0: shares drawn evenly."""
+
+
+def make_inputs(
+    case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """x and weights of normal numbers, group sizes drawn token by token, and the options of the call (none)."""
+    n, generator = case.sizes, torch.Generator().manual_seed(seed)
+    x = torch.randn(n["tokens"], n["in_size"], generator=generator)
+    weights = torch.randn(n["groups"], n["out_size"], n["in_size"], generator=generator)
+    shares = torch.arange(1, n["groups"] + 1, dtype=torch.float64) ** -float(case.options.get("skew", 0))
+    drawn = torch.multinomial(shares, n["tokens"], replacement=True, generator=generator)
+    sizes = torch.bincount(drawn, minlength=n["groups"])
+    return (x.to(device, dtype), weights.to(device, dtype), sizes.to(device)), {}
+
+
+def cost(case: Case, *, itemsize: int, backward: bool = False) -> Cost:
+    """Two products backward, one forward; each tensor crosses memory once (backward: gradients too)."""
+    n = case.sizes
+    flops = 2.0 * n["tokens"] * n["in_size"] * n["out_size"] * (2 if backward else 1)
+    given = n["tokens"] * n["in_size"] + n["groups"] * n["in_size"] * n["out_size"]
+    made = n["tokens"] * n["out_size"]
+    return Cost(flops, float(itemsize * ((2 * given + made) if backward else given + made)))

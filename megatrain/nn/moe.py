@@ -1,0 +1,123 @@
+"""Mixture of experts without dropped tokens: router, experts, and the seam where tokens are sent to them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from megatrain.nn.balance import BalancePoint
+from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.mlp import GatedMLP
+from megatrain_kernels import grouped_gemm, permute, swiglu, unpermute
+
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Routing(NamedTuple):
+    """Who goes where; `tokens` counts all tokens of the batch, row by row."""
+
+    indices: Tensor
+    """`(tokens, top_k)` int64: experts of each token, the best first."""
+    weights: Tensor
+    """`(tokens, top_k)`: factors on what they return; float32 at least."""
+    scores: Tensor
+    """`(tokens, n_experts)`: of all experts, without bias; float32 at least."""
+
+
+class Router(nn.Module):
+    """Scores tokens against experts, in float32 at least: near ties should not depend on bf16's rounding."""
+
+    def __init__(self, hidden_size: int, cfg: MoEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.n_experts, hidden_size))
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Routing:
+        """x `(tokens, hidden)`; bias `(n_experts,)` takes part in the choice only, not in the weights."""
+        compute = torch.promote_types(x.dtype, torch.float32)
+        logits = linear(x.to(compute), self.weight.to(compute))
+        scores = logits.sigmoid() if self.cfg.routing == "sigmoid" else logits.softmax(-1)
+        indices = self._choose(scores.detach() if bias is None else scores.detach() + bias)
+        weights = scores.gather(1, indices)
+        if self.cfg.normalize_top_k:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+        return Routing(indices, weights * self.cfg.routed_scale, scores)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """The best experts `(tokens, top_k)` inside the best groups."""
+        cfg = self.cfg
+        if cfg.n_groups > 1:
+            grouped = scores.unflatten(-1, (cfg.n_groups, -1))
+            best = grouped.topk(2, -1).values.sum(-1).topk(cfg.top_groups, -1).indices
+            allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+            scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores.topk(cfg.top_k, -1).indices
+
+
+class Experts(nn.Module):
+    """Gated feed-forward blocks, stacked; each one's matrices are laid out as nn.Linear's."""
+
+    def __init__(self, n_experts: int, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(n_experts, ffn_size, hidden_size))
+        self.up = nn.Parameter(torch.empty(n_experts, ffn_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(n_experts, hidden_size, ffn_size))
+        self.product: GroupedProduct = grouped_gemm
+
+    def forward(self, rows: Tensor, group_sizes: Tensor) -> Tensor:
+        """rows `(rows, hidden)` sorted by expert, group_sizes `(experts,)` int64; as rows."""
+        gate, up = (self.product(rows, weight, group_sizes) for weight in (self.gate, self.up))
+        return self.product(swiglu(gate, up), self.down, group_sizes)
+
+
+Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
+
+
+def dispatch(tokens: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+    """Send tokens to experts that are all here: the weighted sum of what a token's experts return.
+
+    Args:
+        tokens: `(tokens, hidden)`. indices, weights: `(tokens, top_k)`.
+    """
+    rows, permutation = permute(tokens, indices, experts.gate.shape[0])
+    return unpermute(experts(rows, permutation.group_sizes), permutation, weights)
+
+
+class MoE(nn.Module):
+    """`(batch, seq, hidden)` to the same. `dispatch` is the seam that expert parallelism replaces."""
+
+    def __init__(self, cfg: DecoderConfig) -> None:
+        super().__init__()
+        moe = cfg.moe
+        assert moe is not None
+        self.router = Router(cfg.hidden_size, moe)
+        self.experts = Experts(moe.n_experts, cfg.hidden_size, cfg.expert_ffn_size)
+        shared_size = moe.n_shared_experts * cfg.expert_ffn_size
+        self.shared = GatedMLP(cfg.hidden_size, shared_size, bias=False) if shared_size else None
+        self.expert_bias: Tensor | None
+        self.register_buffer("expert_bias", None if moe.bias_rate is None else torch.zeros(moe.n_experts))
+        self.balance = BalancePoint(moe)
+        self.dispatch: Dispatch = dispatch
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        routing = self.router(tokens, self.expert_bias)
+        out = self.dispatch(tokens, routing.indices, routing.weights, self.experts).view_as(x)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        batch = (x.shape[0], -1)
+        return self.balance(out, routing.indices.unflatten(0, batch), routing.scores.unflatten(0, batch))
+
+
+KERNELS = {"auto": "auto", "loop": "reference", "grouped_mm": "torch"}
+"""`moe.backend` -> backend of `grouped_gemm`."""
+
+
+def use_experts_backend(model: nn.Module, backend: str) -> None:
+    """Let all experts of `model` compute with the `moe.backend` of that name."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.product = partial(grouped_gemm, backend=KERNELS[backend])
