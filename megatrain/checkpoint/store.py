@@ -200,14 +200,18 @@ class Checkpointer:
 
     def _newest_good(self, read: Callable[[int], Found]) -> Found | None:
         damaged: list[str] = []
-        for step in reversed(self.steps()):
+        tried: set[int] = set()
+        while left := [step for step in self.steps() if step not in tried]:
+            step = left[-1]
+            path = self.directory / step_name(step)
+            tried.add(step)
             try:
                 return replace(read(step), warnings=tuple(damaged))
-            except Damage as damage:
-                damaged.append(self._put_aside(step, str(damage)))
-            except OSError as error:
-                if error.errno != EIO:  # no right to read, too many open files: not the checkpoint's fault
-                    raise UserError(f"{self.directory / step_name(step)} can't be read: {error}") from error
+            except (Damage, OSError) as error:
+                if not os.path.lexists(path):
+                    continue  # deleted meanwhile by the process that trains, which has saved a newer one
+                if isinstance(error, OSError) and error.errno != EIO:  # no right to read, say: not its fault
+                    raise UserError(f"{path} can't be read: {error}") from error
                 damaged.append(self._put_aside(step, str(error)))
         if damaged or quarantined(self.directory):
             listing = "".join(f"\n  {warning}" for warning in damaged)

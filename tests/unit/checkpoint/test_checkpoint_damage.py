@@ -1,5 +1,6 @@
 """Every byte class damaged once: always noticed, never loaded, and the older checkpoint is taken."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from unit.checkpoint.samples import all_bits, make_tensors, targets_for, two_checkpoints
 
+from megatrain.checkpoint import store
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.manifest import Manifest, read_manifest
+from megatrain.checkpoint.manifest import Manifest, check_sizes, read_manifest
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import DamagedCheckpointError, UserError
 
@@ -151,6 +153,56 @@ def test_sizes_and_structure_are_checked_without_hashes_too(
     assert found is not None
     assert found.step == 100
     assert all_bits(loaded) == all_bits(make_tensors(100))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [("state.json", b"1400", b"1401"), (".metadata", b"\x8c\x07float64", b"\x8c\x07float32")],
+)
+def test_a_small_file_that_says_something_else_is_damage(
+    tmp_path: Path, name: str, was: bytes, now: bytes, verify: bool
+) -> None:
+    """It is still JSON, or a sound pickle: only its hash tells, and it is not taken for another model's."""
+    checkpointer = two_checkpoints(tmp_path, verify=verify)
+    file = tmp_path / "step-00000200" / name
+    assert was in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(was, now))
+    found = checkpointer.load(targets_for(make_tensors(100)))
+    assert found is not None
+    assert found.step == 100
+    assert "its hash is wrong" in found.warnings[0]
+
+
+def test_a_checkpoint_deleted_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process reads while training goes on: the newest of its listing may be gone a moment later."""
+    two_checkpoints(tmp_path)
+
+    def save_then_check(directory: Path, manifest: Manifest) -> None:
+        if manifest.step == 200:
+            Checkpointer(tmp_path, CheckpointConfig(keep=1)).save(300, make_tensors(300), {})
+        check_sizes(directory, manifest)
+
+    monkeypatch.setattr(store, "check_sizes", save_then_check)
+    found = Checkpointer(tmp_path, CheckpointConfig()).load(loaded := targets_for(make_tensors(300)))
+    assert found is not None
+    assert (found.step, found.warnings) == (300, ())
+    assert all_bits(loaded) == all_bits(make_tensors(300))
+    assert os.listdir(tmp_path) == ["step-00000300"]
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = two_checkpoints(tmp_path)
+
+    def refuse(directory: Path, manifest: Manifest) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+
+    monkeypatch.setattr(store, "check_hashes", refuse)  # root, as tests often run, may read everything
+    with pytest.raises(UserError, match=r"can't be read: .*Permission denied"):
+        checkpointer.latest()
+    assert checkpointer.steps() == [100, 200]
 
 
 def test_when_none_is_good_the_exit_code_is_3_now_and_later(tmp_path: Path) -> None:
