@@ -84,6 +84,10 @@ class Checkpointer:
         """Committed steps, ascending, by their names alone."""
         return committed_steps(self.directory)
 
+    def has_damaged(self) -> bool:
+        """Whether damaged checkpoints were put aside here: if there are no others, loading is refused."""
+        return bool(quarantined(self.directory))
+
     def sweep(self) -> None:
         """Delete what killed processes left half-written. For the process that trains this run, at its start."""
         sweep(self.directory)
@@ -213,7 +217,7 @@ class Checkpointer:
                 if isinstance(error, OSError) and error.errno != EIO:  # no right to read, say: not its fault
                     raise UserError(f"{path} can't be read: {error}") from error
                 damaged.append(self._put_aside(step, str(error)))
-        if damaged or quarantined(self.directory):
+        if damaged or self.has_damaged():
             listing = "".join(f"\n  {warning}" for warning in damaged)
             raise DamagedCheckpointError(
                 f"No good checkpoint is left in {self.directory}.{listing}\n"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatrain.checkpoint.store import Checkpointer
-from megatrain.config.errors import UserError
+from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.prepare import Prepared, prepare
 from megatrain.models.flops import flops_per_token, n_params
@@ -70,10 +70,11 @@ def _settle(
 ) -> tuple[Config, dict[str, Any]]:
     """The config with nothing left to be found out, and how it differs from the one the run had before.
 
-    A directory without a committed checkpoint holds nothing that could go on, so it is not compared with.
+    A directory without a committed checkpoint holds nothing that could go on, so it is not compared with. One with
+    damaged checkpoints alone is refused later, by whoever loads: then the run is ours, and its status can say so.
     """
     frozen = read_config(directory) if checkpointer.steps() else None
-    if frozen is None and cfg.train.resume == "must":
+    if frozen is None and cfg.train.resume == "must" and not checkpointer.has_damaged():
         raise UserError(
             f"train.resume=must, but {directory} has no checkpoint to resume from. "
             "Check run.name and run.dir, or start anew with train.resume=auto."
@@ -118,7 +119,11 @@ def _owned(directory: Path, checkpointer: Checkpointer, parts: Parts) -> Iterato
 def _train(attempt: Attempt) -> int:
     """Take up the state, train, and leave status and events behind; returns the exit code."""
     cfg, log, state = attempt.cfg, attempt.log, attempt.parts.state
-    warnings = _take_up(attempt)
+    try:
+        warnings = _take_up(attempt)
+    except DamagedCheckpointError as error:
+        _record_failure(log, 0, error)
+        raise
     observer = Observer(attempt.directory, cfg.log, attempt.display, log, dump(cfg))
     for warning in warnings:
         observer.notice(warning)
@@ -130,8 +135,7 @@ def _train(attempt: Attempt) -> int:
                 "done" if state.step >= cfg.train.steps else train_loop(_make_run(attempt, observer, signals))
             )
     except BaseException as error:
-        log.event("failure", step=state.step, error=f"{type(error).__name__}: {error}")
-        log.status("failed", step=state.step, reason=f"{type(error).__name__}: {error}", exit_code=1)
+        _record_failure(log, state.step, error)
         raise
     finally:
         observer.close()
@@ -140,6 +144,12 @@ def _train(attempt: Attempt) -> int:
     log.event("stop", step=state.step, reason=reason)
     log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
     return exit_code
+
+
+def _record_failure(log: RunLog, step: int, error: BaseException) -> None:
+    text = f"{type(error).__name__}: {error}"
+    log.event("failure", step=step, error=text)
+    log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
 
 
 def _take_up(attempt: Attempt) -> tuple[str, ...]:

@@ -67,8 +67,13 @@ def test_a_damaged_checkpoint_is_put_aside_and_without_a_good_one_the_exit_code_
     assert (checkpoints / "quarantine").is_dir()
     for step in checkpoints.glob("step-*"):
         damage(step)
-    done = workplace.run(workplace.tiny("run.name=d"), expect=3)
-    assert "No good checkpoint is left" in done.stderr
+    for resume in ("auto", "must", "never"):  # the first puts them aside, and the others find none but these
+        done = workplace.run(workplace.tiny("run.name=d", f"train.resume={resume}"), expect=3)
+        assert "No good checkpoint is left" in done.stderr
+        assert "start anew: choose another run.name" in done.stderr
+        assert not list(checkpoints.glob("step-*"))
+        status = json.loads((checkpoints.parent / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("failed", 3)
 
 
 def damage(checkpoint: Path) -> None:
