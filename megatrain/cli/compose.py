@@ -87,7 +87,7 @@ def parse(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override],
     for text in overrides:
         try:
             override = _parse_one(text, parser)
-        except HydraException:
+        except (HydraException, ValueError):
             rule = "is not an override; write key=value, quoted for the shell if it has special characters"
             broken.append(Problem(text, ABSENT, rule))
             continue
@@ -174,13 +174,14 @@ def _parse_one(text: str, parser: OverridesParser) -> Override:
 
     Raises:
         HydraException: it is no override.
+        ValueError: it holds a number of more digits than Python reads.
     """
     key, equals, value = text.partition("=")
     hint = hint_at(Config, key.lstrip("+"))
     as_text = f"{key}={_quoted(value)}" if equals and hint is not None and accepts(hint, "any text") else None
     try:
         override = parser.parse_override(text)
-    except HydraException:
+    except (HydraException, ValueError):
         if as_text is None:
             raise
         return parser.parse_override(as_text)

@@ -214,7 +214,12 @@ def _convert(hint: Any, value: Any) -> Any:
     member = next((member for member in fitting if member is type(value)), fitting[0])
     if get_origin(member) is tuple:
         return tuple(_convert(get_args(member)[0], item) for item in value)
-    return float(value) if member is float else value
+    if member is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return math.inf if value > 0 else -math.inf
 
 
 def _nearest_values(hint: Any, value: object) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from megatrain.config.errors import UserError
 
 T = TypeVar("T")
 ABSENT = object()
+MAX_INT = 2**63 - 1  # of the int64 tensors, and of the C libraries, that integers end up in
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -67,10 +68,14 @@ class ConfigError(UserError):
 
 
 def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
-    """Problems of those `fields` of `cfg` that are below `low` (None is allowed) or not finite."""
+    """Problems of those `fields` of `cfg` that are below `low` (None is allowed), not finite, or above `MAX_INT`."""
     for name in fields:
         value = getattr(cfg, name)
-        if value is not None and not (value >= low and math.isfinite(value)):
+        if isinstance(value, int) and value > MAX_INT:
+            yield Problem(name, value, "must fit in 63 bits", (MAX_INT,))
+        elif value == math.inf:
+            yield Problem(name, value, "must be finite")
+        elif value is not None and not value >= low:  # not: also for NaN
             yield Problem(name, value, f"must be at least {low:g}", (low,))
 
 
