@@ -100,8 +100,9 @@ class MoEConfig:
 class ExpertsConfig:
     """How the products of experts are computed; the result is the same up to rounding."""
 
-    backend: Literal["auto", "loop", "grouped_mm"] = "auto"
-    """auto: the fastest at hand; loop: one expert after the other, the definition; grouped_mm: torch's own."""
+    backend: Literal["auto", "loop", "grouped_mm", "triton", "megablocks"] = "auto"
+    """auto: the fastest at hand; loop: one expert after the other, the definition; grouped_mm: torch's own; triton: our
+    kernel, on a GPU; megablocks: the package of that name, in bf16 on a GPU."""
 
 
 @config

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from megatrain.config.errors import UserError
 from megatrain.nn.balance import BalancePoint
 from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.megablocks import check_megablocks, megablocks_product
 from megatrain.nn.mlp import GatedMLP
 from megatrain_kernels import grouped_gemm, permute, swiglu, unpermute
+from megatrain_kernels.backend import triton_runs_on
 
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -112,12 +115,23 @@ class MoE(nn.Module):
         return self.balance(out, routing.indices.unflatten(0, batch), routing.scores.unflatten(0, batch))
 
 
-KERNELS = {"auto": "auto", "loop": "reference", "grouped_mm": "torch"}
+KERNELS = {"auto": "auto", "loop": "reference", "grouped_mm": "torch", "triton": "triton"}
 """`moe.backend` -> backend of `grouped_gemm`."""
 
 
 def use_experts_backend(model: nn.Module, backend: str) -> None:
-    """Let all experts of `model` compute with the `moe.backend` of that name."""
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.product = partial(grouped_gemm, backend=KERNELS[backend])
+    """Let all experts of `model`, which is where it will compute, use the `moe.backend` of that name.
+
+    Raises:
+        UserError: it is not installed, or cannot run on the model's device.
+    """
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        if backend == "megablocks":
+            check_megablocks()
+            experts.product = megablocks_product
+            continue
+        if backend == "triton" and not triton_runs_on(experts.gate):
+            raise UserError(
+                "moe.backend=triton needs a GPU with tensor cores and the package triton: set auto"
+            )
+        experts.product = partial(grouped_gemm, backend=KERNELS[backend])

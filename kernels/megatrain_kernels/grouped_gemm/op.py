@@ -3,6 +3,7 @@
 The operators are opaque to torch.compile, know their shapes without data, and state their FLOPs.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,14 +11,34 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from torch.utils.flop_counter import register_flop_formula
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, interpreting, triton_runs_on
 from megatrain_kernels.grouped_gemm.reference import grouped_gemm_reference
+
+KNOWN = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _fused(*tensors: Tensor) -> bool:
     """Does torch's grouped product take them? Its rows must begin at multiples of 16 bytes."""
-    known = tensors[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return known and all(_row_step(t) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    return tensors[0].dtype in KNOWN and all(
+        _row_step(t) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
+    )
+
+
+def _takes_triton(x: Tensor) -> bool:
+    here = triton_runs_on(x) or (x.device.type == "cpu" and interpreting())
+    return here and x.dtype in KNOWN
+
+
+def _triton(backend: str, *tensors: Tensor) -> Any:
+    """The module of kernels where they are to run, else None: by name, since a CPU machine may lack triton.
+
+    On a GPU torch's own product is a kernel in bf16 only; in other types it is a loop that waits for the sizes.
+    """
+    x = tensors[0]
+    own = x.dtype == torch.bfloat16 and _fused(*tensors)
+    if backend == "triton" or (backend == "auto" and triton_runs_on(x) and x.dtype in KNOWN and not own):
+        return import_module("megatrain_kernels.grouped_gemm.triton")
+    return None
 
 
 def _row_step(t: Tensor) -> int:
@@ -40,6 +61,9 @@ def _dense(t: Tensor) -> Tensor:
 def grouped_gemm_op(x: Tensor, weights: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     """x_g weights_gᵀ; see `grouped_gemm`."""
     x, weights = _dense(x), _dense(weights)
+    if (kernels := _triton(backend, x, weights)) is not None:
+        made: Tensor = kernels.rows_product(x, weights, group_sizes)
+        return made
     if _fused(x, weights):
         return grouped_mm(x, weights.mT, offs=_ends(group_sizes))
     out = x.new_empty(x.shape[0], weights.shape[1])
@@ -53,6 +77,9 @@ def grouped_gemm_op(x: Tensor, weights: Tensor, group_sizes: Tensor, backend: st
 def grouped_outer_op(a: Tensor, b: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     """a_gᵀ b_g of each group of rows: `(tokens, m)` and `(tokens, n)` to `(groups, m, n)`; empty groups give 0."""
     a, b = _dense(a), _dense(b)
+    if (kernels := _triton(backend, a, b)) is not None:
+        made: Tensor = kernels.outer_product(a, b, group_sizes)
+        return made
     if _fused(a, b):
         return grouped_mm(a.T, b, offs=_ends(group_sizes))
     out = a.new_empty(len(group_sizes), a.shape[1], b.shape[1])
@@ -104,13 +131,22 @@ def grouped_gemm(x: Tensor, weights: Tensor, group_sizes: Tensor, *, backend: st
         x: `(tokens, in)`, sorted by group. weights: `(groups, out, in)`.
         group_sizes: `(groups,)` int64 on x's device, 0 allowed; the sum is the number of tokens.
 
+        backend: "auto" takes torch's grouped product where it is one kernel or on a CPU, and Triton elsewhere.
+
     Returns:
         `(tokens, out)` in x's type.
+
+    Raises:
+        ValueError: no backend of that name, or it cannot take these inputs.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weights = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weights))
-    chosen = choose(backend)
-    if chosen == "reference":
+    choose(backend, ("torch", "triton", "reference"))
+    if backend == "reference":
         return grouped_gemm_reference(x, weights, group_sizes)
-    out: Tensor = grouped_gemm_op(x, weights, group_sizes, chosen)
+    if backend == "triton" and not _takes_triton(x):
+        raise ValueError(
+            f"backend='triton' needs a CUDA device and float16, bfloat16 or float32; got {x.device.type}, {x.dtype}"
+        )
+    out: Tensor = grouped_gemm_op(x, weights, group_sizes, backend)
     return out

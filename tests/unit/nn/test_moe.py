@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatrain.config.errors import UserError
 from megatrain.config.load import load
 from megatrain.config.schema import ConfigError
 from megatrain.models.decoder import Decoder
@@ -221,6 +222,15 @@ def test_backends_agree(backend: str) -> None:
         model(tokens, targets=tokens).backward()
     for name, expected in gradients(models[0]).items():
         torch.testing.assert_close(gradients(models[1])[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they may run")
+@pytest.mark.parametrize(
+    ("backend", "need"), [("triton", "a GPU"), ("megablocks", "the packages megablocks")]
+)
+def test_a_backend_that_cannot_run_here_is_refused(backend: str, need: str) -> None:
+    with pytest.raises(UserError, match=f"moe.backend={backend} needs {need}"):
+        use_experts_backend(make(), backend)
 
 
 def test_bf16_keeps_the_choice_in_float32() -> None:

@@ -1,0 +1,46 @@
+"""Grouped products of the package MegaBlocks (arXiv 2211.15841): CUDA, bf16.
+
+It pins an old torch, so it has an environment of its own: `pip install --no-deps megablocks grouped_gemm` beside a
+torch that both were built for.
+"""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from megatrain.config.errors import UserError
+
+
+def megablocks_product(x: Tensor, weights: Tensor, group_sizes: Tensor) -> Tensor:
+    """As `megatrain_kernels.grouped_gemm`; an expert's sizes are copied to the host.
+
+    Raises:
+        UserError: the inputs are not bf16 on a GPU.
+    """
+    if not (x.is_cuda and x.dtype == torch.bfloat16):
+        raise UserError(
+            f"moe.backend=megablocks computes in bf16 on a GPU, not in {x.dtype} on {x.device.type}: "
+            "set train.precision=bf16, or another moe.backend"
+        )
+    multiply = import_module("megablocks.grouped_gemm_util").ops.gmm
+    out: Tensor = multiply(x, weights, group_sizes.cpu(), trans_b=True)
+    return out
+
+
+def check_megablocks() -> None:
+    """Is it there?
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        found = import_module("megablocks.grouped_gemm_util").grouped_gemm_is_available()
+    except ImportError:
+        found = False
+    if not found:
+        raise UserError(
+            "moe.backend=megablocks needs the packages megablocks and grouped_gemm, built for this torch: "
+            "install them with 'pip install --no-deps --no-build-isolation megablocks grouped_gemm', or set "
+            "moe.backend=auto"
+        )
