@@ -62,5 +62,5 @@ class Decoder(nn.Module):
     def _layout(self, positions: Tensor, doc_ids: Tensor | None) -> Layout:
         if self.cfg.positions == "learned":
             return Layout(None, None, doc_ids)
-        cos, sin = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, self.cfg.rope_scaling)
+        cos, sin = rope_angles(positions, self.cfg.rope_size, self.cfg.rope_theta, self.cfg.rope_scaling)
         return Layout(cos, sin, doc_ids)

@@ -11,6 +11,15 @@ from megatrain.nn.config import DecoderConfig
 
 def _attention_parameters(cfg: DecoderConfig) -> int:
     """Weights of one layer's attention that take part in matrix products."""
+    latent = cfg.latent
+    if latent is not None:
+        q_size, o_size = cfg.n_heads * cfg.head_size, cfg.n_heads * latent.v_head_dim
+        queries = cfg.hidden_size * q_size
+        if latent.q_lora_rank is not None:
+            queries = latent.q_lora_rank * (cfg.hidden_size + q_size)
+        keys_values = cfg.n_heads * (latent.qk_nope_head_dim + latent.v_head_dim) * latent.kv_lora_rank
+        down = cfg.hidden_size * (latent.kv_lora_rank + latent.qk_rope_head_dim)
+        return queries + keys_values + down + o_size * cfg.hidden_size
     q_size, kv_size = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
     return cfg.hidden_size * (2 * q_size + 2 * kv_size)
 
@@ -36,6 +45,8 @@ def _vector_parameters(cfg: DecoderConfig) -> int:
     q_size, kv_size = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
     norms = 2 * _norm_parameters(cfg) + (2 * cfg.head_size if cfg.qk_norm else 0)
     attention = (q_size + 2 * kv_size) * cfg.attention_bias + cfg.hidden_size * cfg.output_bias
+    if cfg.latent is not None:
+        attention = (cfg.latent.q_lora_rank or 0) + cfg.latent.kv_lora_rank  # norms
     inner = 2 if cfg.activation == "swiglu" else 1
     return norms + attention + (inner * cfg.ffn_size + cfg.hidden_size) * cfg.mlp_bias
 
@@ -72,5 +83,5 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
     """
     matrices = _matrix_parameters(cfg, active=True) + cfg.vocab_size * cfg.hidden_size
     pairs = attention_pairs(seq_len, causal=causal, window=cfg.window)
-    attention = 2 * 2 * cfg.n_layers * cfg.n_heads * cfg.head_size * pairs / seq_len
+    attention = 2 * cfg.n_layers * cfg.n_heads * (cfg.head_size + cfg.v_head_size) * pairs / seq_len
     return 3 * (2 * matrices + attention)

@@ -22,13 +22,15 @@ class Layout(NamedTuple):
 class AttentionCore(nn.Module):
     """The part of attention that mixes tokens: a seam that context parallelism may replace."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, scale: float | None = None) -> None:
         super().__init__()
         self.window = window
+        self.scale = scale
+        """Factor on the scores; None: head_dim^(-1/2)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
-        """q `(batch, seq, heads, head_dim)`, k and v with as many or fewer heads; as q."""
-        out = attention(q, k, v, window=self.window, doc_ids=doc_ids)
+        """q `(batch, seq, heads, head_dim)`, k and v with as many or fewer heads; `(batch, seq, heads, v_dim)`."""
+        out = attention(q, k, v, scale=self.scale, window=self.window, doc_ids=doc_ids)
         assert isinstance(out, Tensor)
         return out
 

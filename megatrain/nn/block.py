@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from megatrain.nn.attention import Attention, Layout
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.latent_attention import LatentAttention
 from megatrain.nn.mlp import make_mlp
 from megatrain.nn.moe import MoE
 from megatrain.nn.norm import make_norm
@@ -16,7 +17,7 @@ class Block(nn.Module):
         super().__init__()
         self.scale = cfg.residual_scale
         self.attn_norm = make_norm(cfg)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg) if cfg.latent is None else LatentAttention(cfg)
         self.mlp_norm = make_norm(cfg)
         self.mlp = None if cfg.has_experts(layer) else make_mlp(cfg)
         self.moe = MoE(cfg) if cfg.has_experts(layer) else None

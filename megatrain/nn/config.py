@@ -25,6 +25,9 @@ class RopeScaling:
     """yarn: dimensions that turn less often than this are divided by `factor`."""
     attention_factor: float | None = None
     """yarn: factor on cos and sin; None takes `0.1 ln(factor) + 1` (YaRN, arXiv 2309.00071, section 3.4)."""
+    mscale: float | None = None
+    """yarn in latent attention: scores are multiplied by `(0.1 mscale ln(factor) + 1)²`, and cos and sin are left as
+    they are (DeepSeek-V2's published code); None: as `attention_factor` says."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "factor", "original_max_seq_len")
@@ -35,6 +38,30 @@ class RopeScaling:
         if self.attention_factor is not None and not self.attention_factor > 0:
             yield Problem(
                 "attention_factor", self.attention_factor, "must be positive, or null for the formula"
+            )
+
+
+@config
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): sizes of its vectors and heads."""
+
+    q_lora_rank: int | None = 1536
+    """Queries are made from a normed vector of this size; null: from the hidden state."""
+    kv_lora_rank: int = 512
+    """Keys and values of all heads are made from one normed vector of this size."""
+    qk_nope_head_dim: int = 128
+    """The part of each query and key head without position."""
+    qk_rope_head_dim: int = 64
+    """The part with rotary positions; that of the keys is shared by all heads."""
+    v_head_dim: int = 128
+
+    def problems(self) -> Iterator[Problem]:
+        sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        yield from at_least(self, 1, *sizes)
+        size = self.qk_rope_head_dim
+        if size % 2:
+            yield Problem(
+                "qk_rope_head_dim", size, "rotary positions turn pairs of dimensions", (size - 1, size + 1)
             )
 
 
@@ -139,6 +166,8 @@ class DecoderConfig:
     output_bias: bool = False
     """Bias in the attention's output projection."""
     mlp_bias: bool = False
+    latent: LatentConfig | None = None
+    """Latent attention in place of heads with keys of their own; null: not."""
     moe: MoEConfig | None = None
     """Experts in place of the feed-forward blocks; null: none."""
     tie_embeddings: bool = True
@@ -160,7 +189,19 @@ class DecoderConfig:
 
     @property
     def head_size(self) -> int:
+        """Of queries and keys."""
+        if self.latent is not None:
+            return self.latent.qk_nope_head_dim + self.latent.qk_rope_head_dim
         return self.hidden_size // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rope_size(self) -> int:
+        """The part of a head that is turned."""
+        return self.head_size if self.latent is None else self.latent.qk_rope_head_dim
+
+    @property
+    def v_head_size(self) -> int:
+        return self.head_size if self.latent is None else self.latent.v_head_dim
 
     @property
     def expert_ffn_size(self) -> int:
@@ -181,6 +222,16 @@ class DecoderConfig:
         yield from broken
         if broken:
             return
+        yield from self._head_problems() if self.latent is None else self._latent_problems()
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            yield Problem("logit_softcap", self.logit_softcap, "must be positive, or null for none")
+        if self.moe is not None:
+            for option, value in (("activation", "swiglu"), ("mlp_bias", False)):
+                if getattr(self, option) != value:
+                    rule = "experts are gated (swiglu) and have no biases"
+                    yield Problem(option, getattr(self, option), rule, (value,))
+
+    def _head_problems(self) -> Iterator[Problem]:
         if self.head_dim is None and self.hidden_size % self.n_heads:
             legal = nearest_divisors(self.hidden_size, self.n_heads)
             rule = f"must divide hidden_size ({self.hidden_size}) when head_dim is not set"
@@ -192,10 +243,17 @@ class DecoderConfig:
             legal = nearest_divisors(self.n_heads, self.kv_heads)
             rule = f"must divide n_heads ({self.n_heads}): each key head serves an equal group of query heads"
             yield Problem("n_kv_heads", self.kv_heads, rule, legal)
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            yield Problem("logit_softcap", self.logit_softcap, "must be positive, or null for none")
-        if self.moe is not None:
-            for option, value in (("activation", "swiglu"), ("mlp_bias", False)):
-                if getattr(self, option) != value:
-                    rule = "experts are gated (swiglu) and have no biases"
-                    yield Problem(option, getattr(self, option), rule, (value,))
+        if self.rope_scaling is not None and self.rope_scaling.mscale is not None:
+            yield Problem("rope_scaling.mscale", self.rope_scaling.mscale, "is for latent attention", (None,))
+
+    def _latent_problems(self) -> Iterator[Problem]:
+        fixed = {
+            "n_kv_heads": None,
+            "head_dim": None,
+            "qk_norm": False,
+            "attention_bias": False,
+            "output_bias": False,
+        }
+        for option, value in (fixed | {"positions": "rope"}).items():
+            if getattr(self, option) != value:
+                yield Problem(option, getattr(self, option), "is not an option of latent attention", (value,))

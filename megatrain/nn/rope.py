@@ -52,7 +52,14 @@ def rope_magnitude(scaling: RopeScaling | None) -> float:
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1.0
+    return 1.0 if scaling.mscale is not None else 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rope_score_factor(scaling: RopeScaling | None) -> float:
+    """Factor on attention scores: 1 but for the temperature as DeepSeek applies it (see `RopeScaling.mscale`)."""
+    if scaling is None or scaling.kind != "yarn" or scaling.mscale is None:
+        return 1.0
+    return (0.1 * scaling.mscale * math.log(scaling.factor) + 1.0) ** 2
 
 
 def rope_angles(

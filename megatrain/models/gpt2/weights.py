@@ -58,6 +58,7 @@ def check(cfg: GPT2Config) -> None:
         head_size=cfg.hidden_size // cfg.n_heads,
         qk_norm=False,
         moe=None,
+        latent=None,
         window=None,
         attention_bias=True,
         output_bias=True,

@@ -26,6 +26,7 @@ LLAMA_LIKE: dict[str, object] = {
     "activation": "swiglu",
     "positions": "rope",
     "moe": None,
+    "latent": None,
     "logit_softcap": None,
     "residual_scale": 1.0,
     "embedding_scale": 1.0,

@@ -2,18 +2,27 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from megatrain.models.decoder import Decoder
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig, RopeScaling
 from megatrain.nn.init import init_weights
+from megatrain.nn.rope import rope_frequencies
 
 BASE = DecoderConfig(
     n_layers=2, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=48, vocab_size=61, init_std=0.3
 )
+LATENT: dict[str, Any] = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 OPTIONS: dict[str, dict[str, object]] = {
     "base": {},
     "qk norm": {"qk_norm": True},
@@ -30,6 +39,13 @@ OPTIONS: dict[str, dict[str, object]] = {
     "scales": {"residual_scale": 0.5, "embedding_scale": 3.0},
     "scales, layer norm": {"residual_scale": 0.5, "norm": "layer"},
     "biases": {"attention_bias": True, "output_bias": True},
+    "latent attention": {"latent": LatentConfig(**LATENT), "n_kv_heads": None, "norm_eps": 0.1},
+    "latent attention, queries too, yarn": {
+        "latent": LatentConfig(**LATENT | {"q_lora_rank": 14}),
+        "n_kv_heads": None,
+        "window": 9,
+        "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=16, mscale=0.7),
+    },
     "experts": {"moe": MoEConfig(n_experts=5, top_k=2)},
     "all kinds of layers": {
         "n_layers": 4,
@@ -81,7 +97,8 @@ def written_out(cfg: DecoderConfig, w: dict[str, torch.Tensor], tokens: list[int
         x = x + w["pos_embed.weight"][: len(tokens)]
     for layer in range(cfg.n_layers):
         own = {key.removeprefix(f"layers.{layer}."): value for key, value in w.items()}
-        x = x + cfg.residual_scale * attention(cfg, own, norm(cfg, own, "attn_norm", x))
+        mix = attention if cfg.latent is None else latent_attention
+        x = x + cfg.residual_scale * mix(cfg, own, norm(cfg, own, "attn_norm", x))
         y = norm(cfg, own, "mlp_norm", x)
         moe = cfg.moe
         if moe is None or layer < moe.first_k_dense or layer % moe.layer_frequency:
@@ -124,10 +141,42 @@ def attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -
     return project(w, "attn.wo", out.flatten(1))
 
 
+def latent_attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Equations 37 to 47 of DeepSeek-V2, one head and one pair of tokens at a time."""
+    latent = cfg.latent
+    assert latent is not None
+    nope, v_size, size = latent.qk_nope_head_dim, latent.v_head_dim, cfg.head_size
+    queries = x
+    if latent.q_lora_rank is not None:
+        queries = norm(replace(cfg, norm="rms"), w, "attn.q_norm", project(w, "attn.wq_down", x))
+    q = project(w, "attn.wq" if latent.q_lora_rank is None else "attn.wq_up", queries).view(len(x), -1, size)
+    compressed = norm(cfg, w, "attn.kv_norm", project(w, "attn.wkv_down", x))
+    kv = project(w, "attn.wkv_up", compressed).view(len(x), -1, nope + v_size)
+    shared = project(w, "attn.wk_rope", x)
+    temperature = 1.0
+    if cfg.rope_scaling is not None:
+        assert cfg.rope_scaling.mscale is not None
+        temperature = (0.1 * cfg.rope_scaling.mscale * math.log(cfg.rope_scaling.factor) + 1) ** 2
+    out = torch.zeros(len(x), cfg.n_heads, v_size, dtype=x.dtype)
+    for head in range(cfg.n_heads):
+        for i in range(len(x)):
+            first = 0 if cfg.window is None else max(0, i - cfg.window + 1)
+            scores = [
+                kv[j, head, :nope] @ q[i, head, :nope]
+                + turn(cfg, shared[j], j) @ turn(cfg, q[i, head, nope:], i)
+                for j in range(first, i + 1)
+            ]
+            weights = torch.softmax(torch.stack(scores) * temperature / math.sqrt(size), 0)
+            out[i, head] = weights @ kv[first : i + 1, head, nope:]
+    return project(w, "attn.wo", out.flatten(1))
+
+
 def turn(cfg: DecoderConfig, x: torch.Tensor, position: int) -> torch.Tensor:
     """Each pair (i, i + half) of a head is a complex number, turned by position · theta^(-2i/size)."""
-    half = cfg.head_size // 2
+    half = cfg.rope_size // 2
     angles = position * cfg.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    if cfg.rope_scaling is not None:  # tested against transformers'
+        angles = position * rope_frequencies(2 * half, cfg.rope_theta, cfg.rope_scaling)
     turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag])
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatrain.models.decoder import Decoder
 from megatrain.models.flops import attention_pairs, flops_per_token, n_embedding_parameters, n_params
 from megatrain.models.llama3.config import Llama3Config
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig
 from megatrain_kernels import linear_cross_entropy
 
 CONFIGS = {
@@ -23,6 +23,12 @@ CONFIGS = {
     "biases, layer norm, learned positions": DecoderConfig(
         n_layers=2, hidden_size=32, n_heads=4, ffn_size=64, vocab_size=96, activation="gelu_tanh", norm="layer",
         positions="learned", max_seq_len=16, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True,
+    ),
+    "latent attention": DecoderConfig(
+        n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=64,
+        latent=LatentConfig(
+            q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12
+        ),
     ),
     "experts": DecoderConfig(
         n_layers=3, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=64,
@@ -42,6 +48,13 @@ def test_matches_the_counter(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     with FlopCounterMode(display=False) as counter:
         model(tokens, targets=tokens).backward()
     assert counter.get_total_flops() == flops_per_token(cfg, 16, causal=False) * tokens.numel()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_by_counting(name: str) -> None:
+    with torch.device("meta"):
+        model = Decoder(CONFIGS[name])
+    assert n_params(CONFIGS[name]) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_causal_model_of_one_token_is_a_full_one() -> None:
