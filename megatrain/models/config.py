@@ -1,7 +1,9 @@
 """The union of all model families' configs; `kind` tells which one a run uses."""
 
+from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.llama3.config import Llama3Config
+from megatrain.models.mixtral.config import MixtralConfig
 from megatrain.models.qwen3.config import Qwen3Config
 
-ModelConfig = GPT2Config | Llama3Config | Qwen3Config
+ModelConfig = GPT2Config | Llama3Config | Qwen3Config | MixtralConfig | DeepseekV3Config

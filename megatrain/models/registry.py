@@ -12,8 +12,16 @@ FAMILIES = {
     "gpt2": "megatrain.models.gpt2.spec:SPEC",
     "llama3": "megatrain.models.llama3.spec:SPEC",
     "qwen3": "megatrain.models.qwen3.spec:SPEC",
+    "mixtral": "megatrain.models.mixtral.spec:SPEC",
+    "deepseek_v3": "megatrain.models.deepseek_v3.spec:SPEC",
 }
-HF_TYPES = {"gpt2": "gpt2", "llama": "llama3", "qwen3": "qwen3"}
+HF_TYPES = {
+    "gpt2": "gpt2",
+    "llama": "llama3",
+    "qwen3": "qwen3",
+    "mixtral": "mixtral",
+    "deepseek_v3": "deepseek_v3",
+}
 """Hugging Face's model_type -> our kind."""
 
 

@@ -1,7 +1,7 @@
 """What a model family provides, and the map between our parameter names and Hugging Face's."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatrain.config.errors import UserError
-from megatrain.nn.config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +16,22 @@ class Rule:
     """One Hugging Face tensor and the parameters of ours that it holds.
 
     Several parameters are joined along their output dimension (rows); `transpose` is for layers that keep their
-    weights as `(in, out)`.
+    weights as `(in, out)`. `pairs` (head, rotary): of every `head` rows the last `rotary` are turned in pairs, which
+    are neighbours in theirs; in ours the second one stands half of `rotary` further on.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    pairs: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One parameter of ours that holds several Hugging Face tensors, along a first dimension of its own."""
+
+    theirs: tuple[str, ...]
+    ours: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +39,14 @@ class WeightMap:
     """Both directions, exactly: an unknown or a missing tensor is an error that names it."""
 
     rules: tuple[Rule, ...]
+    stacks: tuple[Stack, ...] = ()
     prefix: str = ""
     """What files saved from a model without its head leave off all names."""
     repeats: Mapping[str, str] = field(default_factory=dict)
     """Tensors that a file may hold a second time (a tied head): name -> name of the first, which it must equal."""
     constants: str = r"(?!)"
-    """Pattern of names of tables that old files hold although they follow from the config; they are passed over."""
+    """Pattern of names that are passed over: tables that old files hold although they follow from the config, and
+    parts of a model that we do not have."""
 
     def export(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors under Hugging Face's names (views where nothing is joined).
@@ -43,34 +54,41 @@ class WeightMap:
         Raises:
             UserError: a tensor is unknown or missing.
         """
-        _check_names(ours, (name for rule in self.rules for name in rule.ours))
+        wanted = [name for rule in self.rules for name in rule.ours]
+        _check_names(ours, wanted + [stack.ours for stack in self.stacks])
         theirs: dict[str, Tensor] = {}
         for rule in self.rules:
             parts = [ours[name] for name in rule.ours]
             joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if rule.pairs is not None:
+                joined = _swap_rotary(joined, *rule.pairs, halves=True)
             theirs[rule.theirs] = joined.T if rule.transpose else joined
+        for stack in self.stacks:
+            theirs |= zip(stack.theirs, ours[stack.ours], strict=True)
         return theirs
 
     def load(self, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Hugging Face's tensors under our names (views); `shapes` are our parameters' shapes.
+        """Hugging Face's tensors under our names (views but for stacks); `shapes` are our parameters' shapes.
 
         Raises:
             UserError: a tensor is unknown, missing, of another shape, or differs from the one it should repeat.
         """
         theirs = self._without_extras(theirs)
-        _check_names(theirs, (rule.theirs for rule in self.rules))
+        stacked = [name for stack in self.stacks for name in stack.theirs]
+        _check_names(theirs, stacked + [rule.theirs for rule in self.rules])
         ours: dict[str, Tensor] = {}
         for rule in self.rules:
             tensor = theirs[rule.theirs].T if rule.transpose else theirs[rule.theirs]
             wanted = [shapes[name] for name in rule.ours]
             rows = sum(shape[0] for shape in wanted)
-            if tensor.shape != (rows, *wanted[0][1:]):
-                said = f"{tuple(tensor.shape)}{' (transposed)' if rule.transpose else ''}"
-                need = f"{' + '.join(rule.ours)} need {(rows, *wanted[0][1:])}"
-                raise UserError(
-                    f"{rule.theirs} has the shape {said}, but {need}: weights and config do not belong together"
-                )
+            _check_shape(rule.theirs, tensor, (rows, *wanted[0][1:]), " + ".join(rule.ours), rule.transpose)
+            if rule.pairs is not None:
+                tensor = _swap_rotary(tensor, *rule.pairs, halves=False)
             ours |= zip(rule.ours, tensor.split([shape[0] for shape in wanted]), strict=True)
+        for stack in self.stacks:
+            for name in stack.theirs:
+                _check_shape(name, theirs[name], shapes[stack.ours][1:], stack.ours, False)
+            ours[stack.ours] = torch.stack([theirs[name] for name in stack.theirs])
         return ours
 
     def _without_extras(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,6 +100,22 @@ class WeightMap:
             if repeat in kept and first in kept and not torch.equal(kept.pop(repeat), kept[first]):
                 raise UserError(f"{repeat} differs from {first}: set model.tie_embeddings=false to keep both")
         return kept
+
+
+def _swap_rotary(tensor: Tensor, head: int, rotary: int, *, halves: bool) -> Tensor:
+    """From halves to pairs of neighbours or back (see `Rule`); tensor `(rows, ...)`."""
+    heads = tensor.unflatten(0, (-1, head))
+    kept, turned = heads.split([head - rotary, rotary], 1)
+    sizes = (2, rotary // 2) if halves else (rotary // 2, 2)
+    return torch.cat([kept, turned.unflatten(1, sizes).transpose(1, 2).flatten(1, 2)], 1).flatten(0, 1)
+
+
+def _check_shape(name: str, tensor: Tensor, need: Sequence[int], ours: str, transposed: bool) -> None:
+    if tensor.shape != tuple(need):
+        said = f"{tuple(tensor.shape)}{' (transposed)' if transposed else ''}"
+        raise UserError(
+            f"{name} has the shape {said}, but {ours} need {tuple(need)}: weights and config do not belong together"
+        )
 
 
 def _check_names(given: Iterable[str], wanted: Iterable[str]) -> None:
@@ -108,12 +142,20 @@ class ModelSpec:
     """The family's config from the content of config.json; UserError, naming the key, for what we do not have."""
 
 
-def require(cfg: DecoderConfig, family: str, **options: object) -> None:
-    """Refuse, by name, options whose values `family`'s Hugging Face form does not have."""
+def require(cfg: Any, family: str, *, prefix: str = "model.", **options: object) -> None:
+    """Refuse, by name with `prefix`, options whose values `family`'s Hugging Face form does not have."""
     wrong = {key: getattr(cfg, key) for key, value in options.items() if getattr(cfg, key) != value}
     if wrong:
-        said = ", ".join(f"model.{key}={value} (must be {options[key]})" for key, value in wrong.items())
+        said = ", ".join(f"{prefix}{key}={value} (must be {options[key]})" for key, value in wrong.items())
         raise UserError(f"a Hugging Face {family} model cannot express: {said}")
+
+
+def require_part(cfg: Any, family: str, name: str) -> Any:
+    """The part `name` of a model's config, which `family`'s Hugging Face form always has."""
+    part = getattr(cfg, name)
+    if part is None:
+        raise UserError(f"a Hugging Face {family} model cannot express: model.{name}=null")
+    return part
 
 
 def require_hf(hf: Mapping[str, Any], **keys: object) -> None:

@@ -21,7 +21,7 @@ MODULES = {
     "mlp.down": "mlp.down_proj",
 }
 """Inside each layer, ours -> theirs."""
-LLAMA_LIKE: dict[str, object] = {
+LLAMA_LIKE: dict[str, Any] = {
     "norm": "rms",
     "activation": "swiglu",
     "positions": "rope",

@@ -27,6 +27,8 @@ PUBLISHED = {
     "qwen3_1_7b": 1_720_574_976,
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
+    "mixtral_8x7b": 46_702_792_704,
+    "deepseek_v3_671b": 671_026_404_352,  # without layer 61, which predicts further tokens, and the routers' biases
 }
 LLAMA = {
     "model_type": "llama",
@@ -90,7 +92,70 @@ CONFIG_JSON = {
     "qwen3_8b": qwen3(36, 4096, 32, 8, 12288, tied=False),
     "qwen3_32b": qwen3(64, 5120, 64, 8, 25600, tied=False),
 }
-UNPUBLISHED = {"llama3_debug", "small"}
+CONFIG_JSON |= {
+    "mixtral_8x7b": {
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "deepseek_v3_671b": {  # without its quantization_config
+        "model_type": "deepseek_v3",
+        "attention_bias": False,
+        "ep_size": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    },
+}
+UNPUBLISHED = {"llama3_debug", "mixtral_debug", "deepseek_v3_debug", "small"}
 PRESETS = {path.stem for path in (Path(__file__).parents[3] / "conf" / "model").glob("*.yaml")}
 
 
@@ -110,12 +175,26 @@ def test_parameter_count(name: str) -> None:
     assert embeddings == n_embedding_parameters(cfg)
 
 
+def test_active_parameters() -> None:
+    """Those that one token meets, as the papers round them: 12.9B; and 37B, which leaves out the embedding."""
+    mixtral, deepseek = (
+        compose([f"model={name}", "seq_len=128"]).model for name in ("mixtral_8x7b", "deepseek_v3_671b")
+    )
+    assert round(n_params(mixtral, active=True) / 1e9, 1) == 12.9
+    assert round((n_params(deepseek, active=True) - n_embedding_parameters(deepseek)) / 1e9) == 37
+
+
 @pytest.mark.parametrize("name", CONFIG_JSON)
 def test_config(name: str) -> None:
     published = CONFIG_JSON[name]
     if published["model_type"] == "gpt2":
         published = published | {"vocab_size": 50257, "n_positions": 1024, "activation_function": "gelu_new"}
     cfg, expected = compose([f"model={name}", "seq_len=128"]).model, config_from_hf(published)
+    if cfg.moe is not None and expected.moe is not None:  # how a model is balanced in training is not in it
+        cfg = replace(cfg, moe=replace(cfg.moe, aux_loss=0.0, bias_rate=expected.moe.bias_rate))
+    if cfg.latent is not None:
+        assert cfg == expected
+        return
     # One may leave out what the other spells out.
     spelt = replace(cfg, n_kv_heads=cfg.kv_heads, head_dim=cfg.head_size)
     assert spelt == replace(expected, n_kv_heads=expected.kv_heads, head_dim=expected.head_size)

@@ -1,0 +1,13 @@
+"""The family DeepSeek-V3."""
+
+from megatrain.models.decoder import Decoder
+from megatrain.models.deepseek_v3.weights import config_from_hf, hf_config, weight_map
+from megatrain.models.spec import ModelSpec
+
+SPEC = ModelSpec(
+    kind="deepseek_v3",
+    build=Decoder,
+    weights=weight_map,
+    hf_config=hf_config,
+    config_from_hf=config_from_hf,
+)

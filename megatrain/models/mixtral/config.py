@@ -1,0 +1,16 @@
+"""Mixtral (arXiv 2401.04088): as Llama, with experts in every layer; `ffn_size` is the width of one."""
+
+from typing import Literal
+
+from megatrain.config.schema import config
+from megatrain.nn.config import DecoderConfig, MoEConfig
+
+
+@config
+class MixtralConfig(DecoderConfig):
+    kind: Literal["mixtral"] = "mixtral"
+    vocab_size: int = 32000
+    max_seq_len: int = 32768
+    rope_theta: float = 1000000.0
+    tie_embeddings: bool = False
+    moe: MoEConfig | None = MoEConfig()

@@ -1,0 +1,13 @@
+"""The family Mixtral."""
+
+from megatrain.models.decoder import Decoder
+from megatrain.models.mixtral.weights import config_from_hf, hf_config, weight_map
+from megatrain.models.spec import ModelSpec
+
+SPEC = ModelSpec(
+    kind="mixtral",
+    build=Decoder,
+    weights=weight_map,
+    hf_config=hf_config,
+    config_from_hf=config_from_hf,
+)

@@ -1,0 +1,81 @@
+"""Mixtral's form at Hugging Face: Llama's, with the experts' matrices one by one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatrain.config.load import load
+from megatrain.models.llama3.weights import (
+    LLAMA_LIKE,
+    MODULES,
+    llama_like_config,
+    llama_like_from_hf,
+    llama_like_map,
+)
+from megatrain.models.mixtral.config import MixtralConfig
+from megatrain.models.spec import Stack, WeightMap, require, require_hf, require_part, value_of
+from megatrain.nn.config import DecoderConfig, MoEConfig
+
+MIXTRAL_MODULES = {ours: theirs for ours, theirs in MODULES.items() if not ours.startswith("mlp.")} | {
+    "moe.router": "block_sparse_moe.gate"
+}
+EXPERTS = {
+    "gate": "block_sparse_moe.experts.{}.w1",
+    "up": "block_sparse_moe.experts.{}.w3",
+    "down": "block_sparse_moe.experts.{}.w2",
+}
+"""Matrices of one expert, ours -> theirs with the expert's number."""
+NO_EXPERTS = {key: value for key, value in LLAMA_LIKE.items() if key != "moe"}
+
+
+def weight_map(cfg: MixtralConfig) -> WeightMap:
+    """Names of the tensors of `MixtralForCausalLM`'s files."""
+    check(cfg)
+    return replace(llama_like_map(cfg, MIXTRAL_MODULES), stacks=expert_stacks(cfg, EXPERTS))
+
+
+def expert_stacks(cfg: DecoderConfig, names: Mapping[str, str]) -> tuple[Stack, ...]:
+    """The stacked matrices of all layers' experts; `names` as `EXPERTS`."""
+    assert cfg.moe is not None
+    return tuple(
+        Stack(
+            tuple(f"model.layers.{layer}.{theirs.format(i)}.weight" for i in range(cfg.moe.n_experts)),
+            f"layers.{layer}.moe.experts.{ours}",
+        )
+        for layer in range(cfg.n_layers)
+        if cfg.has_experts(layer)
+        for ours, theirs in names.items()
+    )
+
+
+def check(cfg: MixtralConfig) -> None:
+    """Refuse what Hugging Face's Mixtral does not have."""
+    require(
+        cfg, "Mixtral", qk_norm=False, attention_bias=False, output_bias=False, mlp_bias=False, **NO_EXPERTS
+    )
+    common = MoEConfig()
+    fixed = ("routing", "normalize_top_k", "n_shared_experts", "routed_scale", "n_groups", "bias_rate")
+    wanted = {key: getattr(common, key) for key in (*fixed, "first_k_dense", "layer_frequency")}
+    require(require_part(cfg, "Mixtral", "moe"), "Mixtral", prefix="model.moe.", **wanted)
+
+
+def hf_config(cfg: MixtralConfig) -> dict[str, Any]:
+    """config.json of `MixtralForCausalLM`."""
+    check(cfg)
+    assert cfg.moe is not None
+    own = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": cfg.expert_ffn_size,
+        "num_local_experts": cfg.moe.n_experts,
+        "num_experts_per_tok": cfg.moe.top_k,
+        "sliding_window": cfg.window,
+    }
+    return llama_like_config(cfg) | own
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> MixtralConfig:
+    """The config of a `MixtralForCausalLM`."""
+    require_hf(hf, router_jitter_noise=0.0)
+    moe = {"n_experts": value_of(hf, "num_local_experts"), "top_k": value_of(hf, "num_experts_per_tok")}
+    return load(MixtralConfig, llama_like_from_hf(hf) | {"moe": moe, "window": hf.get("sliding_window")})
