@@ -1,6 +1,6 @@
 """Operations of a Transformer, each with its plain definition (`reference.py`) and its fastest path (`op.py`)."""
 
-from megatrain_kernels.attention.op import attention
+from megatrain_kernels.attention.op import attention, doc_ids_from_cu_seqlens
 from megatrain_kernels.cross_entropy.op import cross_entropy
 from megatrain_kernels.grouped_gemm.op import grouped_gemm
 from megatrain_kernels.grouped_gemm.permute import permute, unpermute
@@ -13,6 +13,7 @@ from megatrain_kernels.swiglu.op import swiglu
 __all__ = [
     "attention",
     "cross_entropy",
+    "doc_ids_from_cu_seqlens",
     "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",

@@ -1,0 +1,20 @@
+"""Which keys a query sees and how it scores them: what the paths of `attention` hand to each other."""
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """The options of one call, as `attention` documents them, with the scale filled in."""
+
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    q_offset: int
+
+    def keys(self, start: int, end: int, k_seq: int) -> tuple[int, int]:
+        """The keys that queries `start` to `end` can see lie in this range (first, one past the last)."""
+        first = 0 if self.window is None else start + self.q_offset - self.window + 1
+        last = end + self.q_offset if self.causal else k_seq
+        first, last = (min(max(edge, 0), k_seq) for edge in (first, last))
+        return first, max(first, last)
