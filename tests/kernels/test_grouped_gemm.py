@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain_kernels import grouped_gemm, permute, unpermute
+from megatrain_kernels.grouped_gemm.cases import cost, make_inputs
 from megatrain_kernels.grouped_gemm.op import grouped_gemm_op, grouped_outer_op
 from megatrain_kernels.grouped_gemm.reference import permute_reference
+from megatrain_kernels.kernel import Case
 
 # Products of 13 or 16 terms (32 for weights' gradients): a few roundings of the type, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -82,11 +84,19 @@ def test_the_operators_keep_torchs_rules(dtype: torch.dtype) -> None:
     torch.library.opcheck(grouped_outer_op, (x.detach(), draw(3, 6, 4, dtype=dtype).detach(), sizes, "torch"))
 
 
-def test_flops() -> None:
-    x, weights = draw(1, 10, 8), draw(2, 2, 4, 8)
+def test_flops_and_what_a_case_costs() -> None:
+    case = Case("small", {"tokens": 10, "groups": 3, "in_size": 8, "out_size": 4}, {"skew": 1.5})
+    (x, weights, sizes), options = make_inputs(case, dtype=torch.float32, device="cpu")
+    assert int(sizes.sum()) == 10
     with FlopCounterMode(display=False) as counter:
-        grouped_gemm(x, weights, torch.tensor([4, 6])).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 10 * 8 * 4
+        out = grouped_gemm(x.requires_grad_(), weights.requires_grad_(), sizes, **options)
+    forward, backward = (cost(case, itemsize=4, backward=each) for each in (False, True))
+    assert counter.get_total_flops() == forward.flops == 2 * 10 * 8 * 4
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == backward.flops
+    assert forward.bytes == 4 * (x.numel() + weights.numel() + out.numel())
+    assert backward.bytes == forward.bytes + 4 * (x.numel() + weights.numel())
 
 
 def test_autocast_chooses_the_type() -> None:

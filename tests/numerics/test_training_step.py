@@ -112,6 +112,22 @@ def test_experts_train_alike_however_the_batch_is_cut(micro_batch_size: int) -> 
     assert torch.equal((bias / 0.01).round(), (bias / 0.01).round().clamp(-STEPS, STEPS))
 
 
+def test_experts_go_on_from_the_tensors_of_a_checkpoint() -> None:
+    moe = MoEConfig(n_experts=4, top_k=2, ffn_size=24, bias_rate=0.05)
+    cfg = replace(CFG, model=replace(CFG.model, moe=moe))
+    states = [build_state(cfg, torch.device("cpu")) for _ in range(2)]
+    for number in range(STEPS):
+        if number == 2:  # the second takes up what the first has, and only that
+            for name, tensor in states[1].tensors().items():
+                tensor.copy_(states[0].tensors()[name])
+            states[1].restore(states[0].facts())
+        for state in states[: 1 + number // 2]:
+            train_step(state, loader(cfg).step_batch(number), cfg, lr=cfg.optim.lr)
+    for name, tensor in states[0].tensors().items():
+        assert torch.equal(tensor, states[1].tensors()[name]), name
+    assert "model.layers.0.moe.expert_bias" in states[0].tensors()
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_changes_nothing(recompute: str) -> None:
     changed = replace(CFG, parallel=ParallelConfig(recompute=recompute))  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ CONFIGS = {
     "latent attention": DecoderConfig(
         n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=64,
         latent=LatentConfig(
-            q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12
+            q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=20
         ),
     ),
     "experts": DecoderConfig(

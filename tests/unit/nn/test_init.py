@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatrain.models.decoder import Decoder
-from megatrain.nn.config import DecoderConfig
+from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig
 from megatrain.nn.init import Shard, init_weights
 
 CFG = DecoderConfig(
@@ -49,6 +49,37 @@ def test_roles() -> None:
             # The smallest matrix has 2,048 elements: five standard errors are 8 %.
             assert parameter.std().item() == pytest.approx(std, rel=0.08), name
             assert abs(parameter.mean().item()) < 5 * std / parameter.numel() ** 0.5, name
+
+
+def test_experts_and_latent_attention() -> None:
+    """Each matrix of a stack is normal; only what adds to the residual stream is scaled by depth."""
+    moe = MoEConfig(n_experts=3, ffn_size=48, n_shared_experts=1, bias_rate=0.1)
+    latent = LatentConfig(
+        q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32
+    )
+    cfg = DecoderConfig(
+        n_layers=8,
+        hidden_size=64,
+        n_heads=4,
+        ffn_size=96,
+        vocab_size=128,
+        init_std=0.03,
+        moe=moe,
+        latent=latent,
+    )
+    model = Decoder(cfg)
+    for tensor in model.state_dict().values():
+        tensor.fill_(float("nan"))
+    init_weights(model, cfg, seed=0)
+    outputs = ("attn.wo.weight", "moe.experts.down", "moe.shared.down.weight")
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 1:
+            assert (tensor == (0 if name.endswith("expert_bias") else 1)).all(), name
+            continue
+        std = 0.03 / 4 if name.endswith(outputs) else 0.03
+        for matrix in tensor if tensor.ndim == 3 else [tensor]:
+            # Five standard errors of what is smallest here, the router's 192 elements: 26 %.
+            assert matrix.std().item() == pytest.approx(std, rel=5 / (2 * matrix.numel()) ** 0.5), name
 
 
 def test_without_depth_scaling_all_matrices_are_alike() -> None:
