@@ -9,7 +9,7 @@ from megatrain.config.schema import Problem, at_least, config
 @config
 class LogConfig:
     every: int = 1
-    """Steps between two rows of metrics.jsonl and two updates of the display."""
+    """Steps between two rows of metrics.jsonl and two updates of the display; times and rates are means of them."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
     """auto: a live table on a terminal, plain lines elsewhere."""
     wandb: Literal["off", "offline", "online"] = "offline"

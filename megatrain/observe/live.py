@@ -1,6 +1,5 @@
 """The live display: a progress bar, the run's figures, the course of the loss, and notices. Needs rich."""
 
-import contextlib
 import time
 
 from rich.console import Console, Group, RenderableType
@@ -9,30 +8,51 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatrain.observe.display import REFRESH_S, Clock, Row, describe, sparkline
+from megatrain.observe.display import (
+    REFRESH_S,
+    Clock,
+    Course,
+    Row,
+    describe,
+    one_line,
+    sparkline,
+    unbreakable_output,
+)
 
 KEPT_NOTICES = 4
 STICKY = ("eval/loss", "eval/bits_per_byte")
+DRAWING_SHARE = 0.01  # of the time, at most, goes into drawing
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has gone; rich's own way is to end the process.
+
+        Raises:
+            BrokenPipeError: always; the display deals with it.
+        """
+        raise BrokenPipeError
 
 
 class LiveDisplay:
     """Drawn in place, a few times a second at most; everything is left on the screen at the end."""
 
     def __init__(self) -> None:
-        self._console = Console()
+        self._console = _Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._title = ""
         self._phase = ("", 0.0)
         self._clock = Clock()
         self._row: Row = {}
-        self._losses: list[float] = []
+        self._losses = Course()
         self._notices: list[str] = []
-        self._drawn = float("-inf")
+        self._next_drawing = float("-inf")
         self._started = False
 
     def phase(self, name: str, fraction: float) -> None:
+        is_new = name != self._phase[0]
         self._phase = (name, fraction)
-        self._draw(force=fraction >= 1)
+        self._draw(force=is_new or fraction >= 1)
 
     def start(self, total_steps: int, step: int, title: str) -> None:
         self._clock = Clock(total_steps, step)
@@ -43,36 +63,37 @@ class LiveDisplay:
 
     def step(self, row: Row) -> None:
         self._clock.tick(row)
-        self._losses.append(row["train/loss"])
+        self._losses.add(row["train/loss"])
         self._row = {key: self._row[key] for key in STICKY if key in self._row} | row
         self._draw(force="eval/loss" in row or self._clock.finished)
 
     def notice(self, text: str) -> None:
-        self._notices = [*self._notices, text][-KEPT_NOTICES:]
+        self._notices = [*self._notices, one_line(text)][-KEPT_NOTICES:]
         self._draw(force=True)
 
     def close(self) -> None:
         if self._started:
             self._draw(force=True)
-            with contextlib.suppress(OSError, ValueError):
+            with unbreakable_output():
                 self._live.stop()
             self._started = False
 
     def _draw(self, *, force: bool) -> None:
-        now = time.monotonic()
-        if not force and now - self._drawn < REFRESH_S:
+        began = time.monotonic()
+        if not force and began < self._next_drawing:
             return
-        self._drawn = now
-        with contextlib.suppress(OSError, ValueError):  # a closed output must not end a run
+        with unbreakable_output():
             if not self._started:
                 self._live.start()
                 self._started = True
             self._live.update(self._picture(), refresh=True)
+        ended = time.monotonic()
+        self._next_drawing = ended + max(REFRESH_S, (ended - began) / DRAWING_SHARE)
 
     def _picture(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._phase[0]:
-            parts.append(_bar(f"data: {self._phase[0]}", self._phase[1], ""))
+            parts.append(_bar(self._phase[0], self._phase[1], ""))
         if self._title:
             parts.append(Text(self._title, style="bold"))
             share = self._clock.done / max(self._clock.total, 1)
@@ -80,10 +101,9 @@ class LiveDisplay:
             parts.append(_bar(label, share, f"eta {self._clock.eta()}"))
         if self._row:
             parts.append(self._figures())
-            parts.append(
-                Text(sparkline(self._losses, max(10, min(72, self._console.width - 8))), style="cyan")
-            )
-        parts += [Text(f"· {notice}", style="yellow") for notice in self._notices]
+            width = max(10, min(72, self._console.width - 8))
+            parts.append(Text(sparkline(self._losses.values(), width), style="cyan"))
+        parts += [Text(f"- {notice}", style="yellow") for notice in self._notices]
         return Group(*parts)
 
     def _figures(self) -> Table:

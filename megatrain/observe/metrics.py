@@ -4,13 +4,24 @@
 the causal mask leaves. Recomputed work counts in neither.
 """
 
+import contextlib
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatrain.runtime.device import Peak
+
+TIMES = ("perf/step_time_s", "perf/data_time_s")
+RATES = (
+    "perf/tokens_per_sec",
+    "perf/tokens_per_sec_per_device",
+    "perf/tflops_per_device",
+    "perf/mfu",
+    "perf/mfu_causal",
+)
 
 
 def throughput(
@@ -36,9 +47,45 @@ def throughput(
     return row
 
 
+class Interval:
+    """The steps since the last recorded row, whose times and rates are to be those of all of them."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in the row of one step."""
+        self._rows.append({key: row[key] for key in (*TIMES, *RATES) if key in row})
+
+    def averages(self) -> dict[str, float]:
+        """Mean seconds a step, and rates over all its seconds; a new interval begins."""
+        rows, self._rows = self._rows, []
+        found = {key: sum(row[key] for row in rows) / len(rows) for key in TIMES if key in rows[0]}
+        for key in RATES:
+            if key in rows[0]:
+                seconds = sum(row["perf/step_time_s"] for row in rows)
+                found[key] = sum(row[key] * row["perf/step_time_s"] for row in rows) / seconds
+        return found
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin anew with `peak_memory_gib`, so that it does not tell of what came before (preparing the data, say).
+
+    On a CPU that takes Linux; elsewhere the peak remains that of the process's whole life.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the high-water mark
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far, GiB: by torch on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError, IndexError):
+        # Rather than getrusage's: that one begins with the memory of the process which started this one.
+        status = Path("/proc/self/status").read_bytes()
+        return int(status.split(b"VmHWM:")[1].split()[0]) / 2**20  # KiB there
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,29 +1,51 @@
 """Where the time of one training step goes, by class of operation."""
 
+import os
+import time
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-CLASSES = {
-    "attention": ("attention", "bmm", "softmax"),
-    "matmul": ("::mm", "addmm", "linear", "matmul"),
-    "optimizer": ("adam", "sgd", "foreach", "lerp"),
-    "copy and cast": ("copy", "contiguous", "clone", "cat", "_to_"),
+STEPS = 3  # steps that are averaged
+OUTSIDE = "outside operators"
+"""What the operators leave of the step: on a CPU the interpreter, on a GPU the time in which it waits for work."""
+
+Names = tuple[str, ...]
+
+OWNERS: dict[str, Names] = {
+    "optimizer": ("optimizer.step", "adam", "_fused_sgd"),
+    "attention": ("attention", "softmax", "bmm"),
+}
+"""Class -> parts of names; an operator belongs to it with everything that it calls."""
+PRODUCTS: Names = ("::mm", "addmm", "linear", "matmul", "mkldnn")
+LOSS: Names = ("loss", "cross_entropy", "crossentropy", "log_softmax", "logsoftmax", "logsumexp")
+"""Names of the loss, which owns what it calls, except for matrix products."""
+CLASSES: dict[str, Names] = {
+    "lookup": ("embedding", "lookup", "index", "gather", "scatter"),
+    "copy and cast": ("copy", "contiguous", "clone", "::cat", "::to"),
     "norm and elementwise": (
-        "norm", "mul", "add", "sub", "div", "silu", "gelu", "relu", "tanh", "pow", "sqrt", "mean", "sum", "exp", "log",
-        "neg", "square", "fill", "zero",
+        "norm", "mul", "add", "sub", "div", "silu", "gelu", "relu", "tanh", "sigmoid", "pow", "sqrt", "mean", "sum",
+        "exp", "log", "neg", "square", "fill", "zero", "lerp", "maximum", "clamp", "where", "swiglu", "rotate",
     ),
-    "lookup": ("embedding", "index", "gather", "scatter"),
 }  # fmt: skip
-"""Class -> parts of operators' names; the first class that fits takes it. The softmax of the loss is a log_softmax."""
+"""Class -> parts of names; the first that fits takes the operator alone."""
 
 
-def classify(operator: str) -> str:
-    """The class of an operator such as `aten::mm`."""
+def classify(operator: str, callers: Names = ()) -> str:
+    """The class of an operator such as `aten::mm`, called by `callers`."""
     name = operator.lower()
-    if "log_softmax" in name or "logsumexp" in name:
+    lineage = [name, *(caller.lower() for caller in callers)]
+    is_loss = any(part in each for each in lineage for part in LOSS)
+    for kind, parts in OWNERS.items():
+        if not is_loss and any(part in each for each in lineage for part in parts):
+            return kind
+    if any(part in name for part in PRODUCTS):
+        return "matmul"
+    if is_loss:
         return "loss"
     for kind, parts in CLASSES.items():
         if any(part in name for part in parts):
@@ -32,16 +54,41 @@ def classify(operator: str) -> str:
 
 
 def breakdown(step: Callable[[], object]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Seconds of one call of `step` by class, and of its ten dearest operators; both largest first."""
+    """Seconds of one call of `step` by class, and of its ten dearest operators; both largest first.
+
+    Means over a few calls. The classes add up to the whole duration: on a CPU operators are counted by their own
+    time in the calling thread, on a GPU by that of the kernels they started.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own log lines: not on the user's terminal
     on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:
-        step()
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        whole = (time.perf_counter() - started) / STEPS
     classes: dict[str, float] = defaultdict(float)
-    operators: dict[str, float] = {}
-    for event in recorded.key_averages():
-        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        classes[classify(event.key)] += seconds
-        operators[event.key] = seconds
-    largest = sorted(operators.items(), key=lambda item: -item[1])[:10]
-    return sorted(classes.items(), key=lambda item: -item[1]), largest
+    operators: dict[str, float] = defaultdict(float)
+    for event in recorded.events() or ():
+        if event.device_type != DeviceType.CPU:  # a kernel: counted with the operator that started it
+            continue
+        time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        classes[classify(event.name, _callers(event))] += time_us / 1e6 / STEPS
+        operators[event.name] += time_us / 1e6 / STEPS
+    classes[OUTSIDE] = max(0.0, whole - sum(classes.values()))
+    return _largest(classes), _largest(operators)[:10]
+
+
+def _callers(event: FunctionEvent) -> Names:
+    """Names of the operators and annotations around an event, nearest first."""
+    names = []
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        names.append(event.name)
+    return tuple(names)
+
+
+def _largest(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: -item[1])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megatrain.config.errors import UserError
 from megatrain.observe.config import LogConfig
 from megatrain.observe.display import Display, Row
+from megatrain.observe.metrics import Interval
 from megatrain.observe.rundir import RunLog
 
 Sink = Callable[[Row], None]
@@ -25,6 +26,7 @@ class Observer:
         self, run_dir: Path, cfg: LogConfig, display: Display, log: RunLog, config: dict[str, Any]
     ) -> None:
         self._every = cfg.every
+        self._interval = Interval()
         self._display = display
         self._log = log
         self._sinks: dict[str, Sink] = {}
@@ -37,9 +39,14 @@ class Observer:
             )
 
     def step(self, row: Row) -> None:
-        """One step's row; every `log.every`-th is recorded, and each with a validation."""
+        """One step's row; every `log.every`-th is recorded, and each with a validation.
+
+        Its times and rates are those of all steps since the one before it; everything else is the step's own.
+        """
+        self._interval.add(row)
         if row["step"] % self._every and "eval/loss" not in row:
             return
+        row = row | self._interval.averages()
         self._log.row(row)
         self._display.step(row)
         for name, sink in list(self._sinks.items()):

@@ -10,7 +10,7 @@ import torch
 
 from megatrain.data.prepare import prepare
 from megatrain.models.flops import flops_per_token, n_params
-from megatrain.observe.metrics import peak_memory_gib, throughput
+from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.profile import breakdown
 from megatrain.runtime.device import choose_precision, peak_flops, pick_device
 from megatrain.train.build import COMPUTE_DTYPE, build_parts
@@ -57,6 +57,7 @@ def bench(cfg: Config, *, steps: int, progress: Callable[[str, float], None]) ->
     def step() -> None:
         train_step(parts.state, next(batches), cfg, lr=0.0).loss.item()  # item() waits for the device
 
+    reset_peak_memory(device)
     times: list[float] = []
     for number in range(WARM_UP + steps):
         progress("measuring steps", number / (WARM_UP + steps))

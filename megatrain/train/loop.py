@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.observe.metrics import peak_memory_gib, throughput
+from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.sinks import Observer
 from megatrain.observe.watch import update as watch_update
 from megatrain.optim.schedule import lr_factor
@@ -50,6 +50,7 @@ def train_loop(run: Run) -> str:
     """
     cfg, state = run.cfg, run.parts.state
     hooks = (Timetable(cfg), StopOnSignal(run.signals), EarlyStop())
+    reset_peak_memory(next(state.model.parameters()).device)
     ended = time.perf_counter()
     batches = run.parts.loader.batches(state.step)
     while True:

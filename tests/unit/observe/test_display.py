@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatrain.observe.display import PlainDisplay, make_display, sparkline
+from megatrain.observe.display import Clock, Course, PlainDisplay, make_display, sparkline
 
 ROW = {
     "train/loss": 2.5,
@@ -33,28 +33,86 @@ print(type(display).__name__)
 """
 
 
+class Hand:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
 def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    display = PlainDisplay()
+    hand = Hand()
+    display = PlainDisplay(hand)
+    display.phase("tokenizing", 0.0)
+    for second in range(1, 14):  # the next line is due after ten seconds
+        hand.at = float(second)
+        display.phase("tokenizing", second / 20)
     display.start(100, 0, "title")
-    for step in range(1, 30):
+    for step in range(1, 5):  # three seconds a step, of which the steps themselves take two
+        hand.at += 3
         display.step(ROW | {"step": step})
-    display.step(ROW | {"step": 30, "eval/loss": 3.0, "eval/bits_per_byte": 1.25})
+    hand.at += 3
+    display.step(ROW | {"step": 5, "eval/loss": 3.0, "eval/bits_per_byte": 1.25})
+    display.notice("two\nlines")
     assert capsys.readouterr().out.splitlines() == [
+        "tokenizing",
+        "tokenizing 50%",
         "title",
         "step 1/100  loss 2.5000  grad norm 0.750  lr 1.00e-03  tokens/s 12,346  MFU 43.2%  eta 3m18s",
-        "step 30/100  loss 2.5000  val loss 3.0000  bits/byte 1.2500  grad norm 0.750  lr 1.00e-03  "
-        "tokens/s 12,346  MFU 43.2%  eta 2m20s",
+        "step 5/100  loss 2.5000  val loss 3.0000  bits/byte 1.2500  grad norm 0.750  lr 1.00e-03  "
+        "tokens/s 12,346  MFU 43.2%  eta 4m45s",
+        "two lines",
     ]
+
+
+def test_the_time_left_counts_validations_and_checkpoints_but_not_what_came_before() -> None:
+    hand = Hand()
+    clock = Clock(100, 20, hand)
+    assert clock.eta() == "?"
+    hand.at = 500.0  # compilation, say
+    clock.tick({"step": 21, "perf/step_time_s": 1.0})
+    assert clock.eta() == "1m19s"
+    for step in range(22, 41):  # a second each, and at 30 a checkpoint of 19 s: 38 s for 19 steps
+        hand.at += 20 if step == 30 else 1
+        clock.tick({"step": step, "perf/step_time_s": 1.0})
+    assert clock.eta() == "2m00s"  # 60 steps of 2 s
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0s"), (59, "59s"), (61, "1m01s"), (3599, "59m59s"), (3660, "1h01m"), (90000, "1d01h")],
+)
+def test_the_time_left_in_words(seconds: float, text: str) -> None:
+    clock = Clock(2, 0)
+    clock.tick({"step": 1, "perf/step_time_s": seconds})
+    assert clock.eta() == text
+
+
+def test_the_course_of_a_long_series_stays_short_and_true() -> None:
+    course = Course(most=8)
+    for value in range(1000):
+        course.add(float(value))
+        assert len(course.values()) <= 8
+    width = 1000 / len(course.values())
+    for place, mean in enumerate(course.values()):  # of 0, 1, 2 ...: the middle of each share
+        assert mean == pytest.approx((place + 0.5) * width - 0.5, rel=0.25)
+    short = Course(most=8)
+    for loss in (3.0, 1.0, 2.0):
+        short.add(loss)
+    assert short.values() == [3.0, 1.0, 2.0]
 
 
 def test_no_terminal_means_plain_lines() -> None:
     assert isinstance(make_display("auto"), PlainDisplay)
 
 
-def on_a_terminal(environment: dict[str, str]) -> str:
+def on_a_terminal(environment: dict[str, str], program: str = PROGRAM) -> str:
     """What the program draws on a pseudo-terminal."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=theirs, env=os.environ | environment)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, env=os.environ | environment)
     os.close(theirs)
     drawn = b""
     while True:
@@ -83,12 +141,40 @@ def test_a_dumb_terminal_gets_plain_lines() -> None:
     assert "\x1b" not in drawn
 
 
-def test_a_closed_output_ends_nothing() -> None:
-    program = PROGRAM.replace("print(type(display).__name__)", "import os; os._exit(7)")
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.wait() == 7
+EXITS_WITH_7 = PROGRAM.rpartition("print")[0] + "import sys; sys.stdout.flush(); raise SystemExit(7)"
+
+
+@pytest.mark.parametrize("mode", ["auto", "live"])
+def test_a_reader_that_goes_away_does_not_change_the_exit_code(mode: str) -> None:
+    """What Python still holds for it would fail once more when the process ends."""
+    line = [sys.executable, "-c", EXITS_WITH_7.replace("auto", mode)]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # as by default
+    with subprocess.Popen(line, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 7
+
+
+def test_an_output_closed_from_the_start_does_not_change_the_exit_code() -> None:
+    line = f"'{sys.executable}' -c \"$PROGRAM\" >&-"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env=os.environ | {"PROGRAM": EXITS_WITH_7.replace("sys.stdout.flush(); ", "")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.parametrize("mode", ["auto", "live"])
+def test_an_output_of_few_characters_gets_plain_lines(mode: str) -> None:
+    program = PROGRAM.replace("auto", mode).replace("something", "\u00e9\u2192")
+    drawn = on_a_terminal({"PYTHONIOENCODING": "ascii", "TERM": "xterm"}, program)
+    assert "PlainDisplay" in drawn
+    assert "?? to know" in drawn
 
 
 def test_sparkline_shows_the_course() -> None:

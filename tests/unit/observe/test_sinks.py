@@ -27,6 +27,25 @@ def test_every_nth_row_and_each_validation(tmp_path: Path) -> None:
     assert kept == [3, 5, 6]
 
 
+def test_times_and_rates_are_those_of_all_steps_since_the_last_row(tmp_path: Path) -> None:
+    """One step of 1 s at 300 tokens/s and one of 3 s at 100: 600 tokens in 4 s."""
+    slow: dict[str, object] = {
+        "step": 2,
+        "train/loss": 4.0,
+        "perf/step_time_s": 3.0,
+        "perf/tokens_per_sec": 100.0,
+    }
+    fast: dict[str, object] = {"train/loss": 5.0, "perf/step_time_s": 1.0, "perf/tokens_per_sec": 300.0}
+    observe(
+        tmp_path,
+        LogConfig(every=2, wandb="off"),
+        [{"step": 1} | fast, slow, {"step": 3} | fast, slow | {"step": 4}],
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    mean = {"train/loss": 4.0, "perf/step_time_s": 2.0, "perf/tokens_per_sec": 150.0}
+    assert rows == [{"step": 2} | mean, {"step": 4} | mean]
+
+
 def test_tensorboard_has_the_values(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,10 +1,15 @@
 """The over-fitting watch on made curves; rates and utilization by hand."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
-from megatrain.observe.metrics import peak_memory_gib, throughput
-from megatrain.observe.profile import breakdown, classify
+from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
+from megatrain.observe.profile import OUTSIDE, STEPS, breakdown, classify
 from megatrain.observe.watch import update
 from megatrain.runtime.device import Peak
 
@@ -58,6 +63,57 @@ def test_memory_grows_with_what_is_held() -> None:
     block = torch.ones(1 << 28, dtype=torch.uint8)
     assert peak_memory_gib(torch.device("cpu")) >= before
     assert peak_memory_gib(torch.device("cpu")) > block.numel() / 2**30
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="takes Linux")
+def test_the_peak_begins_anew() -> None:
+    cpu = torch.device("cpu")
+    block = torch.ones(1 << 28, dtype=torch.uint8)
+    with_block = peak_memory_gib(cpu)
+    del block
+    assert peak_memory_gib(cpu) > with_block - 0.01  # it was held once; the system counts in batches of pages
+    reset_peak_memory(cpu)
+    assert peak_memory_gib(cpu) < with_block - 0.2  # of 0.25 GiB; the rest of the process may grow a little
+
+
+def test_the_classes_add_up_to_the_whole_step_and_the_interpreter_has_its_share() -> None:
+    a = torch.randn(64, 64)
+
+    def step() -> None:
+        time.sleep(0.05)  # stands for Python code between the operators
+        a @ a
+
+    started = time.perf_counter()
+    classes, _ = breakdown(step)
+    elapsed = (time.perf_counter() - started) / STEPS
+    assert classes[0][0] == OUTSIDE
+    assert classes[0][1] >= 0.05
+    assert sum(seconds for _, seconds in classes) <= elapsed
+
+
+def test_an_operator_belongs_to_what_calls_it() -> None:
+    model, x = torch.nn.Linear(64, 1000), torch.randn(256, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+
+    def step() -> None:
+        torch.nn.functional.cross_entropy(model(x), torch.zeros(256, dtype=torch.int64)).backward()
+        optimizer.step()
+
+    classes = dict(breakdown(step)[0])
+    assert {"matmul", "loss", "optimizer"} <= classes.keys()
+    assert classify("aten::copy_", ("aten::to", "aten::_fused_adamw_")) == "optimizer"
+    backward = "autograd::engine::evaluate_function: LogSoftmaxBackward0"
+    assert classify("aten::mul", (backward,)) == "loss"
+    assert classify("aten::mul", ("LinearCrossEntropyBackward",)) == "loss"
+    assert classify("aten::mm", ("loss_head",)) == "matmul"
+
+
+def test_the_profiler_writes_nothing_of_its_own() -> None:
+    program = (
+        "import torch; from megatrain.observe.profile import breakdown; breakdown(lambda: torch.ones(3) + 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_step_of_products_is_mostly_matmul() -> None:
