@@ -41,6 +41,11 @@ def _has_tensor_cores(index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
+@torch.compiler.assume_constant_result  # the questions cannot be traced
+def _compiles_for(index: int) -> bool:
+    return has_triton() and _has_tensor_cores(index)
+
+
 def triton_runs_on(x: Tensor) -> bool:
     """Can a compiled kernel take x? (Triton's interpreter takes CPU tensors too: only tests ask for that.)"""
-    return x.is_cuda and has_triton() and _has_tensor_cores(x.device.index or 0)
+    return x.is_cuda and _compiles_for(x.device.index or 0)

@@ -11,6 +11,7 @@ from triton.language import tensor as T
 
 from megatrain_kernels.attention.tiles import (
     DOC_BLOCK,
+    PRECISION,
     doc_range,
     key_blocks,
     load_rows,
@@ -76,9 +77,9 @@ def _push_queries(
             k_docs = tl.load(docs + columns, mask=columns < k_seq, other=0)
             raw = tl.where(q_docs[:, None] == k_docs[None, :], raw, float("-inf"))
         p = tl.exp2(raw * factor - lse[:, None])
-        grad_p = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        grad_p = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         grad_s = p * (grad_p - delta[:, None]) * slope
-        grad_q = tl.dot(grad_s.to(keys.dtype), keys, grad_q, input_precision="ieee")
+        grad_q = tl.dot(grad_s.to(keys.dtype), keys, grad_q, input_precision=PRECISION)
     return grad_q
 
 
@@ -159,10 +160,10 @@ def _push_keys(
             q_docs = tl.load(docs + q_offset + rows, mask=rows < q_seq, other=0)
             raw = tl.where(k_docs[:, None] == q_docs[None, :], raw, float("-inf"))
         p = tl.exp2(raw * factor - row_lse[None, :])
-        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
-        grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         grad_s = p * (grad_p - row_delta[None, :]) * slope
-        grad_k = tl.dot(grad_s.to(queries.dtype), queries, grad_k, input_precision="ieee")
+        grad_k = tl.dot(grad_s.to(queries.dtype), queries, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 

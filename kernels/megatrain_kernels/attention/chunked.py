@@ -106,4 +106,4 @@ def chunked_backward(
             grad_s.mul_(slope)
         grad_q[:, part] = _ungrouped(grad_s @ keys[..., seen, :])
         grad_k[..., seen, :] += (grad_s.transpose(-1, -2) @ queries[..., part, :]).sum(2, keepdim=True)
-    return grad_q, _ungrouped(grad_k).to(k.dtype), _ungrouped(grad_v).to(v.dtype)
+    return grad_q, _ungrouped(grad_k).to(k.dtype).contiguous(), _ungrouped(grad_v).to(v.dtype).contiguous()

@@ -7,6 +7,7 @@ from triton.language import tensor as T
 
 from megatrain_kernels.attention.tiles import (
     DOC_BLOCK,
+    PRECISION,
     doc_range,
     key_blocks,
     load_rows,
@@ -47,7 +48,7 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         values = load_rows(v, n0, k_seq, v_step, BLOCK_N, V_DIM, BLOCK_V, MASKED, TMA)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
         top = new_top
     return acc, total, top
 

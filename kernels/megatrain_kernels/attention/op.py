@@ -46,7 +46,7 @@ def attention(
     Raises:
         ValueError: sizes or options that do not fit each other, or a backend that cannot take them.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, q_offset)
     _check(q, k, v, doc_ids, rule)
@@ -54,14 +54,14 @@ def attention(
     if chosen == "reference":
         out, lse = attention_reference(q, k, v, doc_ids=doc_ids, **rule._asdict())
         return (out, lse) if return_lse else out
-    if chosen == "triton" and not takes_triton(q, k, v, rule.scale):
+    if chosen == "triton" and not takes_triton(q, v, rule.scale):
         raise ValueError(
-            f"backend='triton' needs a CUDA device, float16, bfloat16 or float32, head sizes up to 256 and a "
-            f"positive scale; got {q.device.type}, {q.dtype}, {q.shape[-1]}, {v.shape[-1]}, {rule.scale}"
+            "backend='triton' needs a CUDA device, float16 or bfloat16 with head sizes up to 256 or float32 up to "
+            f"128, and a positive scale; got {q.device.type}, {q.dtype}, {q.shape[-1]}, {v.shape[-1]}, {rule.scale}"
         )
     plain = softcap is None and not return_lse
-    masked = window is not None or doc_ids is not None or (causal and (q_offset or q.shape[1] != k.shape[1]))
-    fused = backend == "torch" or not masked or not takes_triton(q, k, v, rule.scale, compiled=True)
+    masked = doc_ids is not None or rule.masks(q.shape[1], k.shape[1])
+    fused = backend == "torch" or not masked or not takes_triton(q, v, rule.scale, compiled=True)
     if chosen == "torch" and plain and fused:
         return _plain(q, k, v, doc_ids, rule)
     out, lse = attention_op(q, k, v, doc_ids, *rule, backend)
@@ -113,10 +113,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) 
 def _fused(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) -> Tensor:
     """torch's own fused attention, with a mask only where one is needed."""
     q_seq, k_seq, offset = q.shape[1], k.shape[1], rule.q_offset
-    sees_all = rule.window is None and (not rule.causal or offset >= k_seq - 1)
-    triangular = rule.causal and rule.window is None and q_seq == k_seq and offset == 0
     mask = None
-    if doc_ids is not None or not (sees_all or triangular):
+    if doc_ids is not None or rule.masks(q_seq, k_seq):
         mask = allowed(
             q_seq, k_seq, causal=rule.causal, window=rule.window, q_offset=offset, device=q.device
         )[None, None]
@@ -127,7 +125,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) 
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None and rule.causal and not sees_all,
+        is_causal=mask is None and not rule.sees_all(k_seq),
         scale=rule.scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

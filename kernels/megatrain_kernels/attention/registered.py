@@ -14,23 +14,23 @@ from megatrain_kernels.attention.chunked import chunked_backward, chunked_forwar
 from megatrain_kernels.attention.rule import Rule
 from megatrain_kernels.backend import interpreting, triton_runs_on
 
-LARGEST_HEAD = 256
+LARGEST_HEAD = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+"""By type that the kernels take; wider float32 heads would spill more registers than they save memory."""
 _failed: set[tuple[Any, ...]] = set()
 """Kinds of calls whose kernels did not compile here: they take the PyTorch path from then on."""
 
 
-def takes_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, *, compiled: bool = False) -> bool:
+def takes_triton(q: Tensor, v: Tensor, scale: float, *, compiled: bool = False) -> bool:
     """Can the kernels take these inputs? `compiled`: the interpreter does not count."""
     here = triton_runs_on(q) or (not compiled and q.device.type == "cpu" and interpreting())
-    known = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return here and known and scale > 0 and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
+    return here and scale > 0 and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD.get(q.dtype, 0)
 
 
 def _run(name: str, backend: str, q: Tensor, v: Tensor, rule: Rule, *args: Any) -> Any:
     """`name` of the Triton module, or None where the PyTorch path must do its work."""
     kind = (name, q.dtype, q.shape[-1], v.shape[-1], rule.causal, rule.window is None, rule.softcap is None)
-    tried = takes_triton(q, q, v, rule.scale, compiled=backend != "triton")
-    if backend == "torch" or not tried or kind in _failed:
+    tried = takes_triton(q, v, rule.scale, compiled=backend != "triton")
+    if backend == "torch" or not tried or (backend != "triton" and kind in _failed):
         return None
     # By name: the module needs triton, which a CPU machine may lack.
     launch = getattr(import_module("megatrain_kernels.attention.triton"), name)

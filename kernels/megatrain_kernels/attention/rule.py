@@ -18,3 +18,12 @@ class Rule(NamedTuple):
         last = end + self.q_offset if self.causal else k_seq
         first, last = (min(max(edge, 0), k_seq) for edge in (first, last))
         return first, max(first, last)
+
+    def sees_all(self, k_seq: int) -> bool:
+        """Does every query see every key, documents aside?"""
+        return self.window is None and (not self.causal or self.q_offset >= k_seq - 1)
+
+    def masks(self, q_seq: int, k_seq: int) -> bool:
+        """Does it take more than "all keys" or the triangle of self-attention to say what is seen?"""
+        triangle = self.causal and self.window is None and q_seq == k_seq and self.q_offset == 0
+        return not (triangle or self.sees_all(k_seq))
