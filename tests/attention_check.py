@@ -32,6 +32,39 @@ class Problem:
     seed: int = 0
 
 
+CASES = {
+    "causal": Problem((2, 97, 97, 2, 1, 64, 64)),
+    "full": Problem((1, 97, 97, 2, 2, 64, 64), {"causal": False}),
+    "groups of three": Problem((1, 70, 70, 6, 2, 64, 64)),
+    "head 96": Problem((1, 80, 80, 1, 1, 96, 96)),
+    "head 128": Problem((1, 80, 80, 1, 1, 128, 128)),
+    "head 192, values 128": Problem((1, 80, 80, 1, 1, 192, 128), dtype=torch.float16),
+    "head 256": Problem((1, 80, 80, 1, 1, 256, 256), {"softcap": 50.0}, torch.float16),
+    "head 8, values 24": Problem((1, 40, 40, 1, 1, 8, 24)),
+    "one token": Problem((2, 1, 1, 2, 1, 64, 64)),
+    "whole blocks": Problem((1, 128, 128, 1, 1, 64, 64)),
+    "window": Problem((1, 131, 131, 2, 1, 64, 64), {"window": 37}),
+    "window of one": Problem((1, 70, 70, 1, 1, 64, 64), {"window": 1}),
+    "window, later keys too": Problem((1, 131, 131, 1, 1, 64, 64), {"window": 37, "causal": False}),
+    "documents": Problem((2, 131, 131, 1, 1, 64, 64), documents=20),
+    "documents, full": Problem((1, 131, 131, 1, 1, 64, 64), {"causal": False}, documents=40),
+    "documents and window": Problem((1, 131, 131, 2, 1, 64, 64), {"window": 16}, documents=40),
+    "documents, offset": Problem((1, 40, 131, 1, 1, 64, 64), {"q_offset": 77}, documents=30),
+    "soft-cap": Problem((1, 97, 97, 2, 1, 64, 64), {"softcap": 1.5}),
+    "scale": Problem((1, 40, 40, 1, 1, 64, 64), {"scale": 0.3}),
+    "decode": Problem((2, 1, 131, 4, 2, 64, 64), {"q_offset": 130}),
+    "prefill in parts": Problem((1, 41, 131, 1, 1, 64, 64), {"q_offset": 90}),
+    "queries after all keys": Problem((1, 40, 70, 1, 1, 64, 64), {"q_offset": 100}),
+    "some queries before all keys": Problem((1, 70, 40, 1, 1, 64, 64), {"q_offset": -30}),
+    "queries before all keys": Problem((1, 40, 40, 1, 1, 64, 64), {"q_offset": -40}),
+    "queries past the window": Problem((1, 70, 40, 1, 1, 64, 64), {"q_offset": 20, "window": 30}),
+    "more queries than keys": Problem((1, 101, 53, 1, 1, 64, 64), {"causal": False}),
+    "no keys": Problem((1, 3, 0, 1, 1, 64, 64)),
+    "views of one projection": Problem((2, 67, 67, 4, 2, 64, 32), layout="fused"),
+    "heads first": Problem((2, 67, 67, 4, 2, 64, 32), layout="heads first"),
+}
+
+
 def draw(problem: Problem) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, v with gradients, and the options of the call with doc_ids."""
     batch, q_seq, k_seq, heads, kv_heads, dim, v_dim = problem.sizes

@@ -46,8 +46,13 @@ def attention(
     Raises:
         ValueError: sizes or options that do not fit each other, or a backend that cannot take them.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    device = q.device.type
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and q.dtype != torch.float64
+    ):
+        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
     rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, q_offset)
     _check(q, k, v, doc_ids, rule)
     chosen = choose(backend, ("torch", "triton", "reference"))
@@ -57,7 +62,7 @@ def attention(
     if chosen == "triton" and not takes_triton(q, v, rule.scale):
         raise ValueError(
             "backend='triton' needs a CUDA device, float16 or bfloat16 with head sizes up to 256 or float32 up to "
-            f"128, and a positive scale; got {q.device.type}, {q.dtype}, {q.shape[-1]}, {v.shape[-1]}, {rule.scale}"
+            f"128, and a positive scale; got {device}, {q.dtype}, {q.shape[-1]}, {v.shape[-1]}, {rule.scale}"
         )
     plain = softcap is None and not return_lse
     masked = doc_ids is not None or rule.masks(q.shape[1], k.shape[1])

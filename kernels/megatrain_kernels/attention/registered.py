@@ -62,7 +62,10 @@ def attention_op(
     """Output `(batch, q_seq, heads, v_dim)` and log-sum-exp `(batch, heads, q_seq)` of `attention`."""
     rule = Rule(causal, scale, window, softcap, q_offset)
     result = _run("attention_forward", backend, q, v, rule, q, k, v, doc_ids)
-    return chunked_forward(q, k, v, doc_ids, rule) if result is None else result
+    if result is None:
+        with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+            result = chunked_forward(q, k, v, doc_ids, rule)
+    return result
 
 
 @attention_op.register_fake
@@ -93,7 +96,10 @@ def attention_backward_op(
     rule = Rule(causal, scale, window, softcap, q_offset)
     tensors = ((q, k, v), (out, lse), (grad_out, grad_lse), doc_ids)
     result = _run("attention_backward", backend, q, v, rule, *tensors)
-    return chunked_backward(*tensors, rule) if result is None else result
+    if result is None:
+        with torch.autocast(q.device.type, enabled=False):
+            result = chunked_backward(*tensors, rule)
+    return result
 
 
 @attention_backward_op.register_fake

@@ -1,9 +1,11 @@
 """Recomputation: the same gradients to the last bit, with less memory."""
 
+import importlib
 from typing import Any, Literal
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,6 +13,7 @@ from megatrain.models.decoder import Decoder
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.init import init_weights
 from megatrain.parallel.recompute import recompute_blocks
+from megatrain_kernels import attention
 
 CFG = DecoderConfig(
     n_layers=3, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=96, vocab_size=61, qk_norm=True
@@ -92,3 +95,29 @@ def test_what_is_dear_is_repeated_only_by_full_recomputation() -> None:
     # Six of a block's seven: nothing waits for the result of the last.
     assert counts["full"].products == counts["none"].products + 6 * CFG.n_layers
     assert [counts[kind].attentions for kind in counts] == [0, 0, CFG.n_layers]
+
+
+@pytest.mark.parametrize(("kind", "times"), [("none", 1), ("full", 2), ("selective", 1)])
+def test_the_registered_attention_is_kept(kind: Kind, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch's fused attention cannot do (a soft-cap) runs as an operator of its own."""
+    registered = importlib.import_module("megatrain_kernels.attention.registered")
+    forward, calls = registered.chunked_forward, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return forward(*args)
+
+    monkeypatch.setattr(registered, "chunked_forward", counted)
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = attention(x, x, x, softcap=2.0)
+            assert isinstance(out, torch.Tensor)
+            return out.square()
+
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": Block(), "1": Block()})
+    recompute_blocks(model, kind)
+    x = torch.randn(1, 8, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model.layers["1"](model.layers["0"](x)).sum().backward()
+    assert len(calls) == 2 * times
