@@ -51,11 +51,11 @@ def _show(found: dict[str, list[Row]]) -> None:
         try:
             from rich.console import Console
             from rich.markup import escape
-            from rich.table import Table
+            from rich.table import Column, Table
         except ImportError:
             pass
         else:
-            table = Table(show_header=False, box=None, padding=(0, 1))
+            table = Table("", "", Column(overflow="fold"), show_header=False, box=None, padding=(0, 1))
             for part, rows in found.items():
                 table.add_row(f"[bold]{part}[/bold]")
                 for row in rows:

@@ -10,7 +10,8 @@ from megatrain.config.docs import Key, describe
 from megatrain.train.config import Config
 
 HELP_FLAGS = ("--help", "-h")
-ALWAYS = (("--help, -h", "this text; with --all also every key with its type, default and meaning"),)
+HELP = ("--help, -h", "this text")
+HELP_WITH_KEYS = ("--help, -h", "this text; with --all also every key with its type, default and meaning")
 TOP_FLAGS = (
     ("--help, -h", "this text; `megatrain VERB --help` has a verb's"),
     ("--version", "versions of MegaTrain, Python and PyTorch"),
@@ -29,7 +30,7 @@ def command_help() -> str:
     return "\n\n".join(
         [
             "usage: megatrain VERB [group=option] [key=value] [flags]",
-            "Trains Transformers; the parallel layout is only a performance choice.",
+            _wrapped("Trains Transformers; the parallel layout is only a performance choice."),
             _table("Verbs", verbs),
             _table("Flags", TOP_FLAGS),
             _table("Examples", [verb.examples[0] for verb in VERBS]),
@@ -39,12 +40,12 @@ def command_help() -> str:
 
 def verb_help(verb: Verb, argv: list[str]) -> str:
     """What `megatrain VERB --help [--all] [--config-dir DIR]` prints."""
-    parts = [f"usage: megatrain {verb.name} {verb.usage}", _sentence(verb.summary)]
+    parts = [f"usage: megatrain {verb.name} {verb.usage}", _wrapped(_sentence(verb.summary))]
     if verb.takes_config:
         rest = [word for word in argv if word not in (*HELP_FLAGS, "--all")]
         parts += _config_help(parse_options(verb.name, rest).config_dir, every_key="--all" in argv)
-    own = (*verb.flags, *(FLAGS if verb.takes_config else ()))
-    return "\n\n".join([*parts, _table("Flags", (*own, *ALWAYS)), _table("Examples", verb.examples)])
+    flags = (*verb.flags, *((*FLAGS, HELP_WITH_KEYS) if verb.takes_config else (HELP,)))
+    return "\n\n".join([*parts, _table("Flags", flags), _table("Examples", verb.examples)])
 
 
 def _config_help(config_dir: str | None, *, every_key: bool) -> list[str]:
@@ -62,7 +63,7 @@ def _config_help(config_dir: str | None, *, every_key: bool) -> list[str]:
 
 def _key_list(title: str, keys: list[Key]) -> str:
     """`path  type = default`, and below it the meaning."""
-    lines = [f"{title}:"]
+    lines = [_wrapped(f"{title}:")]
     for key in keys:
         only = f"  [{'|'.join(key.only)} only]" if key.only else ""
         lines.append(_wrapped(f"{key.path} = {key.default}  ({key.type}){only}", indent=2, hang=6))
@@ -73,8 +74,8 @@ def _key_list(title: str, keys: list[Key]) -> str:
 
 def _table(title: str, rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> str:
     """Two columns; a first column that is too wide stands on its own line."""
-    width = min(max(len(left) for left, _ in rows), 30)
-    lines = [f"{title}:"]
+    width = min(max(len(left) for left, _ in rows), _columns() // 3)
+    lines = [_wrapped(f"{title}:")]
     for left, right in rows:
         if len(left) > width:
             lines += [f"  {left}", _wrapped(right, indent=width + 4, hang=width + 4)]
@@ -83,11 +84,14 @@ def _table(title: str, rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]
     return "\n".join(lines)
 
 
-def _wrapped(text: str, *, indent: int, hang: int) -> str:
-    width = max(60, min(shutil.get_terminal_size().columns, 110))
+def _columns() -> int:
+    return max(40, min(shutil.get_terminal_size().columns, 110))
+
+
+def _wrapped(text: str, *, indent: int = 0, hang: int = 0) -> str:
     return textwrap.fill(
         text,
-        width,
+        _columns(),
         initial_indent=" " * indent,
         subsequent_indent=" " * hang,
         break_on_hyphens=False,
