@@ -9,7 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -179,6 +179,11 @@ def validation_batches(
         missing[len(chosen) :] = True
         batch.targets[torch.from_numpy(missing)] = IGNORED
         yield batch
+
+
+def ignored_batch(like: Batch) -> Batch:
+    """`like` with no target that counts."""
+    return replace(like, targets=torch.full_like(like.targets, IGNORED))
 
 
 def _documents_within(

@@ -79,14 +79,19 @@ class SyntheticStore:
     vocab_size: int
     seed: int = 0
     n_tokens: int = 1 << 44
+    documents: int = 1
+    """Documents of random lengths (fewer where two would start at the same token)."""
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"synthetic {self.vocab_size} {self.seed}".encode()).hexdigest()
+        text = f"synthetic {self.vocab_size} {self.seed}" + f" {self.documents}" * (self.documents > 1)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def document_starts(self) -> np.ndarray:
-        return np.zeros(1, dtype=np.int64)
+        starts = keys_of("synthetic documents", self.seed, count=self.documents) % np.uint64(self.n_tokens)
+        starts[0] = 0
+        return np.unique(starts.astype(np.int64))
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         key = keys_of("synthetic", self.seed, count=1)[0]

@@ -1,20 +1,17 @@
-"""The gradient norm of the whole model, and clipping by it."""
+"""Clipping by the gradient norm of the whole model."""
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most `max_norm`; return the norm before that.
+def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float | None) -> None:
+    """Scale `gradients` in place so that the 2-norm of all of them, which is `norm`, is at most `max_norm`.
 
-    Returns a 0-d tensor on the gradients' device. None: nothing is scaled.
+    `norm` is a 0-d tensor on the gradients' device. None: nothing is scaled.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
     if max_norm is not None:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale)
-    return norm
+        torch._foreach_mul_([getattr(gradient, "_local_tensor", gradient) for gradient in gradients], scale)

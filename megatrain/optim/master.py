@@ -9,13 +9,12 @@ from torch import nn
 
 
 class MasterWeights:
-    """Masters of `model`'s parameters by canonical name; `model` is converted to `compute_dtype`.
+    """Masters of a model's parameters by canonical name; the model's own are converted to `compute_dtype`.
 
     When the two types are equal the masters are the model's own parameters and nothing is copied.
     """
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
-        named = dict(model.named_parameters())
+    def __init__(self, named: dict[str, nn.Parameter], compute_dtype: torch.dtype) -> None:
         self.copied = any(p.dtype != compute_dtype for p in named.values())
         if not self.copied:
             self.parameters = named

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megatrain.data.loader import Batch, Loader, validation_batches
 from megatrain.data.prepare import Prepared
@@ -13,6 +14,10 @@ from megatrain.optim.build import build_optimizer
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import parallelize
+from megatrain.parallel.layout import data_ranks
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.sharding import DECODER_PLAN
+from megatrain.parallel.shards import shard_of
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
@@ -28,27 +33,32 @@ class Parts:
     eval_batches: list[Batch]
 
 
-def build_state(cfg: Config, device: torch.device) -> TrainState:
+def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:
     """The model with its initial weights on `device`, and an optimizer that has done nothing yet.
 
-    Weights are float32 (float64 under `train.precision=fp64`), made in place, never as a whole elsewhere.
+    Weights are float32 (float64 under `train.precision=fp64`). Each rank of `mesh` makes only its own, in place.
     """
     compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    with torch.device("meta"):
-        model = get_spec(cfg.model.kind).build(cfg.model)
-    model = model.to(master_dtype).to_empty(device=device)
-    init_weights(model, cfg.model, seed=cfg.train.seed)
-    use_experts_backend(model, cfg.moe.backend)
-    weights = MasterWeights(model, compute_dtype)
-    parallelize(model, cfg.parallel)
+
+    def make_model() -> nn.Module:
+        with torch.device("meta"):
+            return get_spec(cfg.model.kind).build(cfg.model).to(master_dtype)
+
+    cut = parallelize(make_model, cfg.parallel, mesh, DECODER_PLAN, compute_dtype=compute_dtype)
+    for model in cut.models:
+        model.to_empty(device="cpu" if cfg.parallel.offload else device)
+        init_weights(model, cfg.model, seed=cfg.train.seed, shard_of=shard_of)
+        use_experts_backend(model, cfg.moe.backend)
+    # Under a mesh FSDP makes the copies in the compute type.
+    weights = MasterWeights(cut.parameters(), compute_dtype if mesh is None else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.parameters)
     decay = cfg.train.ema_decay
     average = None if decay is None else WeightAverage(weights.parameters, decay)
-    return TrainState(model=model, weights=weights, optimizer=optimizer, average=average)
+    return TrainState(cut=cut, weights=weights, optimizer=optimizer, average=average)
 
 
-def build_parts(cfg: Config, data: Prepared, device: torch.device) -> Parts:
+def build_parts(cfg: Config, data: Prepared, device: torch.device, mesh: Mesh | None = None) -> Parts:
     """All parts of a run.
 
     Raises:
@@ -61,6 +71,8 @@ def build_parts(cfg: Config, data: Prepared, device: torch.device) -> Parts:
         micro_batch_size=cfg.micro_batch_size,
         seed=cfg.train.seed,
         mask_documents=cfg.data.mask_documents,
+        rank=0 if mesh is None else mesh.data_rank,
+        size=data_ranks(cfg.parallel),
         prefetch=cfg.data.prefetch,
     )
     held_out: list[Batch] = []
@@ -74,4 +86,4 @@ def build_parts(cfg: Config, data: Prepared, device: torch.device) -> Parts:
                 mask_documents=cfg.data.mask_documents,
             )
         )
-    return Parts(state=build_state(cfg, device), loader=loader, eval_batches=held_out)
+    return Parts(state=build_state(cfg, device, mesh), loader=loader, eval_batches=held_out)

@@ -1,5 +1,6 @@
 """The root of a run's config: everything that defines the run, and the rules that join its parts."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -13,6 +14,8 @@ from megatrain.nn.config import ExpertsConfig
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import data_ranks
+from megatrain.parallel.layout import problems as layout_problems
 
 SCHEMA_VERSION = 1
 
@@ -95,10 +98,8 @@ class Config:
             yield Problem(
                 "schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,)
             )
-        if not broken and self.global_batch_size % self.micro_batch_size:
-            rule = f"must divide global_batch_size ({self.global_batch_size})"
-            legal = nearest_divisors(self.global_batch_size, self.micro_batch_size)
-            yield Problem("micro_batch_size", self.micro_batch_size, rule, legal)
+        if not broken:
+            yield from self._layout_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
@@ -113,3 +114,30 @@ class Config:
         ):
             rule = f"must be at least data.tokenizer.vocab_size ({tokenizer.vocab_size})"
             yield Problem("model.vocab_size", self.model.vocab_size, rule, (tokenizer.vocab_size,))
+
+    def _layout_problems(self) -> Iterator[Problem]:
+        parallel = self.parallel
+        if any(True for _ in parallel.problems()):
+            parallel = ParallelConfig()
+        if parallel.dp_shard == -1:  # not known before the processes are
+            parallel = dataclasses.replace(parallel, dp_shard=1)
+        readers = data_ranks(parallel)
+        if self.global_batch_size % readers:
+            rule = f"must be a multiple of the {readers} ranks that read different data (dp_replicate x dp_shard)"
+            below = self.global_batch_size // readers * readers
+            yield Problem(
+                "global_batch_size", self.global_batch_size, rule, (below, below + readers)[below == 0 :]
+            )
+            return
+        rows = self.global_batch_size // readers
+        if rows % self.micro_batch_size:
+            share = (
+                "global_batch_size" if readers == 1 else f"a rank's share of global_batch_size / {readers}"
+            )
+            legal = nearest_divisors(rows, self.micro_batch_size)
+            yield Problem("micro_batch_size", self.micro_batch_size, f"must divide {share} ({rows})", legal)
+            return
+        if not any(True for _ in self.model.problems()):
+            yield from layout_problems(
+                parallel, self.model, self.seq_len, self.global_batch_size, self.micro_batch_size
+            )

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from megatrain.data.loader import Batch
-from megatrain.train.step import loss_sum
+from megatrain.data.loader import Batch, ignored_batch
+from megatrain.parallel.apply import CutModel
+from megatrain.parallel.layout import data_ranks
+from megatrain.train.step import evaluation_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +21,23 @@ class Evaluation:
     """Total nats / (ln 2 · bytes of text that the predicted tokens stand for); None where tokens have no text."""
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
+def evaluate(cut: CutModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
     """Mean loss over every valid token of `batches`; the model's mode and weights are left as they were.
 
-    token_bytes: `(vocab,)` bytes of text of each token, 0 for special tokens.
+    Ranks that read different data take turns; each computes equally many batches, since they compute together.
+
+    Args:
+        batches: the same on every rank.
+        token_bytes: `(vocab,)` bytes of text of each token, 0 for special tokens.
     """
-    nats = 0.0
-    valid = text_bytes = 0
-    for batch in batches:
-        nats += loss_sum(model, batch).item()
-        targets = batch.targets[batch.targets >= 0].numpy()
-        valid += targets.size
-        if token_bytes is not None:
-            text_bytes += int(token_bytes[targets].sum())
-    bits_per_byte = nats / (math.log(2) * text_bytes) if text_bytes else None
-    return Evaluation(loss=nats / max(valid, 1), bits_per_byte=bits_per_byte)
+    readers = data_ranks(cut.cfg)
+    reader = 0 if cut.mesh is None else cut.mesh.data_rank
+    nats = torch.zeros((), dtype=torch.float64, device=cut.device)
+    for first in range(0, len(batches), readers):
+        own = batches[first + reader] if first + reader < len(batches) else ignored_batch(batches[0])
+        nats += evaluation_loss(cut, own)
+    total = cut.total(nats).item()
+    targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in batches])
+    text_bytes = 0 if token_bytes is None else int(token_bytes[targets].sum())
+    bits_per_byte = total / (math.log(2) * text_bytes) if text_bytes else None
+    return Evaluation(loss=total / max(targets.size, 1), bits_per_byte=bits_per_byte)

@@ -199,5 +199,5 @@ def _make_run(attempt: Attempt, observer: Observer, signals: StopSignals) -> Run
         token_bytes=attempt.data.token_bytes,
         flops_full=flops_per_token(cfg.model, cfg.seq_len, causal=False),
         flops_causal=flops_per_token(cfg.model, cfg.seq_len, causal=True),
-        peak=peak_flops(next(state.model.parameters()).device, COMPUTE_DTYPE[cfg.train.precision]),
+        peak=peak_flops(state.cut.device, COMPUTE_DTYPE[cfg.train.precision]),
     )

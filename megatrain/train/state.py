@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from megatrain.optim.build import optimizer_tensors
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
+from megatrain.parallel.apply import CutModel
 
 
 @dataclass
@@ -18,7 +19,7 @@ class TrainState:
     The data loader has no state of its own: the samples of a step are a function of the config and `step`.
     """
 
-    model: nn.Module
+    cut: CutModel
     weights: MasterWeights
     optimizer: Optimizer
     average: WeightAverage | None
@@ -29,12 +30,18 @@ class TrainState:
     watch: dict[str, Any] = field(default_factory=dict)
     """Counters of the over-fitting notice and of early stopping."""
 
+    @property
+    def model(self) -> nn.Module:
+        """The whole model of a run of one process; else the rank's (first) stage."""
+        return self.cut.models[0]
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its key (no copies: loading writes into them)."""
         found: dict[str, Tensor] = {
             f"model.{name}": p.detach() for name, p in self.weights.parameters.items()
         }
-        found |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+        for model in self.cut.models:
+            found |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
         for key, value in optimizer_tensors(self.optimizer, self.weights.parameters).items():
             found[f"optim.{key}"] = value
         if self.average is not None:
@@ -48,4 +55,10 @@ class TrainState:
     def restore(self, facts: dict[str, Any]) -> None:
         """Take up `facts` after the tensors were loaded in place."""
         self.step, self.tokens, self.watch = facts["step"], facts["tokens"], facts["watch"]
+        self.publish()
+
+    def publish(self) -> None:
+        """Let the model compute with the weights' present values."""
         self.weights.publish()
+        if self.cut.pipeline is not None:
+            self.cut.pipeline.copy_tables()

@@ -1,62 +1,119 @@
 """The training step: what happens between two values of the weights."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.data.loader import Batch, StepBatch
 from megatrain.nn.balance import balance_experts, begin_balance
 from megatrain.optim.clip import clip_gradients
+from megatrain.parallel.apply import CutModel
+from megatrain.parallel.fsdp import before_micro_batch
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """Results of one step as 0-d tensors on the device (reading them waits for the device)."""
+    """Results of one step as 0-d tensors on the device (reading them waits for the device), equal on all ranks."""
 
     loss: Tensor
     """Nats a token: mean over the valid tokens of the global batch (z-loss included)."""
     grad_norm: Tensor
     """Of the whole model, before clipping."""
+    stop_wanted: Tensor
+    """How many ranks asked to stop."""
 
 
-def loss_sum(model: nn.Module, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
-    """Loss in nats, summed over the valid tokens of `batch` (float32 scalar on the model's device)."""
-    device = next(model.parameters()).device
-    tokens, targets, positions = (
-        t.to(device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.positions)
-    )
-    doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(device, non_blocking=True)
-    loss: Tensor = model(tokens, targets=targets, positions=positions, doc_ids=doc_ids, z_loss=z_loss)
+def loss_sum(cut: CutModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
+    """Loss in nats, summed over this rank's valid tokens of `batch` (float32 scalar on the model's device)."""
+    tensors = _on_device(cut, batch)
+    loss: Tensor = cut.models[0](tensors.pop("tokens"), **tensors, z_loss=z_loss)
     return loss
 
 
-def train_step(state: TrainState, batch: StepBatch, cfg: Config, *, lr: float) -> StepStats:
+def _on_device(cut: CutModel, batch: Batch) -> dict[str, Tensor | None]:
+    """This rank's part of `batch` by the names of the model's arguments."""
+    names = ("tokens", "targets", "positions", "doc_ids")
+    tensors = cut.cut_batch({name: getattr(batch, name) for name in names})
+    device = cut.device
+    return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+
+
+def train_step(
+    state: TrainState, batch: StepBatch, cfg: Config, *, lr: float, wants_stop: bool = False
+) -> StepStats:
     """One optimizer step at learning rate `lr` over the global batch.
 
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
-    batch, so the cut into micro-batches changes nothing but rounding.
+    batch, so the cut into micro-batches and over ranks changes nothing but rounding.
     """
-    device = next(state.model.parameters()).device
-    begin_balance([state.model], 1 / max(batch.valid_tokens, 1))
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)  # a long sum of small parts
-    for part in batch.micro_batches:
-        loss = loss_sum(state.model, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
-        loss.backward()
-        state.weights.collect_gradients()
-        total_loss += loss.detach()
-
-    grad_norm = clip_gradients(state.weights.parameters.values(), cfg.optim.clip_norm)
+    cut, weights = state.cut, state.weights.parameters
+    loss = accumulate_gradients(state, batch, cfg)
+    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+    stop = torch.full_like(loss, float(wants_stop))
+    sums = cut.total(torch.stack([loss, cut.squared_norm(gradients), stop]))
+    grad_norm = sums[1].sqrt()
+    clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
     state.weights.zero_gradients()
-    state.weights.publish()
-    balance_experts([state.model], cfg.model, lambda counts: counts)
+    state.publish()
+    balance_experts(cut.models, cfg.model, cut.total)
     if state.average is not None:
-        state.average.update(state.weights.parameters)
+        state.average.update(weights)
     state.step += 1
     state.tokens += batch.valid_tokens
-    return StepStats(loss=total_loss, grad_norm=grad_norm)
+    return StepStats(loss=sums[0], grad_norm=grad_norm, stop_wanted=sums[2])
+
+
+def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
+    """Leave the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
+    cut = state.cut
+    # Ranks of a tp group compute the same balance loss; the first one's counts.
+    begin_balance(cut.models, cut.counts_loss() / max(batch.valid_tokens, 1))
+    loss = (_accumulate if cut.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
+    return loss if cut.counts_loss() else torch.zeros_like(loss)
+
+
+def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
+    """Gradients of this rank's micro-batches, one after the other; returns its share of the loss (float64)."""
+    cut = state.cut
+    total = torch.zeros((), dtype=torch.float64, device=cut.device)  # a long sum of small parts
+    for n, part in enumerate(batch.micro_batches):
+        is_last = n == len(batch.micro_batches) - 1
+        before_micro_batch(cut.models[0], is_last=is_last, zero_stage=cut.cfg.zero_stage)
+        loss = loss_sum(cut, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
+        loss.backward()
+        state.weights.collect_gradients()
+        total += loss.detach()
+    return total
+
+
+def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
+    """As `_accumulate`, all micro-batches at once through the pipeline's schedule."""
+    cut = state.cut
+    assert cut.pipeline is not None
+    parts = [_on_device(cut, part) for part in batch.micro_batches]
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    whole = {name: None if t[0] is None else torch.cat(cast(list[Tensor], t)) for name, t in columns.items()}
+    scale = 1 / max(batch.valid_tokens, 1)
+    loss = cut.pipeline.forward_backward(whole, cfg.micro_batch_size, scale=scale, z_loss=cfg.train.z_loss)
+    return loss.to(torch.float64)
+
+
+@torch.no_grad()
+def evaluation_loss(cut: CutModel, batch: Batch) -> Tensor:
+    """Loss in nats summed over this rank's valid tokens of `batch`, once in each tp group."""
+    if cut.pipeline is None:
+        loss = loss_sum(cut, batch)
+    else:
+        loss = cut.pipeline.forward(_on_device(cut, batch))
+    return (
+        loss.to(torch.float64)
+        if cut.counts_loss()
+        else torch.zeros((), dtype=torch.float64, device=cut.device)
+    )

@@ -45,7 +45,7 @@ OVERRIDES = {
         ["stepz", "n_heads", "optim.lr"],
     ),
     "wrong type": (["train.steps=many"], ["train.steps", "whole number"]),
-    "more devices than this version uses": (["parallel.tp=2"], ["parallel.tp=2", "one process"]),
+    "a layout that the model does not fit": (["parallel.tp=2"], ["parallel.tp=2", "model.n_heads (3)"]),
 }
 
 

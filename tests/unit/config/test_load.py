@@ -137,7 +137,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
             "data": None,
             "seq_len": True,
             "micro_batch_size": 3,
-            "parallel": {"tp": 2},
+            "parallel": {"tp": 0},
         },
     )
     legal = {path: problem.legal for path, problem in found.items()}

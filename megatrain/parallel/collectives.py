@@ -1,0 +1,194 @@
+"""Collectives with a derivative: each is the other's backward pass.
+
+A rank's gradients are those of the loss that all ranks of the group share, so a sum in the forward pass is a copy in
+the backward pass, and the other way round (Megatron-LM's f and g, arXiv 1909.08053, section 3; with sequence
+parallelism gather and scatter, arXiv 2205.05198, section 4.2).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+Group = dist.ProcessGroup
+# torch 2.13 renamed both; the old names go on to work, with a warning.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Every rank's `x` along `dim`, in the order of ranks."""
+    size = group.size()
+    whole = x.new_empty(size, *x.shape)
+    _all_gather(whole.view(size * x.shape[0], *x.shape[1:]), x.contiguous(), group=group)
+    return torch.cat(whole.unbind(0), dim) if dim else whole.flatten(0, 1)
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part along `dim` of the sum of all ranks' `x`."""
+    size = group.size()
+    stacked = torch.stack(x.chunk(size, dim)) if dim else x.contiguous().unflatten(0, (size, -1))
+    part = torch.empty_like(stacked[0])
+    _reduce_scatter(part, stacked.flatten(0, 1), group=group)
+    return part
+
+
+def own_part(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of `x` along `dim`."""
+    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+class _Gather(torch.autograd.Function):
+    """Forward gathers; the gradient is summed and scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _GatherShared(torch.autograd.Function):
+    """Forward gathers; all ranks have the whole gradient already, so each takes its part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return own_part(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Forward sums and scatters; the gradient is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return gather(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _SumGradients(torch.autograd.Function):
+    """Forward changes nothing; the gradients of all the tensors are summed over the group in one all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads])
+        dist.all_reduce(flat, group=ctx.group)
+        parts = flat.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
+
+
+class _Sum(torch.autograd.Function):
+    """Forward sums; every rank computes with the sum, and takes the gradient of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all along a leading dimension of the group's size; the gradient goes back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        dist.all_to_all_single(grad, grads[0].contiguous(), group=ctx.group)
+        return grad, None
+
+
+class _Shift(torch.autograd.Function):
+    """Send to the next rank of the ring and take from the one before; the gradient goes the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _send_around(x, 1, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _send_around(grads[0], -1, ctx.group), None
+
+
+def _send_around(x: Tensor, step: int, group: Group) -> Tensor:
+    size, rank = group.size(), group.rank()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    operations = [
+        dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=(rank + step) % size),
+        dist.P2POp(dist.irecv, out, group=group, group_peer=(rank - step) % size),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return out
+
+
+def gather_from(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Every rank's `x` along `dim`; each rank's gradient of it is a part of the whole's."""
+    out: Tensor = _Gather.apply(x, dim, group)
+    return out
+
+
+def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Every rank's `x` along `dim`, for a computation whose gradient is already summed over the group."""
+    out: Tensor = _GatherShared.apply(x, dim, group)
+    return out
+
+
+def scatter_sum(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part along `dim` of the sum of all ranks' `x`."""
+    out: Tensor = _ReduceScatter.apply(x, dim, group)
+    return out
+
+
+def sum_gradients(tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+    """`tensors`, which each rank uses for a part of the work."""
+    out: tuple[Tensor, ...] = _SumGradients.apply(group, *tensors)
+    return out
+
+
+def sum_over(x: Tensor, group: Group) -> Tensor:
+    """The sum of all ranks' `x`, of which each rank computes the same."""
+    out: Tensor = _Sum.apply(x, group)
+    return out
+
+
+def exchange(x: Tensor, group: Group) -> Tensor:
+    """`x` `(group size, ...)`: part i goes to rank i; from rank i comes part i."""
+    out: Tensor = _Exchange.apply(x, group)
+    return out
+
+
+def shift(x: Tensor, group: Group) -> Tensor:
+    """The `x` of the rank before this one in the ring."""
+    out: Tensor = _Shift.apply(x, group)
+    return out

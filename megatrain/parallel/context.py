@@ -1,0 +1,150 @@
+"""Context parallelism: a sequence is cut over the cp axis, and attention is made whole again in one of three ways.
+
+The sequence is cut into 2 · cp chunks; rank r has chunks r and 2 · cp - 1 - r, so that under a causal mask all ranks
+have equal work (head-tail balance; Llama 3, arXiv 2407.21783, section 3.3.2).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.parallel.collectives import Group, exchange, gather_from, shift, sum_over
+from megatrain_kernels import attention
+
+SEQ = 1  # dimension of `(batch, seq, ...)`
+
+
+def chunks_of(rank: int, size: int) -> tuple[int, int]:
+    """The two of the 2 · `size` chunks of a sequence that `rank` has, in order."""
+    return rank, 2 * size - 1 - rank
+
+
+def cut_sequence(x: Tensor, rank: int, size: int) -> Tensor:
+    """This rank's part of `x` `(batch, seq, ...)`."""
+    if size == 1:
+        return x
+    chunks = x.chunk(2 * size, SEQ)
+    return torch.cat([chunks[place] for place in chunks_of(rank, size)], SEQ)
+
+
+def in_order(gathered: Tensor, size: int) -> Tensor:
+    """All ranks' parts, one after the other along the sequence, put into the order of the sequence."""
+    chunks = gathered.chunk(2 * size, SEQ)
+    where = {
+        chunk: 2 * rank + half for rank in range(size) for half, chunk in enumerate(chunks_of(rank, size))
+    }
+    return torch.cat([chunks[where[chunk]] for chunk in range(2 * size)], SEQ)
+
+
+def context_parallel(model: Any, group: Group, kind: str) -> None:
+    """Replace the attention core of every block of the decoder `model`. Causal attention only."""
+    core = {"all_gather": GatheredCore, "ring": RingCore, "ulysses": UlyssesCore}[kind]
+    for block in model.layers.values():
+        block.attn.core = core(block.attn.core.window, group)
+        if block.moe is not None:
+            block.moe.balance.sequence_sum = partial(sum_over, group=group)
+
+
+class _Core(nn.Module):
+    """As `nn.attention.AttentionCore` on this rank's part of a sequence; `doc_ids` are those of the whole sequence."""
+
+    def __init__(self, window: int | None, group: Group) -> None:
+        super().__init__()
+        self.window, self.group = window, group
+
+
+class GatheredCore(_Core):
+    """Keys and values of all ranks are gathered (in one collective); queries stay."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
+        size, rank = self.group.size(), self.group.rank()
+        both = in_order(gather_from(torch.cat([k, v], -1), SEQ, self.group), size)
+        keys, values = both.split([k.shape[-1], v.shape[-1]], -1)
+        length = q.shape[SEQ] // 2
+        outs = []
+        for part, chunk in zip(q.split(length, SEQ), chunks_of(rank, size), strict=True):
+            end = (chunk + 1) * length  # later keys are not seen
+            docs = None if doc_ids is None else doc_ids[:, :end]
+            outs.append(
+                attention(
+                    part,
+                    keys[:, :end],
+                    values[:, :end],
+                    window=self.window,
+                    doc_ids=docs,
+                    q_offset=chunk * length,
+                )
+            )
+        return torch.cat(outs, SEQ)  # type: ignore[arg-type]
+
+
+class UlyssesCore(_Core):
+    """Heads are exchanged for positions: each rank sees the whole sequence of its share of the heads."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
+        q, k, v = (self._to_heads(t) for t in (q, k, v))
+        out = attention(q, k, v, window=self.window, doc_ids=doc_ids)
+        assert isinstance(out, Tensor)
+        return self._to_positions(out)
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """`(batch, seq / cp, heads, dim)` to `(batch, seq, heads / cp, dim)`."""
+        size = self.group.size()
+        parts = exchange(torch.stack(x.chunk(size, 2)), self.group)
+        return in_order(torch.cat(parts.unbind(0), SEQ), size)
+
+    def _to_positions(self, x: Tensor) -> Tensor:
+        size = self.group.size()
+        parts = torch.stack([cut_sequence(x, rank, size) for rank in range(size)])
+        return torch.cat(exchange(parts, self.group).unbind(0), 2)
+
+
+class RingCore(_Core):
+    """Keys and values go round the ring; partial results are joined by their log-sum-exp (arXiv 2310.01889)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
+        size, rank = self.group.size(), self.group.rank()
+        length = q.shape[SEQ] // 2
+        queries = list(zip(q.split(length, SEQ), chunks_of(rank, size), strict=True))
+        joined: list[tuple[Tensor, Tensor] | None] = [None, None]
+        both = torch.cat([k, v], -1)
+        for turn in range(size):
+            keys, values = both.split([k.shape[-1], v.shape[-1]], -1)
+            places = chunks_of((rank - turn) % size, size)
+            for n, (part, chunk) in enumerate(queries):
+                for half, place in enumerate(places):
+                    if self._sees(chunk, place, length):
+                        at = slice(half * length, (half + 1) * length)
+                        found = self._block(part, keys[:, at], values[:, at], doc_ids, chunk, place)
+                        joined[n] = found if joined[n] is None else _join(joined[n], found)  # type: ignore[arg-type]
+            if turn < size - 1:
+                both = shift(both, self.group)
+        return torch.cat([each[0] for each in joined if each is not None], SEQ).to(q.dtype)
+
+    def _sees(self, chunk: int, place: int, length: int) -> bool:
+        """Can any query of `chunk` see a key of chunk `place`?"""
+        if place > chunk:
+            return False
+        return self.window is None or (chunk - place - 1) * length + 1 < self.window
+
+    def _block(
+        self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, chunk: int, place: int
+    ) -> tuple[Tensor, Tensor]:
+        length = q.shape[SEQ]
+        # Ids of the positions from the first key to the last query.
+        docs = None if doc_ids is None else doc_ids[:, place * length : (chunk + 1) * length]
+        offset = (chunk - place) * length
+        out, lse = attention(q, k, v, window=self.window, doc_ids=docs, q_offset=offset, return_lse=True)
+        return out, lse.transpose(1, 2).unsqueeze(-1)
+
+
+def _join(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two results over different keys as one.
+
+    Each is an output `(batch, seq, heads, dim)` with its log-sum-exp `(batch, seq, heads, 1)`.
+    """
+    lse = torch.logaddexp(a[1], b[1])
+    outs = [out.to(lse.dtype) * torch.exp(part - lse) for out, part in (a, b)]
+    return outs[0] + outs[1], lse

@@ -1,0 +1,56 @@
+"""ZeRO data parallelism, stages 0 to 3, and hybrids of it, by PyTorch's FSDP2 (`fully_shard`).
+
+All stages are one mechanism. Stage 3 frees parameters after each use. In stages 0 to 2 they stay through a step.
+Stage 2 reduces and cuts gradients after each micro-batch, stages 0 and 1 after the last one. Stage 0 cuts nothing: its
+mesh has only replicas.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+
+def shard_data_parallel(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    zero_stage: int,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    offload: bool,
+) -> None:
+    """Cut each block of `model.layers` and the rest of `model` in place over `mesh` `(replicate, shard)`."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
+    for module in (*layers.values(), model):
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=zero_stage == 3,
+            mp_policy=policy,
+            offload_policy=offload_policy,
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a sum over the global batch divided once: gradients are summed, never averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def before_micro_batch(model: nn.Module, *, is_last: bool, zero_stage: int) -> None:
+    """Set what the next backward pass reduces and frees; `is_last`: of the step."""
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(is_last or zero_stage >= 2)
+    model.set_reshard_after_backward(is_last or zero_stage == 3)
+    model.set_is_last_backward(is_last)

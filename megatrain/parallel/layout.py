@@ -1,0 +1,122 @@
+"""Arithmetic of a layout: the processes it needs, where each stands, and why one is illegal. No process is needed."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from megatrain.config.schema import Problem, nearest_divisors
+from megatrain.nn.config import DecoderConfig
+from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, ParallelConfig
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Axes of the mesh, slowest first: ranks that differ in tp only are neighbours."""
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands on each axis."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+
+def world_size(cfg: ParallelConfig) -> int:
+    """Processes of the layout; `cfg.dp_shard` is known."""
+    return math.prod(getattr(cfg, axis) for axis in AXES)
+
+
+def data_ranks(cfg: ParallelConfig) -> int:
+    """Groups of ranks that read different rows of a batch."""
+    return cfg.dp_replicate * cfg.dp_shard
+
+
+def coordinates(rank: int, cfg: ParallelConfig) -> Coordinates:
+    """Of `rank` in the mesh."""
+    found = []
+    for axis in reversed(AXES):
+        rank, place = divmod(rank, getattr(cfg, axis))
+        found.append(place)
+    return Coordinates(*reversed(found))
+
+
+def fill(cfg: ParallelConfig, processes: int) -> ParallelConfig:
+    """`cfg` with `dp_shard` = -1 replaced by what the other axes leave of `processes` (1 if they do not divide it)."""
+    if cfg.dp_shard != -1:
+        return cfg
+    others = world_size(dataclasses.replace(cfg, dp_shard=1))
+    return dataclasses.replace(cfg, dp_shard=max(1, processes // others))
+
+
+def stage_rank(stage: int, cfg: ParallelConfig) -> int:
+    """Which of the pipeline's ranks has `stage`: round and round, or down and up again in the V-shaped schedules."""
+    if cfg.schedule in ("zbv", "dualpipe_v"):
+        return min(stage, 2 * cfg.pp - 1 - stage)
+    return stage % cfg.pp
+
+
+def problems(
+    cfg: ParallelConfig, model: DecoderConfig, seq_len: int, rows: int, micro_batch: int
+) -> Iterator[Problem]:
+    """The rules that a layout breaks for `model` on sequences of `seq_len` tokens.
+
+    Args:
+        rows: sequences of the global batch. micro_batch: sequences computed at once.
+    """
+    yield from _divisions(cfg, model, seq_len)
+    if cfg.pp > 1:
+        yield from _pipeline(cfg, model, rows // max(1, data_ranks(cfg) * micro_batch))
+    if cfg.pp == 1 and cfg.first_layers:
+        yield Problem("parallel.first_layers", cfg.first_layers, "stages belong to parallel.pp > 1", ((),))
+    n_experts = getattr(getattr(model, "moe", None), "n_experts", 0)
+    if cfg.ep > 1 and not n_experts:
+        yield Problem("parallel.ep", cfg.ep, "this model has no experts", (1,))
+    elif cfg.ep > 1 and n_experts % cfg.ep:
+        legal = nearest_divisors(n_experts, cfg.ep)
+        yield Problem("parallel.ep", cfg.ep, f"must divide the model's {n_experts} experts", legal)
+    inner = cfg.dp_shard * cfg.cp
+    if inner % cfg.ep:
+        rule = f"is taken from dp_shard and cp, so it must divide their product ({inner})"
+        yield Problem("parallel.ep", cfg.ep, rule, nearest_divisors(inner, cfg.ep))
+
+
+def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Iterator[Problem]:
+    """Sizes that an axis must divide."""
+    heads = {"model.n_heads": model.n_heads, "model.n_kv_heads": model.kv_heads}
+    sizes = {"tp": {**heads, "model.ffn_size": model.ffn_size, "model.vocab_size": model.vocab_size}}
+    if cfg.cp_kind == "ulysses":
+        heads = {f"{name} / tp": size // cfg.tp for name, size in heads.items()}
+        sizes["cp"] = {**heads, "seq_len / 2": seq_len // 2}
+    else:
+        sizes["cp"] = {"seq_len / 2": seq_len // 2 if seq_len % 2 == 0 else 1}
+    for axis, parts in sizes.items():
+        degree = getattr(cfg, axis)
+        broken = [f"{name} ({size})" for name, size in parts.items() if size % degree]
+        if broken:
+            common = math.gcd(*parts.values())
+            legal = nearest_divisors(common, degree)
+            yield Problem(f"parallel.{axis}", degree, f"must divide {' and '.join(broken)}", legal)
+    if seq_len // cfg.cp % cfg.tp:
+        rule = f"sequence parallelism cuts the {seq_len // cfg.cp} tokens of a rank, so it must divide them"
+        yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(seq_len // cfg.cp, cfg.tp))
+
+
+def _pipeline(cfg: ParallelConfig, model: DecoderConfig, micro_batches: int) -> Iterator[Problem]:
+    if cfg.stages > model.n_layers:
+        rule = f"{cfg.stages} stages need as many layers, and the model has {model.n_layers}"
+        yield Problem("parallel.pp", cfg.pp, rule, (max(1, model.n_layers * cfg.pp // cfg.stages),))
+    if cfg.first_layers:
+        firsts = (0, *cfg.first_layers, model.n_layers)
+        if len(firsts) != cfg.stages + 1 or any(a >= b for a, b in pairwise(firsts)):
+            rule = f"must be {cfg.stages - 1} rising numbers between 0 and model.n_layers ({model.n_layers})"
+            yield Problem("parallel.first_layers", cfg.first_layers, rule)
+    if cfg.schedule in SPLIT_BACKWARD and cfg.zero_stage == 3:
+        rule = f"{cfg.schedule} computes weights' gradients later, when ZeRO stage 3 has freed the weights"
+        yield Problem("parallel.zero_stage", cfg.zero_stage, rule, (1, 2))
+    needed = 2 * cfg.pp if cfg.schedule == "dualpipe_v" else cfg.pp
+    if cfg.schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
+        rule = f"{cfg.schedule} needs a multiple of pp and at least {needed} micro-batches a step, not {micro_batches}"
+        yield Problem("parallel.schedule", cfg.schedule, rule, ("1f1b", "gpipe"))

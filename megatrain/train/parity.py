@@ -1,0 +1,109 @@
+"""A few training steps of a config in one layout, with everything that must be equal in all layouts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatrain.data.loader import Loader
+from megatrain.data.store import TokenSource
+from megatrain.parallel.layout import data_ranks, world_size
+from megatrain.parallel.mesh import Mesh, make_mesh
+from megatrain.parallel.shards import whole_tensor
+from megatrain.train.build import build_state
+from megatrain.train.config import Config
+from megatrain.train.state import TrainState
+from megatrain.train.step import accumulate_gradients, train_step
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run computed; arrays by canonical parameter name, whole."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    digests: list[str]
+    initial: Arrays
+    gradients: Arrays
+    """Of the first step, before clipping."""
+    final: Arrays
+
+
+def trace(cfg: Config, store: TokenSource, steps: int) -> Trace:
+    """Train `steps` steps of `cfg` on this rank of the default process group (or alone).
+
+    Of the arrays each pipeline rank returns its own; the other ranks of its stage return none.
+    """
+    device = torch.device("cpu")
+    mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
+    state = build_state(cfg, device, mesh)
+    initial = whole_arrays(state.weights.parameters, mesh)
+    loader = _loader(cfg, store, mesh)
+    accumulate_gradients(state, loader.step_batch(0), cfg)
+    gradients = whole_arrays(_gradients(state), mesh)
+    state.weights.zero_gradients()
+    losses, norms, digests = [], [], []
+    for step in range(steps):
+        batch = loader.step_batch(step)
+        stats = train_step(state, batch, cfg, lr=cfg.optim.lr)
+        losses.append(stats.loss.item())
+        norms.append(stats.grad_norm.item())
+        digests.append(batch.digest)
+    return Trace(losses, norms, digests, initial, gradients, whole_arrays(state.weights.parameters, mesh))
+
+
+def _gradients(state: TrainState) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in state.weights.parameters.items() if p.grad is not None}
+
+
+def _loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
+    return Loader(
+        store=store,
+        seq_len=cfg.seq_len,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        seed=cfg.train.seed,
+        mask_documents=cfg.data.mask_documents,
+        rank=0 if mesh is None else mesh.data_rank,
+        size=data_ranks(cfg.parallel),
+        prefetch=0,
+    )
+
+
+def whole_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None) -> Arrays:
+    """`tensors` in full (float64), on the first rank of each pipeline stage; nothing on the others."""
+    wholes = {name: whole_tensor(t) for name, t in tensors.items()}
+    if mesh is not None and any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
+        return {}
+    return {name: t.detach().to(torch.float64).numpy().copy() for name, t in wholes.items()}
+
+
+def merged(parts: list[Trace]) -> Trace:
+    """The ranks' traces as one.
+
+    Raises:
+        ValueError: ranks that must agree do not, or two copies of a parameter differ.
+    """
+    first = parts[0]
+    arrays: list[Arrays] = []
+    for kind in ("initial", "gradients", "final"):
+        found: Arrays = {}
+        for part in parts:
+            for name, array in getattr(part, kind).items():
+                if not np.array_equal(found.setdefault(name, array), array):
+                    raise ValueError(f"the copies of {name} differ in their {kind} values")
+        arrays.append(found)
+    for part in parts:
+        if (part.losses, part.grad_norms, part.digests) != (first.losses, first.grad_norms, first.digests):
+            raise ValueError("ranks report different losses, norms or samples")
+    return Trace(first.losses, first.grad_norms, first.digests, *arrays)
+
+
+def relative_error(found: np.ndarray, truth: np.ndarray) -> float:
+    """Largest difference, relative to the largest magnitude of `truth`."""
+    largest = float(np.abs(truth).max(initial=0.0))
+    return float(np.abs(found - truth).max(initial=0.0)) / (largest or 1.0)

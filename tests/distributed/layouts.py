@@ -1,0 +1,54 @@
+"""The small runs that are trained in many layouts, and how two runs are compared."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from megatrain.data.config import DataConfig
+from megatrain.data.store import SyntheticStore
+from megatrain.models.gpt2.config import GPT2Config
+from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.optim.config import AdamWConfig
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import world_size
+from megatrain.runtime.workers import WorkerPool
+from megatrain.train.config import Config, TrainConfig
+from megatrain.train.parity import Trace, merged, trace
+
+STEPS = 3
+STORE = SyntheticStore(64, n_tokens=1 << 14, documents=700)  # about 23 tokens each: most rows have several
+SIZES = {"n_layers": 4, "hidden_size": 32, "n_heads": 8, "ffn_size": 48, "vocab_size": 64, "init_std": 0.2}
+
+CFG = Config(
+    model=Qwen3Config(**SIZES, n_kv_heads=4, head_dim=8, tie_embeddings=False, window=20),
+    data=DataConfig(kind="synthetic", mask_documents=True),
+    optim=AdamWConfig(lr=1e-2, clip_norm=0.5),  # the norm is about 4: every step is clipped
+    train=TrainConfig(precision="fp64", z_loss=1e-3, seed=3),
+    seq_len=32,
+    global_batch_size=8,
+    micro_batch_size=1,
+)
+TIED = replace(CFG, model=replace(CFG.model, tie_embeddings=True))
+GPT2 = replace(CFG, model=GPT2Config(**SIZES, max_seq_len=64))
+"""Biases, LayerNorm, learned positions, a tied head."""
+RUNS = {"untied": CFG, "tied": TIED, "gpt2": GPT2}
+
+
+@cache
+def single(name: str, precision: str = "fp64") -> Trace:
+    """The run in one process."""
+    return trace(_with(RUNS[name], precision, {}), STORE, STEPS)
+
+
+def in_layout(workers: WorkerPool, name: str, layout: dict[str, Any], precision: str = "fp64") -> Trace:
+    """The run in `layout`."""
+    cfg = _with(RUNS[name], precision, layout)
+    return merged(workers.run(trace, world_size(cfg.parallel), cfg, STORE, STEPS))
+
+
+def _with(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
+    changed = replace(
+        cfg, train=replace(cfg.train, precision=precision), parallel=ParallelConfig(**layout)
+    )
+    assert not list(changed.problems()), list(map(str, changed.problems()))
+    return changed

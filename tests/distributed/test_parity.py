@@ -1,0 +1,87 @@
+"""The layout is only a performance choice: every layout computes what one process computes, in float64.
+
+The same samples, bitwise equal initial weights, and losses, gradient norms, gradients and weights after three steps of
+AdamW with clipping that agree to 1e-9: float64 rounds at 1e-16, sums in another order differ by some 1e-15, and Adam
+divides by numbers as small as 1e-3 of the gradients.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from layouts import in_layout, single
+
+from megatrain.runtime.workers import WorkerPool
+from megatrain.train.parity import Trace, relative_error
+
+pytestmark = pytest.mark.xdist_group("workers")
+BOUND = 1e-9
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    # each axis alone, each ZeRO stage, each way of context parallelism
+    *[("untied", {"dp_shard": 2, "zero_stage": stage}) for stage in range(4)],
+    ("tied", {"dp_replicate": 2}),
+    *[(name, {"tp": 2}) for name in ("untied", "tied", "gpt2")],
+    *[("untied", {"cp": 2, "cp_kind": kind}) for kind in ("all_gather", "ring", "ulysses")],
+    ("gpt2", {"cp": 2}),
+    # each schedule; the embedding's two copies wherever the head is tied
+    *[("tied", {"pp": 2, "schedule": schedule}) for schedule in ("gpipe", "1f1b", "interleaved_1f1b")],
+    *[
+        (name, {"pp": 2, "schedule": schedule, "zero_stage": 2})
+        for schedule in ("interleaved_zero_bubble", "zbv", "dualpipe_v")
+        for name in ("untied", "tied")
+    ],
+    ("gpt2", {"pp": 2}),
+    ("untied", {"pp": 2, "first_layers": (3,)}),
+    # pairs
+    ("untied", {"dp_replicate": 2, "dp_shard": 2}),
+    ("tied", {"dp_shard": 2, "tp": 2}),
+    ("untied", {"dp_shard": 2, "cp": 2, "zero_stage": 1}),
+    ("tied", {"dp_shard": 2, "pp": 2, "zero_stage": 2}),
+    ("untied", {"dp_replicate": 2, "tp": 2}),
+    ("gpt2", {"dp_replicate": 2, "pp": 2}),
+    ("untied", {"dp_replicate": 2, "cp": 2, "cp_kind": "ring"}),
+    ("tied", {"cp": 2, "tp": 2, "cp_kind": "ulysses"}),
+    ("gpt2", {"pp": 2, "tp": 2}),
+    ("untied", {"pp": 2, "cp": 2, "cp_kind": "ring"}),
+    ("untied", {"tp": 4}),
+    ("tied", {"pp": 4}),
+    ("untied", {"cp": 4, "cp_kind": "ring"}),
+    # triples on eight ranks
+    ("tied", {"pp": 2, "dp_shard": 2, "tp": 2}),
+    ("untied", {"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
+    ("tied", {"pp": 2, "cp": 2, "tp": 2, "schedule": "zbv", "zero_stage": 1}),
+    ("gpt2", {"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
+    ("untied", {"dp_replicate": 2, "dp_shard": 2, "pp": 2, "zero_stage": 0}),
+    ("untied", {"dp_shard": 4, "tp": 2}),
+    ("tied", {"dp_shard": 8}),
+]
+
+
+def label(case: tuple[str, dict[str, Any]]) -> str:
+    return "-".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
+
+
+def check(found: Trace, truth: Trace, bound: float) -> None:
+    """Everything that must not depend on the layout."""
+    assert found.digests == truth.digests
+    assert found.losses == pytest.approx(truth.losses, rel=bound)
+    assert found.grad_norms == pytest.approx(truth.grad_norms, rel=bound)
+    assert found.initial.keys() == truth.initial.keys()
+    for name, values in truth.initial.items():
+        np.testing.assert_array_equal(found.initial[name], values, err_msg=name)
+    for kind in ("gradients", "final"):
+        errors = {
+            name: relative_error(getattr(found, kind)[name], values)
+            for name, values in getattr(truth, kind).items()
+        }
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] <= bound, f"{kind} of {worst} are off by {errors[worst]:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_layout_computes_what_one_process_does(
+    workers: WorkerPool, case: tuple[str, dict[str, Any]]
+) -> None:
+    name, layout = case
+    check(in_layout(workers, name, layout), single(name), BOUND)
