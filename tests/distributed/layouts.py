@@ -47,8 +47,6 @@ def in_layout(workers: WorkerPool, name: str, layout: dict[str, Any], precision:
 
 
 def _with(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
-    changed = replace(
-        cfg, train=replace(cfg.train, precision=precision), parallel=ParallelConfig(**layout)
-    )
+    changed = replace(cfg, train=replace(cfg.train, precision=precision), parallel=ParallelConfig(**layout))
     assert not list(changed.problems()), list(map(str, changed.problems()))
     return changed
