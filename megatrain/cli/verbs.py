@@ -85,6 +85,21 @@ VERBS = (
         ),
     ),
     Verb(
+        name="verify",
+        summary="check on this machine's CPU that layouts of several processes compute what one process does",
+        usage="[group=option] [key=value] [flags]",
+        examples=(
+            ("megatrain verify", "the default config, shrunk, in a list of layouts"),
+            (
+                "megatrain verify model=llama3_70b parallel.tp=4 parallel.pp=2",
+                "your layout as well, up to 8 processes",
+            ),
+            ("megatrain verify --fault dropped_reduction", "plant an error and see that it is caught"),
+        ),
+        takes_config=True,
+        flags=(("--fault NAME", "plant an error: dropped_reduction or doubled_tokens"),),
+    ),
+    Verb(
         name="doctor",
         summary="say what this machine offers, what is missing for which feature, and how to get it",
         usage="[--json]",

@@ -42,7 +42,7 @@ def context_parallel(model: Any, group: Group, kind: str) -> None:
     """Replace the attention core of every block of the decoder `model`. Causal attention only."""
     core = {"all_gather": GatheredCore, "ring": RingCore, "ulysses": UlyssesCore}[kind]
     for block in model.layers.values():
-        block.attn.core = core(block.attn.core.window, group)
+        block.attn.core = core(block.attn.core, group)
         if block.moe is not None:
             block.moe.balance.sequence_sum = partial(sum_over, group=group)
 
@@ -50,9 +50,9 @@ def context_parallel(model: Any, group: Group, kind: str) -> None:
 class _Core(nn.Module):
     """As `nn.attention.AttentionCore` on this rank's part of a sequence; `doc_ids` are those of the whole sequence."""
 
-    def __init__(self, window: int | None, group: Group) -> None:
+    def __init__(self, whole: Any, group: Group) -> None:
         super().__init__()
-        self.window, self.group = window, group
+        self.window, self.scale, self.group = whole.window, whole.scale, group
 
 
 class GatheredCore(_Core):
@@ -72,6 +72,7 @@ class GatheredCore(_Core):
                     part,
                     keys[:, :end],
                     values[:, :end],
+                    scale=self.scale,
                     window=self.window,
                     doc_ids=docs,
                     q_offset=chunk * length,
@@ -85,7 +86,7 @@ class UlyssesCore(_Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         q, k, v = (self._to_heads(t) for t in (q, k, v))
-        out = attention(q, k, v, window=self.window, doc_ids=doc_ids)
+        out = attention(q, k, v, scale=self.scale, window=self.window, doc_ids=doc_ids)
         assert isinstance(out, Tensor)
         return self._to_positions(out)
 
@@ -136,7 +137,9 @@ class RingCore(_Core):
         # Ids of the positions from the first key to the last query.
         docs = None if doc_ids is None else doc_ids[:, place * length : (chunk + 1) * length]
         offset = (chunk - place) * length
-        out, lse = attention(q, k, v, window=self.window, doc_ids=docs, q_offset=offset, return_lse=True)
+        out, lse = attention(
+            q, k, v, scale=self.scale, window=self.window, doc_ids=docs, q_offset=offset, return_lse=True
+        )
         return out, lse.transpose(1, 2).unsqueeze(-1)
 
 

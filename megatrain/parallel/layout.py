@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+from megatrain.config.errors import UserError
 from megatrain.config.schema import Problem, nearest_divisors
 from megatrain.nn.config import DecoderConfig
 from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, ParallelConfig
@@ -27,6 +28,22 @@ class Coordinates(NamedTuple):
 def world_size(cfg: ParallelConfig) -> int:
     """Processes of the layout; `cfg.dp_shard` is known."""
     return math.prod(getattr(cfg, axis) for axis in AXES)
+
+
+def require_one_process(cfg: ParallelConfig) -> None:
+    """Refuse layouts of several processes where they are not started yet.
+
+    Raises:
+        UserError: `cfg` is such a layout.
+    """
+    if world_size(cfg) != 1:
+        degrees = ", ".join(
+            f"parallel.{axis}={getattr(cfg, axis)}" for axis in AXES if getattr(cfg, axis) != 1
+        )
+        raise UserError(
+            f"{degrees}: this version trains in one process. `megatrain verify` runs and compares layouts of several "
+            "processes on this machine; leave the degrees at 1 here."
+        )
 
 
 def data_ranks(cfg: ParallelConfig) -> int:
@@ -71,16 +88,9 @@ def problems(
         yield from _pipeline(cfg, model, rows // max(1, data_ranks(cfg) * micro_batch))
     if cfg.pp == 1 and cfg.first_layers:
         yield Problem("parallel.first_layers", cfg.first_layers, "stages belong to parallel.pp > 1", ((),))
-    n_experts = getattr(getattr(model, "moe", None), "n_experts", 0)
-    if cfg.ep > 1 and not n_experts:
-        yield Problem("parallel.ep", cfg.ep, "this model has no experts", (1,))
-    elif cfg.ep > 1 and n_experts % cfg.ep:
-        legal = nearest_divisors(n_experts, cfg.ep)
-        yield Problem("parallel.ep", cfg.ep, f"must divide the model's {n_experts} experts", legal)
-    inner = cfg.dp_shard * cfg.cp
-    if inner % cfg.ep:
-        rule = f"is taken from dp_shard and cp, so it must divide their product ({inner})"
-        yield Problem("parallel.ep", cfg.ep, rule, nearest_divisors(inner, cfg.ep))
+    if cfg.ep > 1:
+        rule = "experts are cut by tp (inside each) and dp_shard in this version"
+        yield Problem("parallel.ep", cfg.ep, rule, (1,))
 
 
 def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Iterator[Problem]:
@@ -116,6 +126,9 @@ def _pipeline(cfg: ParallelConfig, model: DecoderConfig, micro_batches: int) -> 
     if cfg.schedule in SPLIT_BACKWARD and cfg.zero_stage == 3:
         rule = f"{cfg.schedule} computes weights' gradients later, when ZeRO stage 3 has freed the weights"
         yield Problem("parallel.zero_stage", cfg.zero_stage, rule, (1, 2))
+    if cfg.schedule in SPLIT_BACKWARD and cfg.tp > 1:
+        rule = f"{cfg.schedule} computes weights' gradients apart, which collectives between them do not bear"
+        yield Problem("parallel.tp", cfg.tp, rule, (1,))
     needed = 2 * cfg.pp if cfg.schedule == "dualpipe_v" else cfg.pp
     if cfg.schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
         rule = f"{cfg.schedule} needs a multiple of pp and at least {needed} micro-batches a step, not {micro_batches}"

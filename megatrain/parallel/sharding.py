@@ -24,8 +24,9 @@ PLACEMENTS: Mapping[Role, Placement] = {
 DECODER_PLAN: Mapping[str, Role] = {
     r"embed\.weight|head\.weight": "vocabulary",
     r"pos_embed\.weight|(layers\.\d+\.(attn_|mlp_))?norm\.(weight|bias)": "shared",
-    r"layers\.\d+\.attn\.w[qkv]\.(weight|bias)": "columns",
-    r"layers\.\d+\.attn\.[qk]_norm\.weight": "shared",
+    r"layers\.\d+\.attn\.(w[qkv]|wq_up|wkv_up)\.(weight|bias)": "columns",
+    r"layers\.\d+\.attn\.(q|k|kv)_norm\.weight": "shared",
+    r"layers\.\d+\.attn\.(wq_down|wkv_down|wk_rope)\.weight": "shared",
     r"layers\.\d+\.(attn\.wo|mlp\.down)\.weight": "rows",
     r"layers\.\d+\.(attn\.wo|mlp\.down)\.bias": "row_bias",
     r"layers\.\d+\.mlp\.(gate|up)\.(weight|bias)": "columns",

@@ -12,6 +12,7 @@ from megatrain.data.prepare import prepare
 from megatrain.models.flops import flops_per_token, n_params
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.profile import breakdown
+from megatrain.parallel.layout import require_one_process
 from megatrain.runtime.device import choose_precision, peak_flops, pick_device
 from megatrain.train.build import COMPUTE_DTYPE, build_parts
 from megatrain.train.config import Config
@@ -46,6 +47,7 @@ def bench(cfg: Config, *, steps: int, progress: Callable[[str, float], None]) ->
     Raises:
         UserError: the data is wrong, or too short.
     """
+    require_one_process(cfg.parallel)
     device = pick_device()
     if cfg.train.precision == "auto":
         settled = dataclasses.replace(cfg.train, precision=choose_precision(device))

@@ -18,6 +18,7 @@ from megatrain.models.flops import flops_per_token, n_params
 from megatrain.observe.display import Display, make_display
 from megatrain.observe.rundir import RunLog
 from megatrain.observe.sinks import Observer
+from megatrain.parallel.layout import fill, require_one_process
 from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, peak_flops, pick_device
 from megatrain.train.build import COMPUTE_DTYPE, Parts, build_parts
@@ -50,6 +51,8 @@ def run(cfg: Config) -> int:
     Raises:
         UserError: the config, the data or the run directory is wrong; nothing was written.
     """
+    cfg = dataclasses.replace(cfg, parallel=fill(cfg.parallel, processes=1))
+    require_one_process(cfg.parallel)
     directory = run_directory(cfg)
     device = pick_device()
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint)

@@ -1,13 +1,14 @@
 """A few training steps of a config in one layout, with everything that must be equal in all layouts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from megatrain.data.loader import Loader
+from megatrain.data.loader import Loader, StepBatch, ignored_batch
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
@@ -18,6 +19,8 @@ from megatrain.train.state import TrainState
 from megatrain.train.step import accumulate_gradients, train_step
 
 Arrays = dict[str, np.ndarray]
+FAULTS = ("dropped_reduction", "doubled_tokens")
+"""Errors that can be planted, to see that they are found."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,38 @@ class Trace:
     final: Arrays
 
 
-def trace(cfg: Config, store: TokenSource, steps: int) -> Trace:
+def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None) -> Trace:
     """Train `steps` steps of `cfg` on this rank of the default process group (or alone).
 
-    Of the arrays each pipeline rank returns its own; the other ranks of its stage return none.
+    `fault`, one of `FAULTS`, plants an error in a run of several processes. Of the arrays each pipeline rank
+    returns its own; the other ranks of its stage return none.
     """
     device = torch.device("cpu")
     mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
     state = build_state(cfg, device, mesh)
     initial = whole_arrays(state.weights.parameters, mesh)
     loader = _loader(cfg, store, mesh)
-    accumulate_gradients(state, loader.step_batch(0), cfg)
+    accumulate_gradients(state, _broken(loader.step_batch(0), fault, mesh), cfg)
     gradients = whole_arrays(_gradients(state), mesh)
     state.weights.zero_gradients()
     losses, norms, digests = [], [], []
     for step in range(steps):
-        batch = loader.step_batch(step)
+        batch = _broken(loader.step_batch(step), fault, mesh)
         stats = train_step(state, batch, cfg, lr=cfg.optim.lr)
         losses.append(stats.loss.item())
         norms.append(stats.grad_norm.item())
         digests.append(batch.digest)
     return Trace(losses, norms, digests, initial, gradients, whole_arrays(state.weights.parameters, mesh))
+
+
+def _broken(batch: StepBatch, fault: str | None, mesh: Mesh | None) -> StepBatch:
+    """`batch` with the error that `fault` names."""
+    if fault == "doubled_tokens":
+        return replace(batch, valid_tokens=2 * batch.valid_tokens)
+    if fault == "dropped_reduction" and mesh is not None and dist.get_rank() == dist.get_world_size() - 1:
+        # The last rank's part of every sum is lost.
+        return replace(batch, micro_batches=[ignored_batch(part) for part in batch.micro_batches])
+    return batch
 
 
 def _gradients(state: TrainState) -> dict[str, Tensor]:
@@ -103,7 +117,15 @@ def merged(parts: list[Trace]) -> Trace:
     return Trace(first.losses, first.grad_norms, first.digests, *arrays)
 
 
-def relative_error(found: np.ndarray, truth: np.ndarray) -> float:
-    """Largest difference, relative to the largest magnitude of `truth`."""
-    largest = float(np.abs(truth).max(initial=0.0))
-    return float(np.abs(found - truth).max(initial=0.0)) / (largest or 1.0)
+def relative_errors(found: Arrays, truth: Arrays) -> dict[str, float]:
+    """Largest difference of each parameter, relative to the largest magnitude of its true values.
+
+    That magnitude is taken as a tenth of the whole model's largest at least: a gradient may be zero but for rounding
+    (a key's bias shifts all scores of a query alike), and then says nothing.
+    """
+    largest = {name: float(np.abs(values).max(initial=0.0)) for name, values in truth.items()}
+    least = max(largest.values()) / 10
+    return {
+        name: float(np.abs(found[name] - values).max(initial=0.0)) / max(largest[name], least)
+        for name, values in truth.items()
+    }

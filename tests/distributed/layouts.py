@@ -6,8 +6,10 @@ from typing import Any
 
 from megatrain.data.config import DataConfig
 from megatrain.data.store import SyntheticStore
+from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.nn.config import LatentConfig, MoEConfig
 from megatrain.optim.config import AdamWConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import world_size
@@ -31,7 +33,22 @@ CFG = Config(
 TIED = replace(CFG, model=replace(CFG.model, tie_embeddings=True))
 GPT2 = replace(CFG, model=GPT2Config(**SIZES, max_seq_len=64))
 """Biases, LayerNorm, learned positions, a tied head."""
-RUNS = {"untied": CFG, "tied": TIED, "gpt2": GPT2}
+MOE = MoEConfig(
+    n_experts=4, top_k=2, ffn_size=24, n_shared_experts=1, aux_loss=0.01, bias_rate=1e-3, first_k_dense=1
+)
+EXPERTS = replace(CFG, model=replace(CFG.model, moe=MOE))
+LATENT = replace(
+    CFG,
+    model=DeepseekV3Config(
+        **SIZES,
+        max_seq_len=64,
+        latent=LatentConfig(
+            q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        ),
+        moe=replace(MOE, routing="sigmoid", n_groups=2, top_groups=1),
+    ),
+)
+RUNS = {"untied": CFG, "tied": TIED, "gpt2": GPT2, "experts": EXPERTS, "latent": LATENT}
 
 
 @cache

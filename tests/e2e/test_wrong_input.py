@@ -45,7 +45,8 @@ OVERRIDES = {
         ["stepz", "n_heads", "optim.lr"],
     ),
     "wrong type": (["train.steps=many"], ["train.steps", "whole number"]),
-    "a layout that the model does not fit": (["parallel.tp=2"], ["parallel.tp=2", "model.n_heads (3)"]),
+    "a layout that the model does not fit": (["parallel.tp=3"], ["parallel.tp=3", "must divide"]),
+    "several processes": (["parallel.dp_shard=2"], ["parallel.dp_shard=2", "one process"]),
 }
 
 

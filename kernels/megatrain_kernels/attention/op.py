@@ -34,9 +34,10 @@ def attention(
         k, v: `(batch, k_seq, kv_heads, head_dim)` and `(batch, k_seq, kv_heads, v_dim)`; kv_heads divides heads.
         scale: factor on the scores; None: `head_dim ** -0.5`.
         window: a query sees its own position and the `window - 1` before it (and, unless causal, all after it).
-        doc_ids: `(batch, k_seq)` integers, equal inside a document; a query sees only its own document.
+        doc_ids: `(batch, k_seq)` integers, equal inside a document; a query sees only its own document. Or of more
+            positions, so that queries can lie behind the keys.
         softcap: c: scores become c·tanh(scores / c) (Gemma 2, arXiv 2408.00118).
-        q_offset: position of the first query among the keys; may lie outside them unless `doc_ids` is given.
+        q_offset: position of the first query among the keys; with `doc_ids` inside these.
         return_lse: also return the log-sum-exp of the scores, `(batch, heads, q_seq)`, float32 at least.
         backend: "auto" takes torch's fused attention where it needs no mask, and Triton on a GPU elsewhere.
 
@@ -59,6 +60,8 @@ def attention(
     if chosen == "reference":
         out, lse = attention_reference(q, k, v, doc_ids=doc_ids, **rule._asdict())
         return (out, lse) if return_lse else out
+    if chosen == "triton" and doc_ids is not None and doc_ids.shape[1] > k.shape[1]:
+        raise ValueError("backend='triton' takes doc_ids of the keys only")
     if chosen == "triton" and not takes_triton(q, v, rule.scale):
         raise ValueError(
             "backend='triton' needs a CUDA device, float16 or bfloat16 with head sizes up to 256 or float32 up to "
@@ -69,6 +72,8 @@ def attention(
     fused = backend == "torch" or not masked or not takes_triton(q, v, rule.scale, compiled=True)
     if chosen == "torch" and plain and fused:
         return _plain(q, k, v, doc_ids, rule)
+    if doc_ids is not None and doc_ids.shape[1] > k.shape[1]:
+        backend = "torch"  # the kernels find queries' documents among those of the keys
     out, lse = attention_op(q, k, v, doc_ids, *rule, backend)
     return (out, lse) if return_lse else out
 
@@ -95,11 +100,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) 
         raise ValueError(f"softcap={rule.softcap}: must be positive, or None")
     if doc_ids is None:
         return
-    if doc_ids.shape != k.shape[:2]:
-        raise ValueError(f"doc_ids {tuple(doc_ids.shape)}: must be {tuple(k.shape[:2])}, as the keys")
-    if not 0 <= rule.q_offset <= k.shape[1] - q.shape[1]:
+    if doc_ids.shape[0] != k.shape[0] or doc_ids.shape[1] < k.shape[1]:
         raise ValueError(
-            f"q_offset={rule.q_offset}: with doc_ids the {q.shape[1]} queries must lie among the keys"
+            f"doc_ids {tuple(doc_ids.shape)}: must be {tuple(k.shape[:2])}, as the keys, or longer"
+        )
+    if not 0 <= rule.q_offset <= doc_ids.shape[1] - q.shape[1]:
+        raise ValueError(
+            f"q_offset={rule.q_offset}: the {q.shape[1]} queries must lie among the {doc_ids.shape[1]} doc_ids"
         )
 
 
@@ -124,7 +131,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) 
             q_seq, k_seq, causal=rule.causal, window=rule.window, q_offset=offset, device=q.device
         )[None, None]
         if doc_ids is not None:
-            mask = mask & (doc_ids[:, None, offset : offset + q_seq, None] == doc_ids[:, None, None, :])
+            mask = mask & (doc_ids[:, None, offset : offset + q_seq, None] == doc_ids[:, None, None, :k_seq])
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

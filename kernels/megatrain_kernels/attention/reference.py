@@ -32,7 +32,8 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ + mask) v for each head (Vaswani et al. 2017, equation 1).
 
-    Shapes: q `(batch, q_seq, heads, head_dim)`, k and v `(batch, k_seq, kv_heads, ...)`, doc_ids `(batch, k_seq)`.
+    Shapes: q `(batch, q_seq, heads, head_dim)`, k and v `(batch, k_seq, kv_heads, ...)`, doc_ids `(batch, k_seq)`
+    or longer.
     Returns the output in q's type and the log-sum-exp `(batch, heads, q_seq)` in the type of the computation. A
     query that sees no key has output 0 and log-sum-exp -inf.
     """
@@ -49,7 +50,7 @@ def attention_reference(
     ]
     if doc_ids is not None:
         queries = doc_ids[:, q_offset : q_offset + q.shape[1]]
-        mask = mask & (queries[:, None, :, None] == doc_ids[:, None, None, :])
+        mask = mask & (queries[:, None, :, None] == doc_ids[:, None, None, : k.shape[1]])
     scores = scores.masked_fill(~mask, float("-inf"))
     sees_none = ~mask.any(-1, keepdim=True)
     lse = torch.logsumexp(scores.masked_fill(sees_none, 0.0), dim=-1, keepdim=True)

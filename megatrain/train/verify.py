@@ -1,0 +1,167 @@
+"""Does every layout compute what one process computes? A config is shrunk, run on this machine's CPU, and compared."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatrain.data.store import SyntheticStore
+from megatrain.models.config import ModelConfig
+from megatrain.nn.config import MoEConfig
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import AXES, world_size
+from megatrain.runtime.workers import WorkerPool
+from megatrain.train.config import Config
+from megatrain.train.parity import FAULTS, Trace, merged, relative_errors, trace
+
+STEPS = 3
+SEQ_LEN = 64
+MOST_PROCESSES = 8
+BOUND = 1e-9  # float64: sums in another order differ by 1e-15, and Adam divides by small gradients
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    *({"dp_shard": 2, "zero_stage": stage} for stage in range(4)),
+    {"dp_replicate": 2},
+    {"tp": 2},
+    *({"cp": 2, "cp_kind": kind} for kind in ("all_gather", "ring", "ulysses")),
+    {"pp": 2},
+    {"pp": 2, "schedule": "interleaved_1f1b"},
+    {"pp": 2, "schedule": "zbv", "zero_stage": 2},
+    {"dp_shard": 2, "tp": 2},
+    {"pp": 2, "dp_shard": 2},
+    {"cp": 2, "tp": 2},
+)
+"""What is tried of itself, beside the config's own layout."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One layout beside one process; errors are relative."""
+
+    layout: str
+    loss: float
+    grad_norm: float
+    gradient: tuple[str, float]
+    """The parameter whose first gradient is worst, and by how much."""
+    weight: tuple[str, float]
+    """The same of the weights after the last step."""
+    same_samples: bool
+    same_start: bool
+
+    @property
+    def good(self) -> bool:
+        errors = (self.loss, self.grad_norm, self.gradient[1], self.weight[1])
+        return self.same_samples and self.same_start and all(error <= BOUND for error in errors)
+
+
+def shrink(cfg: Config) -> Config:
+    """A run of a few seconds with `cfg`'s features: ratio of heads, experts, ties, window, documents, optimizer."""
+    model = cfg.model
+    ratio = min(8, model.n_heads // model.kv_heads)
+    small: ModelConfig = dataclasses.replace(
+        model,
+        n_layers=4,
+        hidden_size=64,
+        n_heads=4 * ratio,
+        n_kv_heads=4,
+        head_dim=8,
+        ffn_size=96,
+        vocab_size=128,
+        max_seq_len=max(SEQ_LEN, 128),
+        window=None if model.window is None else SEQ_LEN // 3,
+        init_std=0.1,
+        moe=None if model.moe is None else _shrink_experts(model.moe),
+        latent=None
+        if model.latent is None
+        else dataclasses.replace(
+            model.latent,
+            q_lora_rank=None if model.latent.q_lora_rank is None else 24,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+        ),
+    )
+    return dataclasses.replace(
+        cfg,
+        model=small,
+        data=dataclasses.replace(cfg.data, kind="synthetic", path=None),
+        train=dataclasses.replace(cfg.train, precision="fp64", ema_decay=None),
+        parallel=ParallelConfig(),
+        seq_len=SEQ_LEN,
+        global_batch_size=8,
+        micro_batch_size=1,
+    )
+
+
+def _shrink_experts(moe: MoEConfig) -> MoEConfig:
+    groups = min(2, moe.n_groups)
+    return dataclasses.replace(
+        moe,
+        n_experts=8,
+        top_k=min(2, moe.top_k),
+        ffn_size=32,
+        n_groups=groups,
+        top_groups=1,
+        first_k_dense=min(1, moe.first_k_dense),
+    )
+
+
+def layouts(cfg: Config) -> list[ParallelConfig]:
+    """The config's own layout, if it has several processes and this machine can hold them, and `LAYOUTS`."""
+    own = dataclasses.replace(
+        cfg.parallel, dp_shard=max(1, cfg.parallel.dp_shard), first_layers=(), offload=False
+    )
+    chosen = [own] if 1 < world_size(own) <= MOST_PROCESSES else []
+    return chosen + [ParallelConfig(**layout) for layout in LAYOUTS if ParallelConfig(**layout) != own]
+
+
+def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], None]) -> Iterator[Verdict]:
+    """A verdict for each layout that fits the shrunk config.
+
+    Args:
+        fault: one of `FAULTS`, planted in every layout to see that it is caught.
+    """
+    assert fault is None or fault in FAULTS
+    small = shrink(cfg)
+    store = SyntheticStore(small.model.vocab_size, n_tokens=1 << 14, documents=600)
+    truth = trace(small, store, STEPS)
+    tried = layouts(cfg)
+    with WorkerPool() as pool:
+        for n, layout in enumerate(tried):
+            progress(describe(layout), n / len(tried))
+            each = dataclasses.replace(small, parallel=layout)
+            if not list(each.problems()):
+                ranks = pool.run(trace, world_size(layout), each, store, STEPS, fault)
+                yield compare(describe(layout), merged(ranks), truth)
+
+
+def describe(layout: ParallelConfig) -> str:
+    """What of a layout differs from one process."""
+    plain = ParallelConfig()
+    names = (*AXES, "zero_stage", "schedule", "cp_kind")
+    changed = [
+        f"{name}={getattr(layout, name)}" for name in names if getattr(layout, name) != getattr(plain, name)
+    ]
+    return " ".join(changed)
+
+
+def compare(layout: str, found: Trace, truth: Trace) -> Verdict:
+    """`found` beside `truth`."""
+
+    def worst(a: Any, b: Any) -> tuple[str, float]:
+        errors = relative_errors(a, b)
+        name = max(errors, key=lambda each: errors[each])
+        return name, errors[name]
+
+    def apart(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    return Verdict(
+        layout=layout,
+        loss=apart(found.losses, truth.losses),
+        grad_norm=apart(found.grad_norms, truth.grad_norms),
+        gradient=worst(found.gradients, truth.gradients),
+        weight=worst(found.final, truth.final),
+        same_samples=found.digests == truth.digests,
+        same_start=all((found.initial[name] == values).all() for name, values in truth.initial.items()),
+    )
