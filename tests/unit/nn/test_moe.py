@@ -19,7 +19,7 @@ from megatrain.nn.balance import (
 from megatrain.nn.config import DecoderConfig, MoEConfig
 from megatrain.nn.init import init_weights
 from megatrain.nn.moe import Experts, MoE, use_experts_backend
-from megatrain.parallel.apply import parallelize
+from megatrain.parallel.apply import wrap_blocks
 from megatrain.parallel.config import ParallelConfig
 from megatrain_kernels import permute, unpermute
 
@@ -126,7 +126,7 @@ def test_training_tokens_are_counted_once(recompute: str) -> None:
     tokens = draw_tokens()
     expected = counts_by_hand(model, tokens)  # itself not counted: nothing is trained there
     assert expected.sum(1).tolist() == [0, 72, 72]
-    parallelize(model, ParallelConfig(recompute=recompute))  # type: ignore[arg-type]
+    wrap_blocks(model, ParallelConfig(recompute=recompute))  # type: ignore[arg-type]
     for micro_batch in tokens.split(1):
         model(micro_batch, targets=micro_batch).backward()
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_wrapped_blocks_have_the_same_gradients(how: str) -> None:
         for block in models[1].layers.values():
             block.compile(backend="aot_eager")  # traced as ever, without the time to make code
     else:
-        parallelize(models[1], ParallelConfig(recompute=how))  # type: ignore[arg-type]
+        wrap_blocks(models[1], ParallelConfig(recompute=how))  # type: ignore[arg-type]
     for model in models:
         begin_balance([model], 0.1)
         (0.1 * model(tokens, targets=tokens)).backward()
