@@ -6,6 +6,7 @@ from megatrain_kernels.grouped_gemm.op import grouped_gemm
 from megatrain_kernels.grouped_gemm.permute import permute, unpermute
 from megatrain_kernels.layer_norm.op import layer_norm
 from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
+from megatrain_kernels.newton_schulz.op import orthogonalize
 from megatrain_kernels.rms_norm.op import rms_norm
 from megatrain_kernels.rotary.op import rotary
 from megatrain_kernels.swiglu.op import swiglu
@@ -17,6 +18,7 @@ __all__ = [
     "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
+    "orthogonalize",
     "permute",
     "rms_norm",
     "rotary",

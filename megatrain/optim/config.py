@@ -51,7 +51,60 @@ class SGDConfig:
             yield Problem("nesterov", True, "Nesterov's step needs momentum above 0")
 
 
-OptimConfig = AdamWConfig | SGDConfig
+@config
+class MuonConfig:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) on matrices; AdamW on embeddings, head, vectors."""
+
+    kind: Literal["muon"] = "muon"
+    lr: float = 1e-3
+    """Peak learning rate of Muon's matrices."""
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    """Newton-Schulz iterations that make an update orthogonal."""
+    scaling: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Size of an orthogonal update of (out, in). match_rms_adamw: 0.2·sqrt(max(out, in)), which has the size of AdamW's
+    updates and bears its rates (Moonlight, arXiv 2502.16982); original: sqrt(max(1, out/in)), for rates near 0.02."""
+    adamw_lr_ratio: float = 1.0
+    """Learning rate of the parameters that AdamW updates, as a share of `lr`."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    decay_embeddings: bool = True
+    """Also decay the embedding."""
+    clip_norm: float | None = 1.0
+    """The global gradient norm is clipped to this; null: not at all."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "lr", "adamw_lr_ratio", "eps", "weight_decay", "clip_norm")
+        yield from at_least(self, 1, "ns_steps")
+        yield from between(self, 0, 1, "momentum", "beta1", "beta2")
+
+
+@config
+class LionConfig:
+    """Lion: the sign of an interpolated momentum (Chen et al., arXiv 2302.06675)."""
+
+    kind: Literal["lion"] = "lion"
+    lr: float = 1e-4
+    """Peak learning rate; a third to a tenth of AdamW's (section 5 of the paper)."""
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 1.0
+    """Applied to matrices; vectors (norms, biases) are not decayed. As much larger than AdamW's as `lr` is smaller."""
+    decay_embeddings: bool = True
+    """Also decay the embedding."""
+    clip_norm: float | None = 1.0
+    """The global gradient norm is clipped to this; null: not at all."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "lr", "weight_decay", "clip_norm")
+        yield from between(self, 0, 1, "beta1", "beta2")
+
+
+OptimConfig = AdamWConfig | SGDConfig | MuonConfig | LionConfig
 
 
 @config

@@ -1,13 +1,14 @@
-"""Which parameters are decayed: a rule on names and shapes."""
+"""Which parameters are decayed, and which are Muon's: rules on names and shapes."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from megatrain.optim.config import OptimConfig
+from megatrain.optim.config import MuonConfig, OptimConfig
 
 EMBEDDINGS = ("embed.weight", "pos_embed.weight")
+HEAD = "head.weight"
 
 
 def is_decayed(name: str, parameter: nn.Parameter, cfg: OptimConfig) -> bool:
@@ -17,9 +18,22 @@ def is_decayed(name: str, parameter: nn.Parameter, cfg: OptimConfig) -> bool:
     return parameter.ndim >= 2
 
 
+def is_orthogonalized(name: str, parameter: nn.Parameter, cfg: OptimConfig) -> bool:
+    """Muon takes the matrices between embedding and head, stacked ones `(experts, out, in)` too."""
+    return isinstance(cfg, MuonConfig) and parameter.ndim >= 2 and name not in (*EMBEDDINGS, HEAD)
+
+
 def parameter_groups(parameters: Mapping[str, nn.Parameter], cfg: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups for a torch optimizer: with `cfg.weight_decay` and without, each in the order given."""
-    decayed = [p for name, p in parameters.items() if is_decayed(name, p, cfg)]
-    rest = [p for name, p in parameters.items() if not is_decayed(name, p, cfg)]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Groups for a torch optimizer, each in the order given.
+
+    A group's keys: `params`; `weight_decay`; `lr_ratio`, its learning rate as a share of the config's; and
+    `orthogonal`, whether Muon's rule is its rule.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        orthogonal, decayed = is_orthogonalized(name, parameter, cfg), is_decayed(name, parameter, cfg)
+        ratio = cfg.adamw_lr_ratio if isinstance(cfg, MuonConfig) and not orthogonal else 1.0
+        decay = cfg.weight_decay if decayed else 0.0
+        empty = {"params": [], "weight_decay": decay, "lr_ratio": ratio, "orthogonal": orthogonal}
+        groups.setdefault((orthogonal, decayed), empty)["params"].append(parameter)
+    return list(groups.values())

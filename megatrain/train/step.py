@@ -58,7 +58,7 @@ def train_step(
     grad_norm = sums[1].sqrt()
     clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
     state.optimizer.step()
     state.weights.zero_gradients()
     state.publish()

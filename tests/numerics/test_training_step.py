@@ -10,7 +10,7 @@ from megatrain.data.loader import Loader
 from megatrain.data.store import SyntheticStore
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEConfig
-from megatrain.optim.config import AdamWConfig
+from megatrain.optim.config import AdamWConfig, MuonConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.train.build import build_state
 from megatrain.train.config import Config, TrainConfig
@@ -144,3 +144,17 @@ def test_bf16_stays_near_float64() -> None:
     """Relative error of a loss near ln 61: bf16 keeps 8 bits, so a few 1e-3."""
     low = replace(CFG, train=replace(CFG.train, precision="bf16"))
     assert ours(low)[0] == pytest.approx(ours(CFG)[0], rel=1e-2)
+
+
+def test_a_group_takes_its_share_of_the_rate() -> None:
+    """Muon's other parameters at ratio 0 stay as they began; its matrices move."""
+    cfg = replace(CFG, optim=MuonConfig(lr=1e-2, adamw_lr_ratio=0.0))
+    begun = {
+        name: p.detach().clone()
+        for name, p in build_state(cfg, torch.device("cpu")).weights.parameters.items()
+    }
+    _, _, ended = ours(cfg)
+    stayed = {name for name, weight in ended.items() if torch.equal(weight, begun[name])}
+    assert stayed == {
+        name for name in begun if begun[name].ndim == 1 or name in ("embed.weight", "head.weight")
+    }

@@ -31,7 +31,7 @@ from megatrain.cli.completion import candidates
             [f"train.precision={each}" for each in ("auto", "bf16", "fp32", "fp64")],
         ),
         ("megatrain train log.tensorboard=", ["log.tensorboard=false", "log.tensorboard=true"]),
-        ("megatrain train optim.kind=", ["optim.kind=adamw", "optim.kind=sgd"]),
+        ("megatrain train optim.kind=", [f"optim.kind={each}" for each in ("adamw", "lion", "muon", "sgd")]),
         ("megatrain train train.stop_at=", ["train.stop_at=null"]),
         ("megatrain train seq_len=", []),
         ("megatrain train nothing=", []),

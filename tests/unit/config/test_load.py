@@ -159,7 +159,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "parallel.tp": (1,),
     }
     assert found["train.precision"].rule == "must be one of auto, fp32, bf16, fp64"
-    assert found["optim.kind"].rule == "must be one of adamw, sgd"
+    assert found["optim.kind"].rule == "must be one of adamw, sgd, muon, lion"
 
 
 def test_message_names_field_value_rule_and_nearest() -> None:
