@@ -26,7 +26,7 @@ def whole(tensor: Tensor) -> Tensor:
     full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.to_local().device)
     back(full, tensor).copy_(tensor.to_local())
     for axis, placement in enumerate(tensor.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():  # also the cut of a cut, which is no Shard
             dist.all_reduce(full, group=tensor.device_mesh.get_group(axis))
     return full
 

@@ -10,7 +10,7 @@ from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import LatentConfig, MoEConfig
-from megatrain.optim.config import AdamWConfig
+from megatrain.optim.config import AdamWConfig, MuonConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import world_size
 from megatrain.runtime.workers import WorkerPool
@@ -33,6 +33,7 @@ CFG = Config(
 TIED = replace(CFG, model=replace(CFG.model, tie_embeddings=True))
 GPT2 = replace(CFG, model=GPT2Config(**SIZES, max_seq_len=64))
 """Biases, LayerNorm, learned positions, a tied head."""
+MUON = replace(CFG, optim=MuonConfig(lr=1e-2, clip_norm=0.5))
 MOE = MoEConfig(
     n_experts=4, top_k=2, ffn_size=24, n_shared_experts=1, aux_loss=0.01, bias_rate=1e-3, first_k_dense=1
 )
@@ -48,7 +49,7 @@ LATENT = replace(
         moe=replace(MOE, routing="sigmoid", n_groups=2, top_groups=1),
     ),
 )
-RUNS = {"untied": CFG, "tied": TIED, "gpt2": GPT2, "experts": EXPERTS, "latent": LATENT}
+RUNS = {"untied": CFG, "tied": TIED, "gpt2": GPT2, "experts": EXPERTS, "latent": LATENT, "muon": MUON}
 
 
 @cache

@@ -53,6 +53,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         for layout in ({"dp_shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})
     ],
     *[("latent", layout) for layout in ({"tp": 2}, {"cp": 2, "cp_kind": "ring"}, {"pp": 2, "dp_shard": 2})],
+    # an optimizer that needs whole matrices
+    *[("muon", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})],
     # triples on eight ranks
     ("tied", {"pp": 2, "dp_shard": 2, "tp": 2}),
     ("untied", {"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
