@@ -18,6 +18,8 @@ from torch import multiprocessing as mp
 
 T = TypeVar("T")
 TIMEOUT_S = 120
+RUNS_OF_A_TEAM = 8
+"""Each run leaves its process groups behind, whose gloo threads wake up a hundred times a second."""
 
 
 class WorkerError(RuntimeError):
@@ -34,6 +36,7 @@ class WorkerPool:
         self._teams: dict[int, list[tuple[Any, Connection]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="megatrain-workers-")
         self._started = 0
+        self._runs: dict[int, int] = {}
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -53,6 +56,9 @@ class WorkerPool:
         Raises:
             WorkerError: it raised on some rank, or a process ended. That team is ended: others may wait forever.
         """
+        if self._runs.get(world_size, 0) >= RUNS_OF_A_TEAM:
+            self._end(world_size)
+        self._runs[world_size] = self._runs.get(world_size, 0) + 1
         if world_size not in self._teams:
             self._started += 1
             meeting = str(Path(self._folder.name) / f"team-{self._started}")
@@ -73,6 +79,7 @@ class WorkerPool:
 
     def _end(self, world_size: int, *, at_once: bool = False) -> None:
         team = self._teams.pop(world_size)
+        self._runs[world_size] = 0
         for _, pipe in team:
             pipe.close()
         for process, _ in team:

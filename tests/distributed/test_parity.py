@@ -14,7 +14,6 @@ from layouts import in_layout, single
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.parity import Trace, relative_errors
 
-pytestmark = pytest.mark.xdist_group("workers")
 BOUND = 1e-9
 
 CASES: list[tuple[str, dict[str, Any]]] = [
