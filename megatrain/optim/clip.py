@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megatrain.parallel.shards import local_part
+
 
 @torch.no_grad()
 def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float | None) -> None:
@@ -14,4 +16,4 @@ def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float | 
     """
     if max_norm is not None:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([getattr(gradient, "_local_tensor", gradient) for gradient in gradients], scale)
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from megatrain.optim.config import MuonConfig
-from megatrain.optim.local import back, local, whole
+from megatrain.parallel.shards import local_part, part_like, whole_tensor
 from megatrain_kernels import orthogonalize
 
 
@@ -52,18 +52,18 @@ class Muon(Optimizer):
         assert gradient is not None
         buffer.lerp_(gradient, 1 - self.cfg.momentum)
         wanted = gradient.lerp(buffer, self.cfg.momentum) if self.cfg.nesterov else buffer
-        direction = back(orthogonalize(whole(wanted), steps=self.cfg.ns_steps), wanted)
-        weight = local(parameter)
+        direction = part_like(orthogonalize(whole_tensor(wanted), steps=self.cfg.ns_steps), wanted)
+        weight = local_part(parameter)
         weight.mul_(1 - lr * decay)
         weight.add_(direction, alpha=-lr * update_scale(parameter.shape, self.cfg.scaling))
 
     def _adamw(self, held: list[nn.Parameter], group: dict[str, Any]) -> None:
         def states(key: str) -> list[Tensor]:
-            return [local(self.state[p][key]) for p in held]
+            return [local_part(self.state[p][key]) for p in held]
 
         adamw(
-            [local(p) for p in held],
-            [local(p.grad) for p in held if p.grad is not None],
+            [local_part(p) for p in held],
+            [local_part(p.grad) for p in held if p.grad is not None],
             states("exp_avg"),
             states("exp_avg_sq"),
             [],

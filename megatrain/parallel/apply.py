@@ -120,7 +120,6 @@ def parallelize(
             zero_stage=cfg.zero_stage,
             compute_dtype=compute_dtype,
             reduce_dtype=torch.promote_types(compute_dtype, torch.float32),
-            offload=cfg.offload,
         )
     if cfg.pp == 1:
         return CutModel(cfg, models, mesh)

@@ -41,29 +41,17 @@ def own_part(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Forward gathers; the gradient is summed and scattered."""
+    """Forward gathers. Of the gradient each rank has a part of the sum, or (`shared`) the whole sum already."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, shared: bool) -> Tensor:
+        ctx.dim, ctx.group, ctx.shared = dim, group, shared
         return gather(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
-
-
-class _GatherShared(torch.autograd.Function):
-    """Forward gathers; all ranks have the whole gradient already, so each takes its part."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return own_part(grads[0], ctx.dim, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        take = own_part if ctx.shared else reduce_scatter
+        return take(grads[0], ctx.dim, ctx.group), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -154,13 +142,13 @@ def _send_around(x: Tensor, step: int, group: Group) -> Tensor:
 
 def gather_from(x: Tensor, dim: int, group: Group) -> Tensor:
     """Every rank's `x` along `dim`; each rank's gradient of it is a part of the whole's."""
-    out: Tensor = _Gather.apply(x, dim, group)
+    out: Tensor = _Gather.apply(x, dim, group, False)
     return out
 
 
 def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
     """Every rank's `x` along `dim`, for a computation whose gradient is already summed over the group."""
-    out: Tensor = _GatherShared.apply(x, dim, group)
+    out: Tensor = _Gather.apply(x, dim, group, True)
     return out
 
 

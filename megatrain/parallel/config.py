@@ -43,8 +43,6 @@ class ParallelConfig:
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How queries meet the keys of other ranks: all keys are gathered; keys go round; or heads are exchanged for
     positions (arXiv 2309.14509)."""
-    offload: bool = False
-    """Keep masters and optimizer states in main memory; for GPUs."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations made again in the backward pass: none; full: each block's; selective: all but the outputs of
     linear layers and fused attention."""

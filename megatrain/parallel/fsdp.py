@@ -9,10 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
 )
 
@@ -24,13 +22,11 @@ def shard_data_parallel(
     zero_stage: int,
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-    offload: bool,
 ) -> None:
     """Cut each block of `model.layers` and the rest of `model` in place over `mesh` `(replicate, shard)`."""
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
-    offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
     for module in (*layers.values(), model):
         fully_shard(
@@ -38,7 +34,6 @@ def shard_data_parallel(
             mesh=mesh,
             reshard_after_forward=zero_stage == 3,
             mp_policy=policy,
-            offload_policy=offload_policy,
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):

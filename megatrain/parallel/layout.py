@@ -4,25 +4,14 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 from megatrain.config.errors import UserError
 from megatrain.config.schema import Problem, nearest_divisors
 from megatrain.nn.config import DecoderConfig
-from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, ParallelConfig
+from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, V_SHAPED, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the mesh, slowest first: ranks that differ in tp only are neighbours."""
-
-
-class Coordinates(NamedTuple):
-    """Where a rank stands on each axis."""
-
-    pp: int
-    dp_replicate: int
-    dp_shard: int
-    cp: int
-    tp: int
 
 
 def world_size(cfg: ParallelConfig) -> int:
@@ -51,15 +40,6 @@ def data_ranks(cfg: ParallelConfig) -> int:
     return cfg.dp_replicate * cfg.dp_shard
 
 
-def coordinates(rank: int, cfg: ParallelConfig) -> Coordinates:
-    """Of `rank` in the mesh."""
-    found = []
-    for axis in reversed(AXES):
-        rank, place = divmod(rank, getattr(cfg, axis))
-        found.append(place)
-    return Coordinates(*reversed(found))
-
-
 def fill(cfg: ParallelConfig, processes: int) -> ParallelConfig:
     """`cfg` with `dp_shard` = -1 replaced by what the other axes leave of `processes` (1 if they do not divide it)."""
     if cfg.dp_shard != -1:
@@ -70,7 +50,7 @@ def fill(cfg: ParallelConfig, processes: int) -> ParallelConfig:
 
 def stage_rank(stage: int, cfg: ParallelConfig) -> int:
     """Which of the pipeline's ranks has `stage`: round and round, or down and up again in the V-shaped schedules."""
-    if cfg.schedule in ("zbv", "dualpipe_v"):
+    if cfg.schedule in V_SHAPED:
         return min(stage, 2 * cfg.pp - 1 - stage)
     return stage % cfg.pp
 
@@ -97,6 +77,8 @@ def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Itera
     """Sizes that an axis must divide."""
     heads = {"model.n_heads": model.n_heads, "model.n_kv_heads": model.kv_heads}
     sizes = {"tp": {**heads, "model.ffn_size": model.ffn_size, "model.vocab_size": model.vocab_size}}
+    if model.moe is not None:
+        sizes["tp"]["the experts' ffn_size"] = model.expert_ffn_size
     if cfg.cp_kind == "ulysses":
         heads = {f"{name} / tp": size // cfg.tp for name, size in heads.items()}
         sizes["cp"] = {**heads, "seq_len / 2": seq_len // 2}

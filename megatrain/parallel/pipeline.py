@@ -17,11 +17,11 @@ from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     get_schedule_class,
 )
-from torch.distributed.tensor import DTensor
 
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import stage_rank
 from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shards import local_part
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -122,16 +122,26 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, tensors: Tensors) -> Tensor:
-        """The summed loss of one micro-batch (0 but on the last stage's rank)."""
-        self._scale = 1.0
-        rows = tensors["tokens"].shape[0]  # type: ignore[union-attr]
-        repeats = 2 * self.cfg.pp  # a schedule with several stages a rank wants several micro-batches
-        batch = {name: None if t is None else t.repeat(repeats, 1) for name, t in tensors.items()}
-        losses: list[Tensor] = []
-        self._schedule(batch, rows).eval(
-            *self._inputs(batch), **_kwargs(batch, 0.0), target=batch["targets"], losses=losses
-        )
-        return losses[0].detach() if losses else self._zero()
+        """The summed loss of one micro-batch (0 but on the last stage's rank).
+
+        A rank is free for the next one as soon as it has sent its outputs on. (The schedules' own `eval` runs
+        backward actions in V-shaped ones, which fail: torch 2.13, `get_local_bwd_output`.)
+        """
+        assert self.mesh.pp is not None
+        assert tensors["tokens"] is not None
+        rank, group = self.mesh.coordinate("pp"), self.mesh.pp.get_group()
+        x = tensors["tokens"]
+        shape = (x.shape[0], x.shape[1] // self.cfg.tp, self.hidden_size)
+        for stage, model in zip(own_stages(rank, self.cfg), self.models, strict=True):
+            if stage > 0 and (source := stage_rank(stage - 1, self.cfg)) != rank:
+                x = torch.empty(shape, dtype=self.compute_dtype, device=x.device)
+                dist.recv(x, group=group, group_src=source)
+            x = model(x, **_kwargs(tensors, 0.0))
+            if stage + 1 == self.cfg.stages:
+                return x.sum()
+            if (target := stage_rank(stage + 1, self.cfg)) != rank:
+                dist.send(x.contiguous(), group=group, group_dst=target)
+        return self._zero()
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=next(self.models[0].parameters()).device)
@@ -194,7 +204,7 @@ class Pipeline:
         copies = self.tables()
         if not copies:
             return
-        grads = [_local(copy.grad) for copy in copies if copy.grad is not None]
+        grads = [local_part(copy.grad) for copy in copies if copy.grad is not None]
         if len(grads) == 2:  # a V-shaped schedule: both are here, and the second only follows the first
             grads[0].add_(grads[1])
             copies[1].grad = None
@@ -230,7 +240,3 @@ class Pipeline:
 def _kwargs(tensors: Tensors, z_loss: float) -> dict[str, Any]:
     names = ("targets", "positions", "doc_ids")
     return {"z_loss": z_loss} | {name: tensors[name] for name in names if tensors[name] is not None}
-
-
-def _local(t: Tensor) -> Tensor:
-    return t.to_local() if isinstance(t, DTensor) else t

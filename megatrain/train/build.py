@@ -47,7 +47,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
 
     cut = parallelize(make_model, cfg.parallel, mesh, DECODER_PLAN, compute_dtype=compute_dtype)
     for model in cut.models:
-        model.to_empty(device="cpu" if cfg.parallel.offload else device)
+        model.to_empty(device=device)
         init_weights(model, cfg.model, seed=cfg.train.seed, shard_of=shard_of)
         use_experts_backend(model, cfg.moe.backend)
     # Under a mesh FSDP makes the copies in the compute type.

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatrain.data.loader import Loader, StepBatch, ignored_batch
+from megatrain.data.loader import Loader, StepBatch, ignored_batch, validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.shards import whole_tensor
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
+from megatrain.train.evaluate import evaluate
 from megatrain.train.state import TrainState
 from megatrain.train.step import accumulate_gradients, train_step
 
@@ -34,6 +35,8 @@ class Trace:
     gradients: Arrays
     """Of the first step, before clipping."""
     final: Arrays
+    eval_loss: float
+    """Validation after the last step."""
 
 
 def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None) -> Trace:
@@ -57,7 +60,20 @@ def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None)
         losses.append(stats.loss.item())
         norms.append(stats.grad_norm.item())
         digests.append(batch.digest)
-    return Trace(losses, norms, digests, initial, gradients, whole_arrays(state.weights.parameters, mesh))
+    final = whole_arrays(state.weights.parameters, mesh)
+    return Trace(losses, norms, digests, initial, gradients, final, _validate(state, cfg, store))
+
+
+def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
+    """Loss of five rows: an odd number, so ranks that read different data run out of them at different times."""
+    batches = validation_batches(
+        store,
+        seq_len=cfg.seq_len,
+        tokens=5 * cfg.seq_len,
+        micro_batch_size=1,
+        mask_documents=cfg.data.mask_documents,
+    )
+    return evaluate(state.cut, list(batches), None).loss
 
 
 def _broken(batch: StepBatch, fault: str | None, mesh: Mesh | None) -> StepBatch:
@@ -112,9 +128,14 @@ def merged(parts: list[Trace]) -> Trace:
                     raise ValueError(f"the copies of {name} differ in their {kind} values")
         arrays.append(found)
     for part in parts:
-        if (part.losses, part.grad_norms, part.digests) != (first.losses, first.grad_norms, first.digests):
+        if _reported(part) != _reported(first):
             raise ValueError("ranks report different losses, norms or samples")
-    return Trace(first.losses, first.grad_norms, first.digests, *arrays)
+    initial, gradients, final = arrays
+    return replace(first, initial=initial, gradients=gradients, final=final)
+
+
+def _reported(part: Trace) -> tuple[object, ...]:
+    return part.losses, part.grad_norms, part.digests, part.eval_loss
 
 
 def relative_errors(found: Arrays, truth: Arrays) -> dict[str, float]:

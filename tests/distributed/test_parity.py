@@ -1,8 +1,8 @@
 """The layout is only a performance choice: every layout computes what one process computes, in float64.
 
-The same samples, bitwise equal initial weights, and losses, gradient norms, gradients and weights after three steps of
-AdamW with clipping that agree to 1e-9: float64 rounds at 1e-16, sums in another order differ by some 1e-15, and Adam
-divides by numbers as small as 1e-3 of the gradients.
+The same samples, bitwise equal initial weights, and losses, gradient norms, gradients, weights and validation after
+three steps of AdamW with clipping that agree to 1e-9: float64 rounds at 1e-16, sums in another order differ by some
+1e-15, and Adam divides by numbers as small as 1e-3 of the gradients.
 """
 
 from typing import Any
@@ -73,6 +73,7 @@ def check(found: Trace, truth: Trace, bound: float) -> None:
     """Everything that must not depend on the layout."""
     assert found.digests == truth.digests
     assert found.losses == pytest.approx(truth.losses, rel=bound)
+    assert found.eval_loss == pytest.approx(truth.eval_loss, rel=bound)
     assert found.grad_norms == pytest.approx(truth.grad_norms, rel=bound)
     assert found.initial.keys() == truth.initial.keys()
     for name, values in truth.initial.items():

@@ -1,0 +1,109 @@
+"""Arithmetic of layouts: rules with their nearest legal values, stages, balance."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from megatrain.config.errors import UserError
+from megatrain.models.mixtral.config import MixtralConfig
+from megatrain.models.qwen3.config import Qwen3Config
+from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import data_ranks, fill, problems, require_one_process, stage_rank, world_size
+from megatrain.parallel.pipeline import balanced
+from megatrain.parallel.sharding import DECODER_PLAN, roles_of
+
+MODEL = Qwen3Config(n_layers=6, hidden_size=96, n_heads=12, n_kv_heads=4, ffn_size=96, vocab_size=96)
+
+
+def broken(model: DecoderConfig = MODEL, **layout: object) -> dict[str, tuple[object, ...]]:
+    cfg = ParallelConfig(**layout)  # type: ignore[arg-type]
+    return {p.field: p.legal for p in problems(cfg, model, seq_len=48, rows=16, micro_batch=1)}
+
+
+def test_sizes() -> None:
+    cfg = ParallelConfig(pp=2, dp_replicate=3, dp_shard=4, cp=5, tp=2)
+    assert world_size(cfg) == 240
+    assert data_ranks(cfg) == 12
+    assert fill(replace(cfg, dp_shard=-1), 480).dp_shard == 8
+
+
+@pytest.mark.parametrize(
+    ("layout", "field", "legal"),
+    [
+        ({"tp": 3}, "parallel.tp", (2, 4)),  # 12 heads, but 4 key heads
+        ({"tp": 8}, "parallel.tp", (2, 4)),
+        ({"cp": 5}, "parallel.cp", (4, 6)),  # 24 pairs of positions
+        ({"cp": 8, "cp_kind": "ulysses"}, "parallel.cp", (2, 4)),
+        ({"pp": 8}, "parallel.pp", (6,)),
+        ({"pp": 4, "schedule": "interleaved_1f1b"}, "parallel.pp", (3,)),
+        ({"pp": 2, "first_layers": (3, 4)}, "parallel.first_layers", ()),
+        ({"first_layers": (3,)}, "parallel.first_layers", ((),)),
+        ({"pp": 2, "schedule": "zbv"}, "parallel.zero_stage", (1, 2)),
+        ({"pp": 2, "schedule": "zbv", "zero_stage": 2, "tp": 2}, "parallel.tp", (1,)),
+        ({"pp": 3, "schedule": "dualpipe_v", "zero_stage": 2}, "parallel.schedule", ("1f1b", "gpipe")),
+        ({"ep": 2}, "parallel.ep", (1,)),
+    ],
+)
+def test_a_broken_rule_names_the_nearest_legal_values(
+    layout: dict[str, object], field: str, legal: tuple[object, ...]
+) -> None:
+    assert broken(**layout)[field] == legal
+
+
+def test_legal_layouts_break_nothing() -> None:
+    for layout in (
+        {},
+        {"tp": 4, "cp": 2},
+        {"pp": 2, "schedule": "zbv", "zero_stage": 1},
+        {"pp": 3, "first_layers": (1, 5)},
+    ):
+        assert not broken(**layout)  # type: ignore[arg-type]
+
+
+def test_tensor_parallelism_divides_every_expert() -> None:
+    model = MixtralConfig(
+        n_layers=2,
+        hidden_size=64,
+        n_heads=8,
+        n_kv_heads=4,
+        ffn_size=96,
+        vocab_size=96,
+        moe=MoEConfig(ffn_size=30),
+    )
+    assert broken(model, tp=4)["parallel.tp"] == (1, 2)
+
+
+def test_several_processes_are_refused_where_one_trains() -> None:
+    require_one_process(ParallelConfig())
+    with pytest.raises(UserError, match=r"parallel\.dp_shard=2, parallel\.tp=2"):
+        require_one_process(ParallelConfig(dp_shard=2, tp=2))
+
+
+def test_stages_go_round_or_down_and_up() -> None:
+    assert [stage_rank(s, ParallelConfig(pp=2, schedule="interleaved_1f1b")) for s in range(4)] == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    assert [stage_rank(s, ParallelConfig(pp=2, schedule="zbv")) for s in range(4)] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("costs", [[1, 1, 1, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6], [1] * 7])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_balance_is_the_best_of_all_cuts(costs: list[float], stages: int) -> None:
+    def dearest(firsts: tuple[int, ...]) -> float:
+        bounds = (*firsts, len(costs))
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))
+
+    every = [(0, *cuts) for cuts in itertools.combinations(range(1, len(costs)), stages - 1)]
+    found = tuple(balanced(costs, stages))
+    assert found in every
+    assert dearest(found) == min(map(dearest, every))
+
+
+def test_a_parameter_without_a_role_is_named() -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.new\.weight"):
+        roles_of(["layers.0.new.weight"], DECODER_PLAN)
