@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install train test test-all lint format bench clean
+.PHONY: install train test test-all sweep lint format bench clean
 
 install: .venv/.dev
 
@@ -15,11 +15,17 @@ train: .venv/.run
 # their own, so they come after the rest.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed -m "not slow and not gpu" $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "not slow" $(ARGS)
 
 test-all: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed -m "not gpu" $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed $(ARGS)
+
+# Layouts drawn at random; more: make sweep EXAMPLES=1000, another draw: ARGS=--hypothesis-seed=1
+EXAMPLES ?= 100
+sweep: .venv/.dev
+	OMP_NUM_THREADS=1 SWEEP_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -s tests/distributed/test_random_layouts.py \
+	  --hypothesis-show-statistics $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -9,14 +9,14 @@ import io
 import math
 import pickle
 import pickletools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
@@ -85,6 +85,21 @@ class MetadataUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
 
 
+class Kind(NamedTuple):
+    """What must agree between a saved tensor and the one that it is read into."""
+
+    dtype: torch.dtype
+    size: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return self.dtype.itemsize * math.prod(self.size)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {tuple(self.size)}"
+
+
 class CheckedReader(FileSystemReader):
     """Reads the files of a checkpoint by metadata that was already checked."""
 
@@ -129,12 +144,12 @@ def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:
 
 
 def read_tensors(reader: CheckedReader, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors`, in place; each rank reads its part only."""
+    """Read into `tensors`, in place; of a DTensor this process's part only. No other process is needed."""
     with as_itself():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
-def check_same_tensors(saved: Metadata, wanted: dict[str, Tensor], *, only: str = "") -> None:
+def check_same_tensors(saved: Metadata, wanted: Mapping[str, Kind], *, only: str = "") -> None:
     """Compare names, shapes and dtypes of the saved tensors (those whose name starts with `only`) and `wanted`.
 
     Raises:
@@ -146,9 +161,9 @@ def check_same_tensors(saved: Metadata, wanted: dict[str, Tensor], *, only: str 
     for name in sorted(wanted.keys() & have.keys()):
         stored = have[name]
         assert isinstance(stored, TensorStorageMetadata)  # nothing else passes _check_metadata
-        was, now = (stored.properties.dtype, stored.size), (wanted[name].dtype, wanted[name].shape)
+        was, now = Kind(stored.properties.dtype, stored.size), wanted[name]
         if was != now:
-            problems.append(f"{name}: {_kind(*was)} in the checkpoint, {_kind(*now)} here")
+            problems.append(f"{name}: {was} in the checkpoint, {now} here")
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
@@ -156,10 +171,6 @@ def check_same_tensors(saved: Metadata, wanted: dict[str, Tensor], *, only: str 
             f"The checkpoint does not hold the tensors of this model and optimizer:{shown}{more}\n"
             "Give the config the values that it was saved with, or start another run with run.name=..."
         )
-
-
-def _kind(dtype: torch.dtype, size: torch.Size) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(size)}"
 
 
 def _check_metadata(found: Any, files: dict[str, FileRecord]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from errno import EIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.reader import (
     MAX_METADATA_BYTES,
     CheckedReader,
+    Kind,
     check_same_tensors,
     read_metadata,
     read_tensors,
@@ -52,6 +54,7 @@ from megatrain.checkpoint.retention import (
 )
 from megatrain.checkpoint.writer import write_tensors
 from megatrain.config.errors import DamagedCheckpointError, UserError
+from megatrain.runtime.processes import Processes
 
 BYTES_PER_TENSOR = 4096  # names, headers and alignment that a tensor takes beside its elements
 SPARE_BYTES = 64 << 10  # for state, manifest and directories
@@ -72,12 +75,14 @@ class Checkpointer:
     """The checkpoints of one run, in `directory`.
 
     A step is saved once: into a temporary folder that gets its final name as the last act. 'Latest' is found by
-    looking at the names, never by a pointer.
+    looking at the names, never by a pointer. All `processes` of a run save and load together, each its own parts of
+    the tensors; the first one names, counts and deletes.
     """
 
-    def __init__(self, directory: Path, cfg: CheckpointConfig) -> None:
+    def __init__(self, directory: Path, cfg: CheckpointConfig, processes: Processes | None = None) -> None:
         self.directory = directory
         self.cfg = cfg
+        self.processes = processes or Processes()
         self._parent: str | None = None
 
     def steps(self) -> list[int]:
@@ -98,12 +103,16 @@ class Checkpointer:
         Raises:
             UserError: the directory can't be written, or the disk has no room for one checkpoint.
         """
+        kinds = self._kinds(tensors)
+        self.processes.from_first(lambda: self._try_out(kinds))
+
+    def _try_out(self, kinds: dict[str, Kind]) -> None:
         probe = self.directory / unique_name(TEMPORARY, 0)
         try:
             make_directory(self.directory)
             probe.mkdir()
             write_file(probe / "probe", b"probe")
-            _check_space(self.directory, tensors)
+            _check_space(self.directory, kinds)
         except (OSError, CheckpointSaveError) as error:
             raise UserError(f"Checkpoints can't be written to {self.directory}: {error}") from None
         finally:
@@ -126,27 +135,43 @@ class Checkpointer:
             ValueError: `state` does not survive JSON.
         """
         encoded = _encode(state)
-        staging = self.directory / unique_name(TEMPORARY, step)
+        kinds = self._kinds(tensors)
+        staging = self.directory / self.processes.from_first(lambda: unique_name(TEMPORARY, step))
         try:
-            make_directory(self.directory)
-            _check_space(self.directory, tensors)
-            staging.mkdir()
-            files = write_tensors(staging, tensors)
-            files[STATE_FILE] = write_file(staging / STATE_FILE, encoded)
+            self.processes.from_first(lambda: self._make_room(staging, kinds))
+            own = self.processes.agree(lambda: write_tensors(staging, tensors, self.processes.group))
+            files = {name: record for part in self.processes.gather(own) for name, record in part.items()}
             manifest = Manifest(step=step, files=files, info=info or {}, parent=self._parent)
-            write_file(staging / MANIFEST_FILE, manifest.render())
-            sync_directory(staging)
-            path = self._commit(staging, manifest)
+            path = self.processes.from_first(lambda: self._finish(staging, manifest, encoded))
         except OSError as error:
             raise CheckpointSaveError(
                 f"The checkpoint of step {step} was not saved in {self.directory}: {error}. "
                 "Earlier checkpoints are untouched."
             ) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if self.processes.is_first:
+                shutil.rmtree(staging, ignore_errors=True)
         self._parent = path.name
-        prune(self.directory, self.cfg.keep)
+        if self.processes.is_first:
+            prune(self.directory, self.cfg.keep)
         return path
+
+    def _make_room(self, staging: Path, kinds: dict[str, Kind]) -> None:
+        make_directory(self.directory)
+        _check_space(self.directory, kinds)
+        staging.mkdir()
+
+    def _finish(self, staging: Path, manifest: Manifest, state: bytes) -> Path:
+        """Everything beside the tensors, and the rename."""
+        manifest.files[STATE_FILE] = write_file(staging / STATE_FILE, state)
+        write_file(staging / MANIFEST_FILE, manifest.render())
+        sync_directory(staging)
+        return self._commit(staging, manifest)
+
+    def _kinds(self, tensors: dict[str, Tensor]) -> dict[str, Kind]:
+        """What all processes hold together: not each has every tensor."""
+        own = {name: Kind(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        return {name: kind for part in self.processes.gather(own) for name, kind in part.items()}
 
     def latest(self) -> Found | None:
         """The newest good checkpoint, verified but not loaded; None if there never was one.
@@ -168,7 +193,8 @@ class Checkpointer:
             DamagedCheckpointError: there were some, and none is good.
             CheckpointMismatchError: the checkpoint is good, but holds other tensors.
         """
-        found = self._newest_good(lambda step: self._read(step, tensors, only))
+        kinds = self._kinds(tensors)
+        found = self._newest_good(lambda step: self._read(step, tensors, kinds, only))
         if found is not None:
             self._parent = found.path.name
         return found
@@ -205,18 +231,19 @@ class Checkpointer:
     def _newest_good(self, read: Callable[[int], Found]) -> Found | None:
         damaged: list[str] = []
         tried: set[int] = set()
-        while left := [step for step in self.steps() if step not in tried]:
-            step = left[-1]
-            path = self.directory / step_name(step)
+        while (step := self.processes.from_first(lambda: self._newest_but(tried))) is not None:
             tried.add(step)
             try:
-                return replace(read(step), warnings=tuple(damaged))
+                return replace(self.processes.agree(partial(read, step)), warnings=tuple(damaged))
             except (Damage, OSError) as error:
-                if not os.path.lexists(path):
-                    continue  # deleted meanwhile by the process that trains, which has saved a newer one
-                if isinstance(error, OSError) and error.errno != EIO:  # no right to read, say: not its fault
-                    raise UserError(f"{path} can't be read: {error}") from error
-                damaged.append(self._put_aside(step, str(error)))
+                damaged += self.processes.from_first(partial(self._put_aside, step, error))
+        self.processes.from_first(lambda: self._require_none(damaged))
+        return None
+
+    def _newest_but(self, tried: set[int]) -> int | None:
+        return max((step for step in self.steps() if step not in tried), default=None)
+
+    def _require_none(self, damaged: list[str]) -> None:
         if damaged or self.has_damaged():
             listing = "".join(f"\n  {warning}" for warning in damaged)
             raise DamagedCheckpointError(
@@ -224,35 +251,47 @@ class Checkpointer:
                 "Restore one from a copy (a folder step-...), or start anew: choose another run.name, or delete "
                 f"{self.directory}."
             )
-        return None
 
-    def _put_aside(self, step: int, reason: str) -> str:
-        message = f"Checkpoint {step_name(step)} is damaged ({reason})"
+    def _put_aside(self, step: int, error: Damage | OSError) -> list[str]:
+        """Move a checkpoint that could not be read; a warning, if it is still there.
+
+        Raises:
+            UserError: the checkpoint is not at fault.
+        """
+        path = self.directory / step_name(step)
+        if not os.path.lexists(path):
+            return []  # deleted meanwhile by the process that trains, which has saved a newer one
+        if isinstance(error, OSError) and error.errno != EIO:  # no right to read, say
+            raise UserError(f"{path} can't be read: {error}") from error
+        message = f"Checkpoint {step_name(step)} is damaged ({error})"
         try:
-            place = quarantine(self.directory, step, reason)
-        except OSError as error:
-            return f"{message}. It was passed over, and could not be moved: {error}."
-        return f"{message}. It was moved to {place}."
+            place = quarantine(self.directory, step, str(error))
+        except OSError as failure:
+            return [f"{message}. It was passed over, and could not be moved: {failure}."]
+        return [f"{message}. It was moved to {place}."]
 
     def _verify(self, step: int) -> Found:
         found, _ = self._open(step)
         if self.cfg.verify:
-            check_hashes(found.path, found.manifest)
+            check_hashes(found.path, self._share(found.manifest))
         return found
 
-    def _read(self, step: int, tensors: dict[str, Tensor], only: str) -> Found:
+    def _share(self, manifest: Manifest) -> Manifest:
+        """`manifest` with those files that this process checks."""
+        names = sorted(manifest.files)[self.processes.rank :: self.processes.size]
+        return replace(manifest, files={name: manifest.files[name] for name in names})
+
+    def _read(self, step: int, tensors: dict[str, Tensor], kinds: dict[str, Kind], only: str) -> Found:
         """Hash the files and read them at once: what was read counts only when the hashes are right."""
         found, reader = self._open(step)
-        check_same_tensors(reader.checked, tensors, only=only)
+        check_same_tensors(reader.checked, kinds, only=only)
+        share = self._share(found.manifest)
         with ThreadPoolExecutor(1) as helper:
-            verified = helper.submit(check_hashes, found.path, found.manifest) if self.cfg.verify else None
+            verified = helper.submit(check_hashes, found.path, share) if self.cfg.verify else None
             try:
                 read_tensors(reader, tensors)
             except Exception:  # damage, or a fault of the device: the hashes tell
-                if verified is None:
-                    check_hashes(found.path, found.manifest)
-                else:
-                    verified.result()
+                check_hashes(found.path, found.manifest)
                 raise
             if verified is not None:
                 verified.result()
@@ -272,9 +311,9 @@ class Checkpointer:
         return found, CheckedReader(path, checked)
 
 
-def _check_space(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise CheckpointSaveError unless a checkpoint of `tensors` fits on the disk."""
-    needed = sum(tensor.nbytes + BYTES_PER_TENSOR for tensor in tensors.values()) + SPARE_BYTES
+def _check_space(directory: Path, kinds: dict[str, Kind]) -> None:
+    """Raise CheckpointSaveError unless a checkpoint of tensors of `kinds` fits on the disk."""
+    needed = sum(kind.nbytes + BYTES_PER_TENSOR for kind in kinds.values()) + SPARE_BYTES
     free = free_bytes(directory)
     if free < needed:
         raise CheckpointSaveError(

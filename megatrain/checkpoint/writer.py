@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -103,8 +102,11 @@ def _bytes_of(item: WriteItem) -> int:
     return math.prod(chunk.sizes) * dtype.itemsize
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> dict[str, FileRecord]:
-    """Write `tensors` into the empty `directory`; the records of the files, all of them synced.
+def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None) -> dict[str, FileRecord]:
+    """Write `tensors` into the empty `directory`; the records of this process's files, all of them synced.
+
+    Args:
+        group: the processes that write together, each its own parts of DTensors; None: this one alone.
 
     Raises:
         OSError: as the system gave it, although torch reports another error.
@@ -112,7 +114,7 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> dict[str, File
     writer = HashingStorageWriter(directory)
     try:
         with without_crc(), as_itself():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except Exception as error:
         if writer.fs.failure is not None:
             raise writer.fs.failure from error

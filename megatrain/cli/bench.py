@@ -4,8 +4,9 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from megatrain.cli.job import run_job
+from megatrain.cli.job import run_in_layout
 from megatrain.config.errors import UserError
+from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ def run(argv: list[str]) -> int:
     """Measure the config that the command line describes; returns the exit code."""
     as_json = "--json" in argv
     steps, rest = _take_steps([word for word in argv if word != "--json"])
-    return run_job("bench", rest, lambda cfg: _bench(cfg, steps=steps, as_json=as_json))
+
+    def job(cfg: Config, processes: Processes) -> int:
+        return _bench(cfg, processes, steps=steps, as_json=as_json)
+
+    return run_in_layout("bench", argv, rest, job)
 
 
 def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
@@ -32,18 +37,19 @@ def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
     return int(value), argv[:place] + argv[place + 2 :]
 
 
-def _bench(cfg: Config, *, steps: int, as_json: bool) -> int:
+def _bench(cfg: Config, processes: Processes, *, steps: int, as_json: bool) -> int:
     from megatrain.observe.display import (
         make_display,
     )  # with torch: not before the config is known to be right
     from megatrain.train.bench import bench
 
-    display = make_display("off" if as_json else cfg.log.display)
+    display = make_display("off" if as_json or not processes.is_first else cfg.log.display)
     try:
-        result = bench(cfg, steps=steps, progress=display.phase)
+        result = bench(cfg, processes, steps=steps, progress=display.phase)
     finally:
         display.close()
-    print(json.dumps(dataclasses.asdict(result), indent=1) if as_json else render(result))
+    if processes.is_first:
+        print(json.dumps(dataclasses.asdict(result), indent=1) if as_json else render(result))
     return 0
 
 
@@ -51,8 +57,9 @@ def render(result: "BenchResult") -> str:
     """The result as text."""
     rates = result.rates
     fastest, slowest = result.spread_s
+    layout = f" ({result.layout})" if result.layout else ""
     lines = [
-        f"{result.parameters / 1e6:.1f}M parameters in {result.precision} on {result.device}, median of "
+        f"{result.parameters / 1e6:.1f}M parameters in {result.precision} on {result.device}{layout}, median of "
         f"{result.steps} steps",
         f"  step         {result.step_time_s * 1e3:.1f} ms ({fastest * 1e3:.1f} to {slowest * 1e3:.1f})",
         f"  tokens/s     {rates['perf/tokens_per_sec']:,.0f}",

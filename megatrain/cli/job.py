@@ -1,18 +1,28 @@
 """What every verb with a config does: parse, compose, check; then print, sweep or run."""
 
 import json
+import sys
 from collections.abc import Callable
+from functools import partial
 
 from megatrain.cli.compose import Source, compose
 from megatrain.cli.options import parse_options
 from megatrain.cli.sweep import plan_sweep, run_sweep
 from megatrain.config.docs import json_schema
+from megatrain.config.errors import UserError
 from megatrain.config.text import to_yaml
+from megatrain.parallel.layout import describe, fill, world_size
+from megatrain.runtime.launch import start_here
+from megatrain.runtime.processes import Processes, is_started
 from megatrain.train.config import Config
 
 
-def run_job(verb: str, argv: list[str], job: Callable[[Config], int]) -> int:
+def run_job(
+    verb: str, argv: list[str], job: Callable[[Config], int], processes: Processes | None = None
+) -> int:
     """Run `job` on the config that the command line describes; returns the exit code.
+
+    The first of `processes` composes it for all.
 
     `--cfg job` prints the config instead, and `--multirun` starts a fresh process for every combination.
 
@@ -24,14 +34,68 @@ def run_job(verb: str, argv: list[str], job: Callable[[Config], int]) -> int:
     if options.cfg == "schema":
         print(json.dumps(json_schema(Config), indent=2))
         return 0
+    if options.multirun and is_started():
+        raise UserError("--multirun starts the processes of each job itself: run it without torchrun.")
     if options.multirun:
         jobs = plan_sweep(options.overrides, source)
         if options.cfg != "job":
             return run_sweep(verb, jobs, source)
         print("---\n".join(to_yaml(each.cfg) for each in jobs), end="")
         return 0
-    cfg = compose(options.overrides, source)
+    cfg = (processes or Processes()).from_first(lambda: compose(options.overrides, source))
     if options.cfg == "job":
         print(to_yaml(cfg), end="")
         return 0
     return job(cfg)
+
+
+def run_in_layout(
+    verb: str, argv: list[str], words: list[str], job: Callable[[Config, Processes], int]
+) -> int:
+    """As `run_job`, in as many processes as the config's layout has; they are started here, if nobody did.
+
+    Args:
+        argv: what follows the verb. words: the part of it that describes the config.
+    """
+
+    def start_or_do(processes: Processes, cfg: Config) -> int:
+        needed = _processes_needed(cfg)
+        if needed > 1 and not is_started():
+            command = [sys.executable, "-m", "megatrain", verb, *argv]
+            return start_here(command, needed, explain=partial(_log_of, cfg))
+        return job(cfg, processes)
+
+    if not is_started():
+        return run_job(verb, words, partial(start_or_do, Processes()))
+    from megatrain.runtime.group import joined  # imports torch
+
+    with joined() as processes:
+        return run_job(verb, words, partial(start_or_do, processes), processes)
+
+
+def _log_of(cfg: Config, rank: int) -> str:
+    """Where to read about the failure of the process `rank`."""
+    from megatrain.train.files import run_directory
+
+    log = run_directory(cfg) / "logs" / f"rank-{rank}.log"
+    return f"see {log}" if rank and log.exists() else "its message is above"
+
+
+def _processes_needed(cfg: Config) -> int:
+    """How many processes the layout has on this machine; `parallel.dp_shard=-1` takes all its GPUs.
+
+    Raises:
+        UserError: this machine has GPUs, but not as many.
+    """
+    if world_size(cfg.parallel) == 1:
+        return 1
+    import torch  # only now: a layout of one process need not know
+
+    gpus = torch.cuda.device_count()
+    needed = world_size(fill(cfg.parallel, gpus or 1))
+    if 0 < gpus < needed and not is_started():
+        raise UserError(
+            f"The layout ({describe(cfg.parallel)}) has {needed} processes, and this machine {gpus} GPUs. Take smaller "
+            "degrees, or start it on several machines with torchrun: torchrun --nnodes ... -m megatrain train ..."
+        )
+    return needed

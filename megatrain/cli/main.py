@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"megatrain: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes of a run know of it
+            print(f"megatrain: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("megatrain: interrupted", file=sys.stderr)

@@ -5,14 +5,10 @@ jobs are composed and checked before the first one starts.
 """
 
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
@@ -22,10 +18,9 @@ from megatrain.cli.compose import Source, compose, hydra_over, parse
 from megatrain.cli.conf import group_options
 from megatrain.config.errors import UserError
 from megatrain.config.schema import ConfigError
+from megatrain.runtime.launch import SAVED_BY_SIGNAL, passing_signals
 from megatrain.train.config import Config
 
-SAVED_BY_SIGNAL = 75
-"""Exit code of a run that a signal stopped with everything saved: the sweep stops too."""
 NAME_LENGTH = 80
 """Longest part of a run's name that comes from its overrides, in characters."""
 
@@ -117,23 +112,6 @@ def _label(lines: list[str], swept: list[str]) -> str:
 
 
 def _run_process(command: list[str]) -> int:
-    """Run one job to its end; signals that ask to stop are passed on, so that it can save what it has."""
-    with subprocess.Popen(command) as child, _passing_signals_to(child):
+    """Run one job to its end."""
+    with subprocess.Popen(command) as child, passing_signals([child]):
         return child.wait()
-
-
-@contextmanager
-def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    def wait_for_child(number: int, frame: FrameType | None) -> None:
-        """Ctrl-C reaches the child by itself: it is in the terminal's foreground group."""
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_child)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

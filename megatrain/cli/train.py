@@ -1,6 +1,7 @@
 """`megatrain train`."""
 
-from megatrain.cli.job import run_job
+from megatrain.cli.job import run_in_layout
+from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
 PYTHON_PROMPT = "def "
@@ -8,14 +9,14 @@ PYTHON_PROMPT = "def "
 
 def run(argv: list[str]) -> int:
     """Compose and check the config, train, and show what came out; returns the exit code."""
-    return run_job("train", argv, _train)
+    return run_in_layout("train", argv, argv, _train)
 
 
-def _train(cfg: Config) -> int:
+def _train(cfg: Config, processes: Processes) -> int:
     from megatrain.train.main import run as train  # imports torch: not before the config is known to be right
 
-    code = train(cfg)
-    if cfg.log.display != "off":
+    code = train(cfg, processes)
+    if cfg.log.display != "off" and processes.is_first:
         _show_result(cfg, code)
     return code
 

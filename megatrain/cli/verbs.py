@@ -37,6 +37,10 @@ VERBS = (
                 "your own text; again: resume it",
             ),
             (
+                "megatrain train parallel.dp_shard=2 parallel.tp=2",
+                "four processes on this machine; on several: torchrun ... -m megatrain train ...",
+            ),
+            (
                 "megatrain train -m run.name=lr optim.lr=1e-3,3e-3 train.seed=0,1",
                 "four runs, one after another",
             ),

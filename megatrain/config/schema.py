@@ -66,6 +66,9 @@ class ConfigError(UserError):
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__("\n  ".join([f"the config has {count}:", *map(str, problems)]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConfigError, (self.problems,)  # not the text: processes send errors to each other
+
 
 def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
     """Problems of those `fields` of `cfg` that are below `low` (None is allowed), not finite, or above `MAX_INT`."""

@@ -72,6 +72,13 @@ class RunLog:
                     )
 
 
+class NoLog(RunLog):
+    """Of the processes that are not the first one: writes nothing."""
+
+    def _attempted(self, write: Callable[[], None]) -> None:
+        pass
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 

@@ -1,8 +1,8 @@
 """ZeRO data parallelism, stages 0 to 3, and hybrids of it, by PyTorch's FSDP2 (`fully_shard`).
 
 All stages are one mechanism. Stage 3 frees parameters after each use. In stages 0 to 2 they stay through a step.
-Stage 2 reduces and cuts gradients after each micro-batch, stages 0 and 1 after the last one. Stage 0 cuts nothing: its
-mesh has only replicas.
+Stages 2 and 3 sum gradients and cut them after each micro-batch, stages 0 and 1 after the last one; replicas sum theirs
+after the last one in every stage. Stage 0 cuts nothing: its mesh has only replicas.
 """
 
 import torch
@@ -47,5 +47,6 @@ def before_micro_batch(model: nn.Module, *, is_last: bool, zero_stage: int) -> N
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last or zero_stage >= 2)
+    model.set_requires_all_reduce(is_last)
     model.set_reshard_after_backward(is_last or zero_stage == 3)
     model.set_is_last_backward(is_last)

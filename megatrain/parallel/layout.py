@@ -19,19 +19,23 @@ def world_size(cfg: ParallelConfig) -> int:
     return math.prod(getattr(cfg, axis) for axis in AXES)
 
 
-def require_one_process(cfg: ParallelConfig) -> None:
-    """Refuse layouts of several processes where they are not started yet.
+def describe(cfg: ParallelConfig) -> str:
+    """The degrees that are not 1, as a user writes them; empty for one process."""
+    return " ".join(f"{axis}={getattr(cfg, axis)}" for axis in AXES if getattr(cfg, axis) != 1)
+
+
+def require_processes(cfg: ParallelConfig, started: int) -> None:
+    """Refuse another number of processes than the layout has ranks.
 
     Raises:
-        UserError: `cfg` is such a layout.
+        UserError: `started` is not it.
     """
-    if world_size(cfg) != 1:
-        degrees = ", ".join(
-            f"parallel.{axis}={getattr(cfg, axis)}" for axis in AXES if getattr(cfg, axis) != 1
-        )
+    needed = world_size(cfg)
+    if started != needed:
+        layout = describe(cfg) or "every degree 1"
         raise UserError(
-            f"{degrees}: this version trains in one process. `megatrain verify` runs and compares layouts of several "
-            "processes on this machine; leave the degrees at 1 here."
+            f"{started} process{'es' * (started > 1)} started, but the layout ({layout}) has {needed}. Start {needed}, "
+            "change a degree, or let parallel.dp_shard=-1 fill what the other degrees leave."
         )
 
 

@@ -69,9 +69,9 @@ class Peak:
     how: Literal["published", "measured"]
 
 
-def pick_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def pick_device(index: int = 0) -> torch.device:
+    """The GPU of that index, or the CPU."""
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:

@@ -12,9 +12,10 @@ from megatrain.data.prepare import prepare
 from megatrain.models.flops import flops_per_token, n_params
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.profile import breakdown
-from megatrain.parallel.layout import require_one_process
+from megatrain.parallel.layout import describe
 from megatrain.runtime.device import choose_precision, peak_flops, pick_device
-from megatrain.train.build import COMPUTE_DTYPE, build_parts
+from megatrain.runtime.processes import Processes
+from megatrain.train.build import COMPUTE_DTYPE, build_parts, with_layout
 from megatrain.train.config import Config
 from megatrain.train.step import train_step
 
@@ -27,6 +28,7 @@ class BenchResult:
 
     device: str
     precision: str
+    layout: str
     parameters: int
     steps: int
     step_time_s: float
@@ -41,19 +43,21 @@ class BenchResult:
     operators: list[tuple[str, float]]
 
 
-def bench(cfg: Config, *, steps: int, progress: Callable[[str, float], None]) -> BenchResult:
-    """Time `steps` training steps of `cfg` on its own data.
+def bench(
+    cfg: Config, processes: Processes, *, steps: int, progress: Callable[[str, float], None]
+) -> BenchResult:
+    """Time `steps` training steps of `cfg` on its own data; memory and operations are those of the first process.
 
     Raises:
         UserError: the data is wrong, or too short.
     """
-    require_one_process(cfg.parallel)
-    device = pick_device()
+    cfg = with_layout(cfg, processes.size)
+    device = pick_device(processes.local_rank)
     if cfg.train.precision == "auto":
-        settled = dataclasses.replace(cfg.train, precision=choose_precision(device))
-        cfg = dataclasses.replace(cfg, train=settled)
-    data = prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size)
-    parts = build_parts(cfg, data, device)
+        precision = processes.from_first(lambda: choose_precision(device))
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+    data = processes.agree(lambda: prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size))
+    parts = build_parts(cfg, data, device, processes)
     batches = parts.loader.batches(0)
 
     def step() -> None:
@@ -77,11 +81,12 @@ def bench(cfg: Config, *, steps: int, progress: Callable[[str, float], None]) ->
         flops_per_token_full=flops_per_token(cfg.model, cfg.seq_len, causal=False),
         flops_per_token_causal=flops_per_token(cfg.model, cfg.seq_len, causal=True),
         peak=peak,
-        devices=1,
+        devices=processes.size,
     )
     return BenchResult(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         precision=cfg.train.precision,
+        layout=describe(cfg.parallel),
         parameters=n_params(cfg.model),
         steps=steps,
         step_time_s=statistics.median(counted),

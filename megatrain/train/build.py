@@ -1,10 +1,13 @@
 """From a config to the parts of a run."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from megatrain.config.load import rule_problems
+from megatrain.config.schema import ConfigError
 from megatrain.data.loader import Batch, Loader, validation_batches
 from megatrain.data.prepare import Prepared
 from megatrain.models.registry import get_spec
@@ -14,10 +17,11 @@ from megatrain.optim.build import build_optimizer
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import parallelize
-from megatrain.parallel.layout import data_ranks
-from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.layout import data_ranks, fill, require_processes
+from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.sharding import DECODER_PLAN
 from megatrain.parallel.shards import shard_of
+from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
@@ -31,6 +35,19 @@ class Parts:
     state: TrainState
     loader: Loader
     eval_batches: list[Batch]
+
+
+def with_layout(cfg: Config, processes: int) -> Config:
+    """`cfg` with its layout filled up to `processes`, and checked again.
+
+    Raises:
+        UserError: the layout has another number of ranks, or breaks a rule.
+    """
+    filled = dataclasses.replace(cfg, parallel=fill(cfg.parallel, processes))
+    require_processes(filled.parallel, processes)
+    if broken := list(rule_problems(filled)):
+        raise ConfigError(broken)
+    return filled
 
 
 def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:
@@ -58,12 +75,13 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     return TrainState(cut=cut, weights=weights, optimizer=optimizer, average=average)
 
 
-def build_parts(cfg: Config, data: Prepared, device: torch.device, mesh: Mesh | None = None) -> Parts:
-    """All parts of a run.
+def build_parts(cfg: Config, data: Prepared, device: torch.device, processes: Processes) -> Parts:
+    """All parts of a run; its `processes` call this together.
 
     Raises:
         UserError: the data is too short for `seq_len`.
     """
+    mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
     loader = Loader(
         store=data.train,
         seq_len=cfg.seq_len,

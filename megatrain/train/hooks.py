@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Protocol
 
-from megatrain.resilience.signals import StopSignals
 from megatrain.train.config import Config
 
 
@@ -22,6 +21,8 @@ class StepFacts:
 
     step: int
     """Steps done."""
+    stop_wanted: bool = False
+    """True when a signal has asked any process to stop."""
     patience_left: bool = True
     """False once early stopping has run out of patience."""
 
@@ -50,12 +51,9 @@ class Timetable:
         return request
 
 
-@dataclass(frozen=True)
 class StopOnSignal:
-    signals: StopSignals
-
     def after_step(self, facts: StepFacts) -> Request:
-        return Request.SAVE | Request.STOP if self.signals.received else Request.NOTHING
+        return Request.SAVE | Request.STOP if facts.stop_wanted else Request.NOTHING
 
 
 class EarlyStop:

@@ -1,5 +1,6 @@
 """The training loop: step, measure, ask the hooks, do what they request."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ class Run:
     flops_full: float
     """FLOPs a token, every query against every key."""
     flops_causal: float
+    processes: int
     peak: Peak | None
+    """Of one process."""
 
 
 def train_loop(run: Run) -> str:
@@ -49,7 +52,7 @@ def train_loop(run: Run) -> str:
         DivergedError: the loss or the gradient norm is not finite; nothing of that step was saved.
     """
     cfg, state = run.cfg, run.parts.state
-    hooks = (Timetable(cfg), StopOnSignal(run.signals), EarlyStop())
+    hooks = (Timetable(cfg), StopOnSignal(), EarlyStop())
     reset_peak_memory(next(state.model.parameters()).device)
     ended = time.perf_counter()
     batches = run.parts.loader.batches(state.step)
@@ -57,22 +60,23 @@ def train_loop(run: Run) -> str:
         batch = next(batches)
         data_time = time.perf_counter() - ended
         lr = cfg.optim.lr * lr_factor(cfg.schedule, state.step, total_steps=cfg.train.steps)
-        stats = train_step(state, batch, cfg, lr=lr)
+        stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: run.signals.received is not None)
         row = _losses(stats, step=state.step)
         step_time = time.perf_counter() - ended
         row |= {"train/lr": lr, "train/tokens": state.tokens, "data/sample_digest": batch.digest}
         row |= _speed(run, step_time, data_time)
 
-        request = ask(hooks, StepFacts(step=state.step))
+        facts = StepFacts(step=state.step, stop_wanted=stats.stop_wanted.item() > 0)
+        request = ask(hooks, facts)
         if Request.EVALUATE in request:
             row |= _evaluate(run, row)
-            request |= ask(hooks, StepFacts(step=state.step, patience_left=_patience_left(run)))
+            request |= ask(hooks, dataclasses.replace(facts, patience_left=_patience_left(run)))
         run.observer.step(row)
         if Request.SAVE in request:
             run.save()
         if Request.STOP in request:
             batches.close()  # type: ignore[attr-defined]
-            return _reason(run)
+            return _reason(run, facts)
         ended = time.perf_counter()
 
 
@@ -95,7 +99,7 @@ def _speed(run: Run, step_time: float, data_time: float) -> Row:
         flops_per_token_full=run.flops_full,
         flops_per_token_causal=run.flops_causal,
         peak=run.peak,
-        devices=1,
+        devices=run.processes,
     )
     row["memory/peak_gib"] = peak_memory_gib(run.parts.state.cut.device)
     return row
@@ -123,9 +127,9 @@ def _patience_left(run: Run) -> bool:
     return not patience or run.parts.state.watch.get("without_best", 0) < patience
 
 
-def _reason(run: Run) -> str:
-    if run.signals.received:
-        return run.signals.received
+def _reason(run: Run, facts: StepFacts) -> str:
+    if facts.stop_wanted:
+        return run.signals.received or "signal to another process"
     state, train = run.parts.state, run.cfg.train
     if state.step >= train.steps:
         return "done"

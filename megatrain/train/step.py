@@ -1,5 +1,6 @@
 """The training step: what happens between two values of the weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -43,9 +44,16 @@ def _on_device(cut: CutModel, batch: Batch) -> dict[str, Tensor | None]:
 
 
 def train_step(
-    state: TrainState, batch: StepBatch, cfg: Config, *, lr: float, wants_stop: bool = False
+    state: TrainState,
+    batch: StepBatch,
+    cfg: Config,
+    *,
+    lr: float,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> StepStats:
     """One optimizer step at learning rate `lr` over the global batch.
+
+    `wants_stop` is asked late in the step, and all ranks learn together whether any wants to: so they stop together.
 
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
     batch, so the cut into micro-batches and over ranks changes nothing but rounding.
@@ -53,7 +61,7 @@ def train_step(
     cut, weights = state.cut, state.weights.parameters
     loss = accumulate_gradients(state, batch, cfg)
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-    stop = torch.full_like(loss, float(wants_stop))
+    stop = torch.full_like(loss, float(wants_stop()))
     sums = cut.total(torch.stack([loss, cut.squared_norm(gradients), stop]))
     grad_norm = sums[1].sqrt()
     clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)

@@ -46,7 +46,6 @@ OVERRIDES = {
     ),
     "wrong type": (["train.steps=many"], ["train.steps", "whole number"]),
     "a layout that the model does not fit": (["parallel.tp=3"], ["parallel.tp=3", "must divide"]),
-    "several processes": (["parallel.dp_shard=2"], ["parallel.dp_shard=2", "one process"]),
 }
 
 

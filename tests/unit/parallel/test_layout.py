@@ -10,7 +10,7 @@ from megatrain.models.mixtral.config import MixtralConfig
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import DecoderConfig, MoEConfig
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import data_ranks, fill, problems, require_one_process, stage_rank, world_size
+from megatrain.parallel.layout import data_ranks, fill, problems, require_processes, stage_rank, world_size
 from megatrain.parallel.pipeline import balanced
 from megatrain.parallel.sharding import DECODER_PLAN, roles_of
 
@@ -75,10 +75,11 @@ def test_tensor_parallelism_divides_every_expert() -> None:
     assert broken(model, tp=4)["parallel.tp"] == (1, 2)
 
 
-def test_several_processes_are_refused_where_one_trains() -> None:
-    require_one_process(ParallelConfig())
-    with pytest.raises(UserError, match=r"parallel\.dp_shard=2, parallel\.tp=2"):
-        require_one_process(ParallelConfig(dp_shard=2, tp=2))
+def test_another_number_of_processes_is_refused() -> None:
+    require_processes(ParallelConfig(), 1)
+    require_processes(ParallelConfig(pp=2, tp=2), 4)
+    with pytest.raises(UserError, match=r"^3 processes started, but the layout \(dp_shard=2 tp=2\) has 4\."):
+        require_processes(ParallelConfig(dp_shard=2, tp=2), 3)
 
 
 def test_stages_go_round_or_down_and_up() -> None:

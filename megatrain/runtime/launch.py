@@ -1,0 +1,91 @@
+"""Starts the processes of a run on this machine and looks after them.
+
+One command line then trains in any layout that fits the machine. (torchrun, which does it for several machines, reports
+exit code 1 whatever happened, passes no SIGUSR1 on and kills what has not saved after 30 seconds.)
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+from megatrain.runtime.processes import MEETING
+
+SAVED_BY_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; a scheduler may requeue
+GRACE_S = 15.0
+"""How long the others may take to end after one has failed; they notice when they next wait for it."""
+
+
+def start_here(command: Sequence[str], size: int, *, explain: Callable[[int], str]) -> int:
+    """Run `command` as `size` processes; the exit code of the first that failed, or 75 if all saved at a signal.
+
+    Signals that ask to stop are passed on to all.
+
+    Args:
+        explain: where to read about the failure of the process of a rank.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatrain-") as folder:
+        shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), MEETING: f"{folder}/meeting"}
+        children = [
+            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(size)
+        ]
+        with passing_signals(children):
+            return _look_after(children, explain)
+
+
+def _look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int], str]) -> int:
+    """Wait for all; when one fails, end the others."""
+    ended: queue.Queue[tuple[int, int]] = queue.Queue()
+    for rank, child in enumerate(children):
+        threading.Thread(
+            target=lambda rank=rank, child=child: ended.put((rank, child.wait())), daemon=True
+        ).start()
+    codes: dict[int, int] = {}
+    failed: int | None = None
+    while len(codes) < len(children):
+        try:
+            rank, code = ended.get(timeout=None if failed is None else GRACE_S)
+        except queue.Empty:
+            for child in children:
+                child.kill()
+            continue
+        codes[rank] = code
+        if failed is None and code not in (0, SAVED_BY_SIGNAL):
+            failed = rank
+    if failed is None:
+        return max(codes.values())
+    code = codes[failed]
+    if code not in (2, 3):  # those messages were printed already
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        print(
+            f"megatrain: process {failed} of {len(children)} ended {how}; {explain(failed)}", file=sys.stderr
+        )
+    return code if code > 0 else 128 - code
+
+
+@contextlib.contextmanager
+def passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass signals that ask to stop on to `children`, so that they can save what they have."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    def wait_for_children(number: int, frame: FrameType | None) -> None:
+        """Ctrl-C reaches them by itself: they are in the terminal's foreground group."""
+
+    passed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, pass_on) for number in passed}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_children)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

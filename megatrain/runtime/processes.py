@@ -1,0 +1,94 @@
+"""The processes of a run: who this one is, and how all of them agree before something is written or given up.
+
+torchrun, a scheduler or `megatrain` itself starts them and says so in the environment (RANK, WORLD_SIZE, LOCAL_RANK).
+A run of one process needs none of that, nor torch (`runtime/group.py`).
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatrain.config.errors import UserError
+
+T = TypeVar("T")
+MEETING = "MEGATRAIN_MEETING"
+"""Environment variable: the file over which processes that `megatrain` started find each other."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: the only one, unless it is a `runtime.group.JoinedProcesses`.
+
+    All of them must call each method, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Place among those of this machine."""
+    local_size: int = 1
+    group: Any = None
+    """The torch process group of all of them."""
+
+    @property
+    def is_first(self) -> bool:
+        """The one that talks to the user and writes the run's files."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        return [value]
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """`work()` of this process. If it fails on one, it fails on all: with the own error, else the first's."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        errors = [each for each in self.gather(error and _portable(error)) if each is not None]
+        if error is not None:
+            raise error
+        if errors:
+            raise errors[0]
+        return result  # type: ignore[return-value]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work()` returns or raises on the first process; the others do not call it."""
+        found: list[T | None] = self.gather(self.agree(work if self.is_first else _nothing))
+        return found[0]  # type: ignore[return-value]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or if it cannot travel its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return UserError(text) if isinstance(error, UserError) else RuntimeError(text)
+    return error
+
+
+def is_started() -> bool:
+    """Did a launcher start this process as one of a number that it chose?"""
+    return "WORLD_SIZE" in os.environ
+
+
+def redirect_output(path: Path) -> None:
+    """Append what this process prints to `path`, which explains itself when it is the one that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)

@@ -1,0 +1,124 @@
+"""What a training step sends and what a rank holds, measured from outside of the code that is tested."""
+
+import gc
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatrain.data.loader import Loader
+from megatrain.data.store import TokenSource
+from megatrain.parallel.layout import data_ranks
+from megatrain.parallel.mesh import Mesh, make_mesh
+from megatrain.parallel.shards import local_part
+from megatrain.train import step
+from megatrain.train.build import build_state
+from megatrain.train.config import Config
+from megatrain.train.state import TrainState
+
+Traffic = dict[tuple[str, int], int]
+"""(collective, number of ranks that take part) -> calls; send and recv count with the two ranks they join."""
+NAMES = {
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+    "recv_": "recv",
+}
+
+
+class Listening(TorchDispatchMode):
+    """Counts the collectives of a block, but for groups of one rank, in which nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            boxes = (arg for arg in args if isinstance(arg, torch.ScriptObject))
+            (group,) = (box for box in boxes if "ProcessGroup" in box._type().qualified_name())
+            name = NAMES[func._opname]
+            ranks = 2 if name in ("send", "recv") else dist.ProcessGroup.unbox(group).size()
+            if ranks > 1:
+                self.heard[name, ranks] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(cfg: Config, store: TokenSource) -> Traffic:
+    """Of this rank in the second training step of `cfg` (the first one sets things up)."""
+    state, batches, _ = _start(cfg, store)
+    step.train_step(state, next(batches), cfg, lr=1e-3)
+    with Listening() as ear:
+        step.train_step(state, next(batches), cfg, lr=1e-3)
+    return dict(ear.heard)
+
+
+def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
+    """Of this rank, after the first of several micro-batches of a step: by the optimizer's states, and in all."""
+    gc.collect()
+    before = _live_bytes([])
+    state, batches, mesh = _start(cfg, store)
+    batch = next(batches)
+    cut = state.cut
+    step.before_micro_batch(cut.models[0], is_last=False, zero_stage=cut.cfg.zero_stage)
+    step.loss_sum(cut, batch.micro_batches[0]).backward()
+    state.weights.collect_gradients()
+    batches.close()
+    del batch, batches
+    gc.collect()
+    held = _live_bytes([p.grad for p in cut.parameters().values() if p.grad is not None])
+    assert mesh is not None
+    return {"states": _of_states(state), "all": held - before}
+
+
+def bytes_of_states(cfg: Config) -> int:
+    """What this rank's optimizer holds."""
+    return _of_states(build_state(cfg, torch.device("cpu"), make_mesh(cfg.parallel, torch.device("cpu"))))
+
+
+def _of_states(state: TrainState) -> int:
+    return sum(
+        local_part(t).nbytes
+        for p in state.weights.parameters.values()
+        for name, t in state.optimizer.state[p].items()
+        if name != "step"
+    )
+
+
+def _start(cfg: Config, store: TokenSource) -> tuple[TrainState, Any, Mesh | None]:
+    device = torch.device("cpu")
+    mesh = make_mesh(cfg.parallel, device) if dist.is_initialized() else None
+    state = build_state(cfg, device, mesh)
+    loader = Loader(
+        store=store,
+        seq_len=cfg.seq_len,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        seed=cfg.train.seed,
+        mask_documents=cfg.data.mask_documents,
+        rank=0 if mesh is None else mesh.data_rank,
+        size=data_ranks(cfg.parallel),
+        prefetch=0,
+    )
+    return state, loader.batches(0), mesh
+
+
+def _live_bytes(more: list[Tensor]) -> int:
+    """Of all tensors that Python knows of, and `more`, each memory once."""
+    found = {}
+    # type(), not isinstance(): that would ask deprecated objects of torch, which warn
+    for tensor in [*(each for each in gc.get_objects() if issubclass(type(each), Tensor)), *more]:
+        part = local_part(tensor.detach()) if not tensor.is_meta else tensor
+        if part.device.type == "cpu":
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

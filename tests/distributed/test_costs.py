@@ -1,0 +1,140 @@
+"""What a layout costs is what the theory says: collectives of a step, and bytes that a rank holds.
+
+The formulas are those of ZeRO (arXiv 1910.02054, section 5), of sequence parallelism (arXiv 2205.05198, section 4.2)
+and of Ulysses (arXiv 2309.14509, section 3); `docs/layouts.md` has them as tables.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from layouts import CFG, STORE
+from probes import Traffic, bytes_held, bytes_of_states, traffic
+
+from megatrain.models.flops import n_params
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import data_ranks, world_size
+from megatrain.parallel.sharding import DECODER_PLAN, roles_of
+from megatrain.runtime.workers import WorkerPool
+from megatrain.train.build import build_state
+from megatrain.train.config import Config
+
+LAYERS = CFG.model.n_layers
+GROUPS = LAYERS + 1
+"""What ZeRO gathers and reduces at once: each block, and the rest."""
+
+
+def in_layout(layout: dict[str, Any], precision: str = "fp64") -> Config:
+    train = replace(CFG.train, precision=precision)
+    return replace(CFG, train=train, parallel=ParallelConfig(**layout))
+
+
+def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
+    """Collectives of one rank (of the pipeline's first) in one step with `micro_batches`."""
+    found: Traffic = {}
+
+    def add(name: str, ranks: int, calls: int) -> None:
+        if ranks > 1 and calls:
+            found[name, ranks] = found.get((name, ranks), 0) + calls
+
+    m, blocks, stage = micro_batches, LAYERS // cfg.pp, cfg.zero_stage
+    groups = blocks + 1
+    copies, cut = cfg.dp_replicate, cfg.dp_shard * cfg.cp
+    if stage == 0:
+        copies, cut = copies * cut, 1
+    add("all_gather", cut, groups * (2 * m if stage == 3 else 1))  # forward and backward, or once a step
+    add("reduce_scatter", cut, groups * (m if stage >= 2 else 1))
+    add("all_reduce", copies, groups)
+    # Sequence parallelism: two each way in a block, one in the embedding, one (forward only) before the loss.
+    add("all_gather", cfg.tp, m * (4 * blocks + 2))
+    add("reduce_scatter", cfg.tp, m * (4 * blocks + 1))
+    # Gradients of what all tp ranks share, a block at once; the loss's maximum, sum and target.
+    add("all_reduce", cfg.tp, m * (blocks + 1 + 3))
+    if cfg.cp_kind == "all_gather":
+        add("all_gather", cfg.cp, m * blocks)
+        add("reduce_scatter", cfg.cp, m * blocks)
+    elif cfg.cp_kind == "ring":
+        for name in ("send", "recv"):
+            add(name, min(cfg.cp, 2), 2 * m * blocks * (cfg.cp - 1))
+    else:
+        add("all_to_all", cfg.cp, 8 * m * blocks)  # q, k, v and the output, both ways
+    for name in ("send", "recv"):
+        add(name, min(cfg.pp, 2), m)
+    add("all_reduce", world_size(cfg), 1)  # loss, norm and whether to stop
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *[{"dp_shard": 4, "zero_stage": stage} for stage in range(4)],
+        *[{"dp_replicate": 2, "dp_shard": 2, "zero_stage": stage} for stage in (1, 2, 3)],
+        {"tp": 2},
+        *[{"cp": 2, "cp_kind": kind} for kind in ("all_gather", "ring", "ulysses")],
+        {"cp": 4, "cp_kind": "ring", "zero_stage": 1},
+        {"dp_shard": 2, "tp": 2},
+        {"pp": 2, "schedule": "1f1b"},
+    ],
+    ids=str,
+)
+def test_a_step_sends_what_the_theory_says(workers: WorkerPool, layout: dict[str, Any]) -> None:
+    cfg = in_layout(layout)
+    parallel = cfg.parallel
+    micro_batches = cfg.global_batch_size // data_ranks(parallel)
+    heard = workers.run(traffic, world_size(parallel), cfg, STORE)
+    wanted = expected(parallel, micro_batches)
+    if parallel.pp > 1:  # its ranks hold one group each that counts in `GROUPS`; on one rank nothing is cut
+        assert heard[0] == wanted
+    else:
+        assert all(each == wanted for each in heard)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rank_holds_what_the_zero_formulas_say(workers: WorkerPool, stage: int) -> None:
+    """bf16 weights (2 bytes), float32 masters and moments (12), float32 gradients (4), between micro-batches."""
+    ranks = 4
+    cfg = in_layout({"dp_shard": ranks, "zero_stage": stage}, "bf16")
+    size = n_params(cfg.model)
+    states = 8 * size / (ranks if stage >= 1 else 1)
+    masters = states / 2
+    gradients = 4 * size / (ranks if stage >= 2 else 1)
+    weights = 0 if stage == 3 else 2 * size
+    for held in workers.run(bytes_held, ranks, cfg, STORE):
+        assert held["states"] == states
+        formula = states + masters + gradients + weights
+        assert (
+            formula <= held["all"] <= formula + largest_group(cfg) * 4 + 4096
+        )  # buffer of the last reduction
+
+
+def largest_group(cfg: Config) -> int:
+    """Parameters that are reduced at once at most."""
+    single = build_state(replace(cfg, parallel=ParallelConfig()), torch.device("cpu"))
+    sizes: dict[str, int] = {}
+    for name, parameter in single.weights.parameters.items():
+        group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest"
+        sizes[group] = sizes.get(group, 0) + parameter.numel()
+    return max(sizes.values())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 2},
+        {"pp": 2},
+        {"dp_shard": 2, "cp": 2},
+        {"dp_replicate": 2, "dp_shard": 2},
+        {"pp": 2, "dp_shard": 2, "tp": 2},
+    ],
+    ids=str,
+)
+def test_all_ranks_together_hold_each_state_once(workers: WorkerPool, layout: dict[str, Any]) -> None:
+    """But for replicas, and what tensor parallelism shares (norms): a copy on each of its ranks."""
+    cfg = in_layout(layout)
+    names = build_state(replace(cfg, parallel=ParallelConfig()), torch.device("cpu"))
+    roles = roles_of(names.weights.parameters, DECODER_PLAN)
+    shared = sum(p.numel() for name, p in names.weights.parameters.items() if roles[name] == "shared")
+    size = n_params(cfg.model) + (cfg.parallel.tp - 1) * shared
+    held = workers.run(bytes_of_states, world_size(cfg.parallel), cfg)
+    assert sum(held) == 16 * size * cfg.parallel.dp_replicate
