@@ -1,12 +1,16 @@
 """Which implementation of an operation runs."""
 
 import os
+import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 Backend = Literal["auto", "torch", "triton", "reference"]
 
@@ -23,6 +27,10 @@ def choose(backend: str, available: tuple[str, ...] = ("torch", "reference")) ->
         names = ", ".join(("auto", *available[:-1]))
         raise ValueError(f"backend={backend!r}: must be {names} or {available[-1]}")
     return backend
+
+
+_failed: set[tuple[Any, ...]] = set()
+"""Kinds of calls whose kernels did not compile here: they take the PyTorch path from then on."""
 
 
 @cache
@@ -49,3 +57,22 @@ def _compiles_for(index: int) -> bool:
 def triton_runs_on(x: Tensor) -> bool:
     """Can a compiled kernel take x? (Triton's interpreter takes CPU tensors too: only tests ask for that.)"""
     return x.is_cuda and _compiles_for(x.device.index or 0)
+
+
+def try_triton(kind: tuple[Any, ...], launch: Callable[[], Result], *, backend: str) -> Result | None:
+    """What `launch` returns, or None where kernels of this `kind` (operation first) fail: PyTorch takes over.
+
+    With backend="triton", which somebody asked for, and for want of memory, the error is raised.
+    """
+    if backend != "triton" and kind in _failed:
+        return None
+    try:
+        return launch()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if backend == "triton":
+            raise
+        _failed.add(kind)
+        warnings.warn(f"{kind[0]}: Triton failed, PyTorch takes over: {error}", stacklevel=2)
+        return None

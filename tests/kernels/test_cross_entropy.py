@@ -9,8 +9,12 @@ from torch import Tensor
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain_kernels import cross_entropy, linear_cross_entropy
+from megatrain_kernels.cross_entropy import cases
+from megatrain_kernels.kernel import Case
+from megatrain_kernels.linear_cross_entropy import cases as linear_cases
 
 TOKENS, VOCAB, HIDDEN, WORLD = 23, 38, 16, 2
 OPTIONS = [(0.0, None), (0.1, None), (0.0, 2.0), (0.1, 2.0)]
@@ -74,7 +78,7 @@ def test_double_precision_gradcheck() -> None:
 
 def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 chunks are as exact as one: their sum is kept in float32 (in bf16 the error here is over 2 %)."""
-    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.op")
+    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.registered")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 64})
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 64)
     x = draw(1, 4096, HIDDEN).detach().bfloat16().requires_grad_()
@@ -90,7 +94,7 @@ def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) ->
 def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
-    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.op")
+    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.registered")
     module.CHUNK_ELEMENTS, module.MIN_CHUNK_ROWS = {"cpu": 5 * VOCAB}, 1  # type: ignore[attr-defined]
     x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, VOCAB, HIDDEN), draw_targets()
     columns = slice(rank * VOCAB // WORLD, (rank + 1) * VOCAB // WORLD)
@@ -130,3 +134,27 @@ def test_the_factor_of_the_loss_is_not_rounded_to_bf16() -> None:
     (mean,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x)
     ratio = (mean.double() * 3000 * whole.double()).sum() / whole.double().square().sum()
     assert abs(ratio.item() - 1) < 1e-4  # 192,000 roundings of 0.1 % each average out
+
+
+def test_flops_and_what_a_case_costs() -> None:
+    case = Case("small", {"tokens": 600, "hidden": 8, "vocab": 37}, {"z_loss": 0.1})
+    (x, weight, targets), options = linear_cases.make_inputs(case, dtype=torch.float32, device="cpu")
+    forward, backward = (linear_cases.cost(case, itemsize=4, backward=each) for each in (False, True))
+    assert forward.bytes == 4 * (x.numel() + weight.numel()) + 8 * targets.numel()
+    assert backward.bytes == 4 * (x.numel() + weight.numel())
+    for wanted, expected in ((False, forward.flops), (True, forward.flops + backward.flops)):
+        with FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(x.requires_grad_(wanted), weight.requires_grad_(wanted), targets, **options)
+        assert counter.get_total_flops() == expected
+    assert forward.flops == 2 * 600 * 8 * 37
+    rows = Case("small", {"tokens": 6, "vocab": 37}, {"softcap": 2.0})
+    (logits, targets), options = cases.make_inputs(rows, dtype=torch.bfloat16, device="cpu")
+    losses = cross_entropy(logits, targets, reduction="none", **options)
+    forward, backward = (cases.cost(rows, itemsize=2, backward=each) for each in (False, True))
+    assert forward.bytes == logits.nbytes + targets.nbytes + losses.nbytes
+    assert (backward.bytes, forward.flops, backward.flops) == (logits.nbytes, 0, 0)
+
+
+def test_triton_is_refused_without_a_device_for_it() -> None:
+    with pytest.raises(ValueError, match=r"needs a CUDA device .*got cpu, torch.float32"):
+        cross_entropy(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), backend="triton")

@@ -168,7 +168,7 @@ def test_swiglu(dtype: torch.dtype, backend: str) -> None:
 def test_linear_cross_entropy(
     dtype: torch.dtype, reduction: str, z_loss: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.op")
+    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.registered")
     monkeypatch.setattr(
         module, "CHUNK_ELEMENTS", {"cpu": 5 * 37}
     )  # five tokens a chunk, the last one shorter

@@ -3,7 +3,7 @@
 The operator is opaque to torch.compile and knows its shapes without data. `flops.py` tells torch its FLOPs.
 """
 
-import warnings
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,12 +12,10 @@ from torch import Tensor
 
 from megatrain_kernels.attention.chunked import chunked_backward, chunked_forward
 from megatrain_kernels.attention.rule import Rule
-from megatrain_kernels.backend import interpreting, triton_runs_on
+from megatrain_kernels.backend import interpreting, triton_runs_on, try_triton
 
 LARGEST_HEAD = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 """By type that the kernels take; wider float32 heads would spill more registers than they save memory."""
-_failed: set[tuple[Any, ...]] = set()
-"""Kinds of calls whose kernels did not compile here: they take the PyTorch path from then on."""
 
 
 def takes_triton(q: Tensor, v: Tensor, scale: float, *, compiled: bool = False) -> bool:
@@ -28,22 +26,14 @@ def takes_triton(q: Tensor, v: Tensor, scale: float, *, compiled: bool = False) 
 
 def _run(name: str, backend: str, q: Tensor, v: Tensor, rule: Rule, *args: Any) -> Any:
     """`name` of the Triton module, or None where the PyTorch path must do its work."""
-    kind = (name, q.dtype, q.shape[-1], v.shape[-1], rule.causal, rule.window is None, rule.softcap is None)
     tried = takes_triton(q, v, rule.scale, compiled=backend != "triton")
-    if backend == "torch" or not tried or (backend != "triton" and kind in _failed):
+    if backend == "torch" or not tried:
         return None
     # By name: the module needs triton, which a CPU machine may lack.
     launch = getattr(import_module("megatrain_kernels.attention.triton"), name)
-    try:
-        return launch(*args, rule)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if backend == "triton":
-            raise
-        _failed.add(kind)
-        warnings.warn(f"attention: Triton failed, PyTorch takes over: {error}", stacklevel=2)
-        return None
+    options = (rule.causal, rule.window is None, rule.softcap is None)
+    kind = ("attention", name, q.dtype, q.shape[-1], v.shape[-1], *options)
+    return try_triton(kind, partial(launch, *args, rule), backend=backend)
 
 
 @torch.library.custom_op("megatrain::attention", mutates_args=())
