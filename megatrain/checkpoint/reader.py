@@ -107,6 +107,11 @@ class CheckedReader(FileSystemReader):
         super().__init__(directory)
         self.checked = checked
 
+    def kinds(self) -> dict[str, Kind]:
+        """All tensors by name."""
+        stored = self.checked.state_dict_metadata.items()
+        return {name: Kind(tensor.properties.dtype, tensor.size) for name, tensor in stored}  # type: ignore[union-attr]
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.checked
 

@@ -183,6 +183,10 @@ class Checkpointer:
         """
         return self._newest_good(self._verify)
 
+    def open(self, step: int) -> CheckedReader:
+        """The tensors of a checkpoint that `latest` has found, to read some of them with `read_tensors`."""
+        return self._open(step)[1]
+
     def load(self, tensors: dict[str, Tensor], *, only: str = "") -> Found | None:
         """Read the newest good checkpoint into `tensors`, in place; None if there never was one.
 

@@ -71,6 +71,26 @@ VERBS = (
         ),
     ),
     Verb(
+        name="export",
+        summary="write the model of a run as a directory that Hugging Face's transformers load",
+        usage="RUN DIRECTORY [flags]",
+        examples=(
+            (
+                "megatrain export runs/default exported",
+                "config, weights and tokenizer of the last checkpoint",
+            ),
+            ("megatrain export runs/default exported --check", "and compare logits with transformers"),
+            ("megatrain export runs/mine mine-bf16 --dtype bf16 --shard-gb 2", "smaller, in several files"),
+        ),
+        takes_config=False,
+        flags=(
+            ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
+            ("--average", "the moving average of the weights (train.ema_decay) instead of the weights"),
+            ("--shard-gb GB", "size of a file; default: 5"),
+            ("--check", "load it with transformers and print the largest difference of logits"),
+        ),
+    ),
+    Verb(
         name="bench",
         summary="measure how fast a config trains on this machine, and where a step's time goes",
         usage="[group=option] [key=value] [flags]",

@@ -137,6 +137,13 @@ class HuggingFaceTokenizer(Tokenizer):
         _write_meta(directory, kind="huggingface", eos_id=self.eos_id)
         self._inner.save(str(directory / HF_FILE), pretty=False)
 
+    def save_pretrained(self, directory: Path) -> None:
+        """The two files from which transformers makes a tokenizer."""
+        self._inner.save(str(directory / HF_FILE), pretty=False)
+        eos = self._tokens[self.eos_id]
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+        (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+
     def digest(self) -> str:
         return _digest("huggingface", self.eos_id, sorted(self._tokens.items()))
 

@@ -1,0 +1,46 @@
+"""`megatrain export`: a run's model as a directory that transformers loads."""
+
+import argparse
+from pathlib import Path
+
+from megatrain.config.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"export: {message}. See `megatrain export --help`.")
+
+
+def run(argv: list[str]) -> int:
+    """Export, and compare logits if asked to; returns the exit code."""
+    parser = _Parser(prog="megatrain export", add_help=False)
+    parser.add_argument("run")
+    parser.add_argument("directory")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--average", action="store_true")
+    parser.add_argument("--shard-gb", type=float, default=5.0)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    if not options.shard_gb > 0:
+        raise UserError("export: --shard-gb must be above 0")
+    from megatrain.observe.display import make_display  # these import torch: only for a right command line
+    from megatrain.train.export import export
+    from megatrain.train.export_check import largest_difference
+
+    source, target = Path(options.run), Path(options.directory)
+    display = make_display("auto")
+    try:
+        done = export(
+            source,
+            target,
+            dtype=options.dtype,
+            average=options.average,
+            shard_bytes=int(options.shard_gb * 1e9),
+            progress=display.phase,
+        )
+    finally:
+        display.close()
+    print(f"{target}: step {done.step}, {done.parameters / 1e6:.1f}M parameters in {done.files} file(s)")
+    if options.check:
+        print(f"largest difference of logits to transformers: {largest_difference(source, target):.2e}")
+    return 0
