@@ -31,7 +31,6 @@ VERBS = (
         summary="train a model; alone, a small GPT on the Python source found on this machine",
         usage="[group=option] [key=value] [flags]",
         examples=(
-            ("megatrain train", "a small GPT on the standard library's source, minutes on a laptop"),
             (
                 "megatrain train data.path=my.txt run.name=mine train.steps=2000",
                 "your own text; again: resume it",
