@@ -7,6 +7,7 @@ from megatrain_kernels.grouped_gemm.permute import permute, unpermute
 from megatrain_kernels.layer_norm.op import layer_norm
 from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
 from megatrain_kernels.newton_schulz.op import orthogonalize
+from megatrain_kernels.quantization.op import dequantize, quantize
 from megatrain_kernels.rms_norm.op import rms_norm
 from megatrain_kernels.rotary.op import rotary
 from megatrain_kernels.swiglu.op import swiglu
@@ -14,12 +15,14 @@ from megatrain_kernels.swiglu.op import swiglu
 __all__ = [
     "attention",
     "cross_entropy",
+    "dequantize",
     "doc_ids_from_cu_seqlens",
     "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
     "orthogonalize",
     "permute",
+    "quantize",
     "rms_norm",
     "rotary",
     "swiglu",
