@@ -3,7 +3,7 @@
 from megatrain_kernels.attention.op import attention, doc_ids_from_cu_seqlens
 from megatrain_kernels.cross_entropy.op import cross_entropy
 from megatrain_kernels.grouped_gemm.op import grouped_gemm
-from megatrain_kernels.grouped_gemm.permute import permute, unpermute
+from megatrain_kernels.grouped_gemm.permute import permute, unpermute, unsort
 from megatrain_kernels.layer_norm.op import layer_norm
 from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
 from megatrain_kernels.newton_schulz.op import orthogonalize
@@ -27,4 +27,5 @@ __all__ = [
     "rotary",
     "swiglu",
     "unpermute",
+    "unsort",
 ]

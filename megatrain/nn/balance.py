@@ -31,6 +31,11 @@ class BalancePoint(nn.Module):
         self.counts: Tensor | None = None
         """`(n_experts,)` int64: tokens of each expert since the counts were taken."""
 
+    def sum_further(self, over: Callable[[Tensor], Tensor]) -> None:
+        """Let what is a sum over a sequence so far go `over` one more cut of it."""
+        inner = self.sequence_sum
+        self.sequence_sum = lambda part: over(inner(part))
+
     @torch.compiler.disable  # its backward pass changes `counts`, which a compiled graph may not
     def forward(self, out: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
         """`out`, unchanged; indices `(batch, seq, top_k)` and scores `(batch, seq, n_experts)` of its tokens."""

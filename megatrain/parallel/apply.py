@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatrain.parallel.compile import compile_blocks
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import context_parallel, cut_sequence
+from megatrain.parallel.expert import expert_parallel
 from megatrain.parallel.fsdp import shard_data_parallel
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import TABLE, Pipeline, balanced, keep_stage, layer_costs, own_stages
@@ -54,6 +55,11 @@ class CutModel:
     def counts_loss(self) -> bool:
         """Is this the one rank of its tp group whose loss counts? (All of them have the same.)"""
         return self.mesh is None or self.mesh.coordinate("tp") == 0
+
+    def counts_balance(self) -> bool:
+        """Does the balance loss count on this rank? Not if another of its tp group has the same tokens at the experts;
+        in expert parallelism each has its own."""
+        return self.counts_loss() or self.cfg.ep > 1
 
     def total(self, local: Tensor) -> Tensor:
         """The sum of all ranks' `local`."""
@@ -100,7 +106,7 @@ def parallelize(
 ) -> CutModel:
     """This rank's part of the model that `make_model` makes on the meta device.
 
-    The order: pipeline stages, tensor, context, recomputation, compilation, ZeRO.
+    The order: pipeline stages, expert, tensor, context, recomputation, compilation, ZeRO.
     """
     if mesh is None:
         model = make_model()
@@ -109,6 +115,8 @@ def parallelize(
     models = list(_stages(make_model, cfg, mesh))
     is_tied = make_model().head is None
     for model in models:
+        if mesh.experts is not None:
+            expert_parallel(model, mesh.experts["ep"])
         if mesh.tp is not None:
             tensor_parallel(model, mesh.data["tp"], plan)
         if mesh.cp is not None:
@@ -117,6 +125,7 @@ def parallelize(
         shard_data_parallel(
             model,
             mesh.data["replicate", "shard"],
+            experts_mesh=None if mesh.experts is None else mesh.experts["replicate", "shard"],
             zero_stage=cfg.zero_stage,
             compute_dtype=compute_dtype,
             reduce_dtype=torch.promote_types(compute_dtype, torch.float32),

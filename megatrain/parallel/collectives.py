@@ -115,6 +115,25 @@ class _Exchange(torch.autograd.Function):
         return grad, None
 
 
+class _ExchangeRows(torch.autograd.Function):
+    """All-to-all of uneven runs of rows; the gradients of rows go back to where they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _send_rows(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _send_rows(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _send_rows(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
 class _Shift(torch.autograd.Function):
     """Send to the next rank of the ring and take from the one before; the gradient goes the other way round."""
 
@@ -173,6 +192,15 @@ def sum_over(x: Tensor, group: Group) -> Tensor:
 def exchange(x: Tensor, group: Group) -> Tensor:
     """`x` `(group size, ...)`: part i goes to rank i; from rank i comes part i."""
     out: Tensor = _Exchange.apply(x, group)
+    return out
+
+
+def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """All-to-all of rows: the first `sent[0]` of `x` go to rank 0, the next `sent[1]` to rank 1, and so on.
+
+    Returns `(sum(received), ...)`: the `received[0]` rows from rank 0 first. A rank's `received` is what others send.
+    """
+    out: Tensor = _ExchangeRows.apply(x, sent, received, group)
     return out
 
 

@@ -30,7 +30,8 @@ class ParallelConfig:
     tp: int = 1
     """Ranks over which matrices are cut, and between them the sequence (sequence parallelism)."""
     ep: int = 1
-    """Ranks over which experts are cut. This version knows 1 only: tp cuts each expert, dp_shard stores its parts."""
+    """Ranks over which whole experts are spread, and to which tokens travel: neighbours among the dp_shard · cp · tp
+    ranks, so no processes of their own. 1: all ranks have all experts, and tp cuts each."""
     zero_stage: int = 3
     """What is cut over dp_shard: 0 nothing, 1 optimizer states and masters, 2 gradients as well, 3 parameters as well
     (ZeRO, arXiv 1910.02054)."""

@@ -44,7 +44,7 @@ def context_parallel(model: Any, group: Group, kind: str) -> None:
     for block in model.layers.values():
         block.attn.core = core(block.attn.core, group)
         if block.moe is not None:
-            block.moe.balance.sequence_sum = partial(sum_over, group=group)
+            block.moe.balance.sum_further(partial(sum_over, group=group))
 
 
 class _Core(nn.Module):

@@ -21,7 +21,7 @@ def world_size(cfg: ParallelConfig) -> int:
 
 def describe(cfg: ParallelConfig) -> str:
     """The degrees that are not 1, as a user writes them; empty for one process."""
-    return " ".join(f"{axis}={getattr(cfg, axis)}" for axis in AXES if getattr(cfg, axis) != 1)
+    return " ".join(f"{axis}={getattr(cfg, axis)}" for axis in (*AXES, "ep") if getattr(cfg, axis) != 1)
 
 
 def require_processes(cfg: ParallelConfig, started: int) -> None:
@@ -73,16 +73,17 @@ def problems(
     if cfg.pp == 1 and cfg.first_layers:
         yield Problem("parallel.first_layers", cfg.first_layers, "stages belong to parallel.pp > 1", ((),))
     if cfg.ep > 1:
-        rule = "experts are cut by tp (inside each) and dp_shard in this version"
-        yield Problem("parallel.ep", cfg.ep, rule, (1,))
+        yield from _experts(cfg, model)
 
 
 def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Iterator[Problem]:
     """Sizes that an axis must divide."""
     heads = {"model.n_heads": model.n_heads, "model.n_kv_heads": model.kv_heads}
     sizes = {"tp": {**heads, "model.ffn_size": model.ffn_size, "model.vocab_size": model.vocab_size}}
-    if model.moe is not None:
+    if model.moe is not None and cfg.ep == 1:
         sizes["tp"]["the experts' ffn_size"] = model.expert_ffn_size
+    elif model.moe is not None and model.moe.n_shared_experts:
+        sizes["tp"]["the shared experts' ffn_size"] = model.moe.n_shared_experts * model.expert_ffn_size
     if cfg.cp_kind == "ulysses":
         heads = {f"{name} / tp": size // cfg.tp for name, size in heads.items()}
         sizes["cp"] = {**heads, "seq_len / 2": seq_len // 2}
@@ -98,6 +99,26 @@ def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Itera
     if seq_len // cfg.cp % cfg.tp:
         rule = f"sequence parallelism cuts the {seq_len // cfg.cp} tokens of a rank, so it must divide them"
         yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(seq_len // cfg.cp, cfg.tp))
+
+
+def _experts(cfg: ParallelConfig, model: DecoderConfig) -> Iterator[Problem]:
+    if model.moe is None:
+        yield Problem("parallel.ep", cfg.ep, "the model has no experts to cut", (1,))
+        return
+    ranks = cfg.dp_shard * cfg.cp * cfg.tp
+    parts = {"parallel.dp_shard · cp · tp": ranks, "moe.n_experts": model.moe.n_experts}
+    broken = [f"{name} ({size})" for name, size in parts.items() if size % cfg.ep]
+    if broken:
+        legal = nearest_divisors(math.gcd(*parts.values()), cfg.ep)
+        yield Problem("parallel.ep", cfg.ep, f"must divide {' and '.join(broken)}", legal)
+    if cfg.schedule in SPLIT_BACKWARD and cfg.pp > 1:
+        rule = f"{cfg.schedule} computes weights' gradients apart, which collectives between them do not bear"
+        yield Problem("parallel.ep", cfg.ep, rule, (1,))
+    if cfg.recompute == "selective":
+        rule = (
+            "selective recomputation does not bear that experts' weights are gathered inside a block (ep > 1)"
+        )
+        yield Problem("parallel.recompute", cfg.recompute, rule, ("none", "full"))
 
 
 def _pipeline(cfg: ParallelConfig, model: DecoderConfig, micro_batches: int) -> Iterator[Problem]:

@@ -17,6 +17,9 @@ class Mesh:
     whole: DeviceMesh
     data: DeviceMesh
     """`(replicate, shard)`: gradients are summed over both, and states are cut over the second, which takes in cp."""
+    experts: DeviceMesh | None
+    """`(replicate, shard, ep)` if there are ranks of expert parallelism: the same of experts' parameters. Ranks that
+    differ in dp_shard, cp or tp hold other experts (the nearest, on `ep`) or share the same ones."""
 
     @property
     def tp(self) -> DeviceMesh | None:
@@ -41,15 +44,20 @@ class Mesh:
 
 
 def make_mesh(cfg: ParallelConfig, device: torch.device) -> Mesh:
-    """The mesh of `cfg` over the ranks of the default process group.
+    """The mesh of `cfg`, whose ep divides dp_shard · cp · tp, over the ranks of the default process group.
 
     ZeRO stage 0 cuts nothing, so all ranks that read different data are replicas.
     """
     sizes = tuple(getattr(cfg, axis) for axis in AXES)
     whole = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    summed = cfg.dp_replicate * cfg.dp_shard * cfg.cp
+    experts = _regrouped(whole, cfg, "ep", cfg.ep) if cfg.ep > 1 else None
+    return Mesh(cfg, whole, _regrouped(whole, cfg, "tp", cfg.tp), experts)
+
+
+def _regrouped(whole: DeviceMesh, cfg: ParallelConfig, inner: str, size: int) -> DeviceMesh:
+    """The same ranks as `(pp, replicate, shard, inner)`, the last of `size`."""
+    summed = whole.size() // (cfg.pp * size)
     replicas = summed if cfg.zero_stage == 0 else cfg.dp_replicate
-    split = (cfg.pp, replicas, summed // replicas, cfg.tp)
-    names = ("pp", "replicate", "shard", "tp")
-    regrouped = DeviceMesh(device.type, whole.mesh.reshape(split), mesh_dim_names=names)
-    return Mesh(cfg, whole, regrouped)
+    split = (cfg.pp, replicas, summed // replicas, size)
+    names = ("pp", "replicate", "shard", inner)
+    return DeviceMesh(whole.device_type, whole.mesh.reshape(split), mesh_dim_names=names)

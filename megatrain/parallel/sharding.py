@@ -6,10 +6,13 @@ from typing import Literal
 
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-Role = Literal["columns", "rows", "row_bias", "expert_columns", "expert_rows", "vocabulary", "shared"]
+Role = Literal[
+    "columns", "rows", "row_bias", "expert_columns", "expert_rows", "experts", "vocabulary", "shared"
+]
 """columns: a linear layer's outputs are cut (and its bias). rows: its inputs are cut, so ranks' results are summed.
-row_bias: the bias of such a layer, added once. expert_*: the same of stacked experts. vocabulary: rows of a table of
-tokens are cut. shared: whole on every rank, each of which uses it for its own part of the tokens, heads or sums."""
+row_bias: the bias of such a layer, added once. expert_*: the same of stacked experts. experts: the stack is cut
+(expert parallelism). vocabulary: rows of a table of tokens are cut. shared: whole on every rank, each of which uses
+it for its own part of the tokens, heads or sums."""
 
 PLACEMENTS: Mapping[Role, Placement] = {
     "columns": Shard(0),
@@ -17,6 +20,7 @@ PLACEMENTS: Mapping[Role, Placement] = {
     "row_bias": Replicate(),
     "expert_columns": Shard(1),
     "expert_rows": Shard(2),
+    "experts": Shard(0),
     "vocabulary": Shard(0),
     "shared": Replicate(),
 }

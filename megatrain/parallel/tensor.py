@@ -23,6 +23,7 @@ from megatrain.parallel.collectives import (
     own_part,
     scatter_sum,
     sum_gradients,
+    sum_over,
 )
 from megatrain.parallel.sharding import PLACEMENTS, Role, roles_of
 from megatrain_kernels import linear_cross_entropy
@@ -31,25 +32,41 @@ SEQ = 1  # dimension of activations `(batch, seq, hidden)`
 
 
 def tensor_parallel(model: Any, mesh: DeviceMesh, plan: Mapping[str, Role]) -> None:
-    """Cut the decoder `model` (on the meta device) in place over the one-dimensional `mesh`."""
+    """Cut the decoder `model` (on the meta device) in place over the one-dimensional `mesh`.
+
+    Parameters that are DTensors, which are experts cut over another axis, stay as they are.
+    """
     group = mesh.get_group()
-    roles = roles_of((name for name, _ in model.named_parameters()), plan)
-    _cut_parameters(model, mesh, roles)
+    roles = roles_of((name for name, p in model.named_parameters() if not isinstance(p, DTensor)), plan)
+    cut_parameters(model, mesh, roles)
     for index, block in model.layers.items():
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): role for name, role in roles.items() if name.startswith(prefix)}
-        _use_local(block, own, group)
-        for part in (block.attn, block.moe if block.mlp is None else block.mlp):
+        use_local(block, own, group)
+        for part in _parts_on_whole_sequence(block, group):
             _on_whole_sequence(part, group)
-    _use_local(model, {name: role for name, role in roles.items() if not name.startswith("layers.")}, group)
+    use_local(model, {name: role for name, role in roles.items() if not name.startswith("layers.")}, group)
     _cut_ends(model, group)
 
 
-def _cut_parameters(model: nn.Module, mesh: DeviceMesh, roles: Mapping[str, Role]) -> None:
-    """Replace parameters by DTensors of their local parts, without values."""
-    for name, parameter in list(model.named_parameters()):
+def _parts_on_whole_sequence(block: Any, group: Group) -> Iterator[nn.Module]:
+    """What of a block has cut matrices, so that every rank must see all tokens."""
+    yield block.attn
+    if block.moe is None:
+        yield block.mlp
+    elif not isinstance(block.moe.experts.gate, DTensor):
+        yield block.moe
+    else:  # each rank sends its own tokens to the experts
+        block.moe.balance.sum_further(partial(sum_over, group=group))
+        if block.moe.shared is not None:
+            yield block.moe.shared
+
+
+def cut_parameters(model: nn.Module, mesh: DeviceMesh, roles: Mapping[str, Role]) -> None:
+    """Replace the parameters that have a role by DTensors of their local parts, without values."""
+    for name, role in roles.items():
         owner_name, _, leaf = name.rpartition(".")
-        placement = PLACEMENTS[roles[name]]
+        parameter, placement = model.get_parameter(name), PLACEMENTS[role]
         local = parameter.data
         if placement.is_shard():
             dim: int = placement.dim  # type: ignore[attr-defined]
@@ -59,7 +76,7 @@ def _cut_parameters(model: nn.Module, mesh: DeviceMesh, roles: Mapping[str, Role
         setattr(model.get_submodule(owner_name), leaf, nn.Parameter(cut))
 
 
-def _use_local(module: nn.Module, roles: Mapping[str, Role], group: Group) -> None:
+def use_local(module: nn.Module, roles: Mapping[str, Role], group: Group) -> None:
     """Let `module`'s forward see the local parts of those of its parameters that `roles` names."""
     inner = module.forward
 

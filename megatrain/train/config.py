@@ -1,6 +1,7 @@
 """The root of a run's config: everything that defines the run, and the rules that join its parts."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -119,8 +120,9 @@ class Config:
         parallel = self.parallel
         if any(True for _ in parallel.problems()):
             parallel = ParallelConfig()
-        if parallel.dp_shard == -1:  # not known before the processes are
-            parallel = dataclasses.replace(parallel, dp_shard=1)
+        if parallel.dp_shard == -1:  # not known before the processes are, but a multiple of what ep needs
+            least = parallel.ep // math.gcd(parallel.ep, parallel.cp * parallel.tp)
+            parallel = dataclasses.replace(parallel, dp_shard=least)
         readers = data_ranks(parallel)
         if self.global_batch_size % readers:
             rule = f"must be a multiple of the {readers} ranks that read different data (dp_replicate x dp_shard)"

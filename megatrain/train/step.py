@@ -81,8 +81,7 @@ def train_step(
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Leave the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
     cut = state.cut
-    # Ranks of a tp group compute the same balance loss; the first one's counts.
-    begin_balance(cut.models, cut.counts_loss() / max(batch.valid_tokens, 1))
+    begin_balance(cut.models, cut.counts_balance() / max(batch.valid_tokens, 1))
     loss = (_accumulate if cut.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
     return loss if cut.counts_loss() else torch.zeros_like(loss)
 

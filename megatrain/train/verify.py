@@ -31,6 +31,15 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"cp": 2, "tp": 2},
 )
 """What is tried of itself, beside the config's own layout."""
+EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"dp_shard": 2, "ep": 2},
+    {"tp": 2, "ep": 2},
+    {"cp": 2, "ep": 2},
+    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1},
+    {"dp_shard": 2, "tp": 2, "ep": 4},
+    {"pp": 2, "dp_shard": 2, "ep": 2},
+)
+"""What is tried as well of models with experts."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,11 @@ def _shrink_experts(moe: MoEConfig) -> MoEConfig:
 
 
 def layouts(cfg: Config) -> list[ParallelConfig]:
-    """The config's own layout, if it has several processes and this machine can hold them, and `LAYOUTS`."""
+    """The config's own layout, if it has several processes and this machine can hold them, and `LAYOUTS` or more."""
     own = dataclasses.replace(cfg.parallel, dp_shard=max(1, cfg.parallel.dp_shard), first_layers=())
     chosen = [own] if 1 < world_size(own) <= MOST_PROCESSES else []
-    return chosen + [ParallelConfig(**layout) for layout in LAYOUTS if ParallelConfig(**layout) != own]
+    tried = LAYOUTS if cfg.model.moe is None else LAYOUTS + EXPERT_LAYOUTS
+    return chosen + [ParallelConfig(**layout) for layout in tried if ParallelConfig(**layout) != own]
 
 
 def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], None]) -> Iterator[Verdict]:
@@ -135,7 +145,7 @@ def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], N
 def describe(layout: ParallelConfig) -> str:
     """What of a layout differs from one process."""
     plain = ParallelConfig()
-    names = (*AXES, "zero_stage", "schedule", "cp_kind")
+    names = (*AXES, "ep", "zero_stage", "schedule", "cp_kind")
     changed = [
         f"{name}={getattr(layout, name)}" for name in names if getattr(layout, name) != getattr(plain, name)
     ]

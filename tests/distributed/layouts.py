@@ -49,7 +49,15 @@ LATENT = replace(
         moe=replace(MOE, routing="sigmoid", n_groups=2, top_groups=1),
     ),
 )
-RUNS = {"untied": CFG, "tied": TIED, "gpt2": GPT2, "experts": EXPERTS, "latent": LATENT, "muon": MUON}
+RUNS = {
+    "untied": CFG,
+    "tied": TIED,
+    "gpt2": GPT2,
+    "experts": EXPERTS,
+    "latent": LATENT,
+    "muon": MUON,
+    "muon_experts": replace(EXPERTS, optim=MUON.optim),
+}
 
 
 @cache

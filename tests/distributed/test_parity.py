@@ -53,6 +53,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         for layout in ({"dp_shard": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})
     ],
     *[("latent", layout) for layout in ({"tp": 2}, {"cp": 2, "cp_kind": "ring"}, {"pp": 2, "dp_shard": 2})],
+    # whole experts on other ranks: over each axis that ep is folded over, with ranks that share experts and without
+    *[("experts", {"dp_shard": 2, "ep": 2, "zero_stage": stage}) for stage in (2, 3)],
+    ("experts", {"tp": 2, "ep": 2}),
+    ("experts", {"cp": 2, "ep": 2, "cp_kind": "ring"}),
+    *[("experts", {"dp_shard": 4, "ep": 2, "zero_stage": stage}) for stage in (0, 1, 3)],
+    ("latent", {"dp_shard": 4, "ep": 4}),
+    ("latent", {"dp_shard": 2, "tp": 2, "ep": 2}),
+    ("experts", {"cp": 2, "tp": 2, "ep": 4}),
+    ("experts", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
+    ("latent", {"pp": 2, "dp_shard": 2, "ep": 2}),
+    ("experts", {"pp": 2, "tp": 2, "ep": 2, "schedule": "interleaved_1f1b"}),
+    (
+        "experts",
+        {"dp_shard": 4, "tp": 2, "ep": 4},
+    ),  # one expert on a rank, cut through by the two that share it
+    ("muon_experts", {"dp_shard": 4, "ep": 2}),
+    ("muon_experts", {"dp_shard": 2, "tp": 2, "ep": 2}),
     # an optimizer that needs whole matrices
     *[("muon", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})],
     # triples on eight ranks

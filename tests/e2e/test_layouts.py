@@ -79,6 +79,19 @@ def test_layouts_follow_each_other_in_one_run(workplace: Workplace) -> None:
     assert events(workplace, "many").count("resume") == 3
 
 
+def test_experts_move_between_ranks_in_one_run(workplace: Workplace) -> None:
+    experts = ("model=mixtral_debug", "model.moe.n_experts=4", "model.moe.ffn_size=24", *EXACT)
+    workplace.run(workplace.tiny("run.name=one", *experts))
+    changing = (
+        ("train.stop_at=4", "parallel.dp_shard=2", "parallel.tp=2", "parallel.ep=4"),
+        ("train.stop_at=8", "parallel.dp_shard=2", "parallel.ep=2"),
+        ("parallel.dp_shard=1",),
+    )
+    for layout in changing:
+        workplace.run(workplace.tiny("run.name=many", *experts, *layout))
+    assert_same_run(workplace, "many", "one")
+
+
 def test_a_run_whose_process_was_killed_says_so_and_goes_on(workplace: Workplace) -> None:
     straight = (*EXACT, "parallel.dp_shard=2")
     workplace.run(workplace.tiny("run.name=whole", *straight))

@@ -79,6 +79,12 @@ def permute(tokens: Tensor, indices: Tensor, n_experts: int) -> tuple[Tensor, Pe
     return _Permute.apply(tokens, permutation.order, permutation.place), permutation
 
 
+def unsort(rows: Tensor, permutation: Permutation) -> Tensor:
+    """`rows` `(tokens · k, size)` in the order of `permute` back in that of the flattened choices."""
+    place, order = permutation.place.view(-1), permutation.order.view(-1, 1)
+    return _Permute.apply(rows, place, order)  # one permutation is the other's inverse
+
+
 def unpermute(rows: Tensor, permutation: Permutation, weights: Tensor) -> Tensor:
     """The weighted sum of each token's rows; the sum is made in the wider of both types.
 

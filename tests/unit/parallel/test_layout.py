@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from layouts import EXPERTS
 
 from megatrain.config.errors import UserError
 from megatrain.models.mixtral.config import MixtralConfig
@@ -43,7 +44,7 @@ def test_sizes() -> None:
         ({"pp": 2, "schedule": "zbv"}, "parallel.zero_stage", (1, 2)),
         ({"pp": 2, "schedule": "zbv", "zero_stage": 2, "tp": 2}, "parallel.tp", (1,)),
         ({"pp": 3, "schedule": "dualpipe_v", "zero_stage": 2}, "parallel.schedule", ("1f1b", "gpipe")),
-        ({"ep": 2}, "parallel.ep", (1,)),
+        ({"dp_shard": 2, "ep": 2}, "parallel.ep", (1,)),  # no experts
     ],
 )
 def test_a_broken_rule_names_the_nearest_legal_values(
@@ -73,6 +74,38 @@ def test_tensor_parallelism_divides_every_expert() -> None:
         moe=MoEConfig(ffn_size=30),
     )
     assert broken(model, tp=4)["parallel.tp"] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "field", "legal"),
+    [
+        ({"ep": 2}, "parallel.ep", (1,)),  # one rank
+        ({"dp_replicate": 4, "ep": 2}, "parallel.ep", (1,)),  # copies have their own experts
+        ({"dp_shard": 3, "cp": 2, "tp": 2, "ep": 6}, "parallel.ep", (2, 4)),  # 12 ranks, but 8 experts
+        ({"dp_shard": 16, "ep": 16}, "parallel.ep", (4, 8)),
+        ({"dp_shard": 2, "ep": 2, "pp": 2, "schedule": "zbv", "zero_stage": 2}, "parallel.ep", (1,)),
+        ({"dp_shard": 2, "ep": 2, "recompute": "selective"}, "parallel.recompute", ("none", "full")),
+        ({"dp_shard": 2, "ep": 2, "tp": 4}, "parallel.tp", (1, 2)),  # the shared expert is 30 wide
+    ],
+)
+def test_rules_of_expert_parallelism(
+    layout: dict[str, object], field: str, legal: tuple[object, ...]
+) -> None:
+    moe = MoEConfig(n_experts=8, ffn_size=30, n_shared_experts=1)
+    assert broken(replace(MODEL, moe=moe), **layout)[field][-2:] == legal
+
+
+def test_whole_experts_may_have_any_width() -> None:
+    model = replace(MODEL, moe=MoEConfig(n_experts=8, ffn_size=30))
+    assert "parallel.tp" in broken(model, tp=4)
+    assert not broken(model, tp=4, ep=4)
+    assert not broken(model, tp=2, dp_shard=2, ep=2)
+
+
+def test_ep_is_no_mistake_before_the_processes_are_known() -> None:
+    known, unknown = (replace(EXPERTS, parallel=ParallelConfig(dp_shard=n, ep=4, tp=2)) for n in (1, -1))
+    assert [problem.field for problem in known.problems()] == ["parallel.ep"]
+    assert not list(unknown.problems())
 
 
 def test_another_number_of_processes_is_refused() -> None:
