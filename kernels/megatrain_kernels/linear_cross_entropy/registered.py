@@ -53,7 +53,7 @@ def linear_cross_entropy_op(
         if compute == x.dtype:
             grad_weight.addmm_(logits.T, part)
         else:
-            grad_weight += (logits.T @ part).to(compute)
+            grad_weight += logits.T @ part
     if wants_x and options.group is not None:  # each rank has the part of its own columns
         dist.all_reduce(grad_x, group=options.group)
     return total, grad_x, grad_weight.to(weight.dtype)
