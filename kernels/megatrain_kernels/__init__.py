@@ -10,6 +10,7 @@ from megatrain_kernels.newton_schulz.op import orthogonalize
 from megatrain_kernels.quantization.op import dequantize, quantize
 from megatrain_kernels.rms_norm.op import rms_norm
 from megatrain_kernels.rotary.op import rotary
+from megatrain_kernels.scaled_matmul.op import scaled_matmul
 from megatrain_kernels.swiglu.op import swiglu
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "quantize",
     "rms_norm",
     "rotary",
+    "scaled_matmul",
     "swiglu",
     "unpermute",
     "unsort",
