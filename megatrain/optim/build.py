@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from megatrain.optim.config import AdamWConfig, LionConfig, MuonConfig, OptimConfig
@@ -32,7 +33,9 @@ def _make(cfg: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
         return Muon(groups, cfg)
     if isinstance(cfg, LionConfig):
         return Lion(groups, cfg)
-    return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+    is_cut = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    # DTensors know no fused SGD (torch 2.13).
+    return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=not is_cut)
 
 
 def _initial_state(cfg: OptimConfig, parameter: nn.Parameter, *, orthogonal: bool) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import LatentConfig, MoEConfig
-from megatrain.optim.config import AdamWConfig, MuonConfig
+from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import world_size
 from megatrain.runtime.workers import WorkerPool
@@ -57,6 +57,7 @@ RUNS = {
     "latent": LATENT,
     "muon": MUON,
     "muon_experts": replace(EXPERTS, optim=MUON.optim),
+    "sgd_experts": replace(EXPERTS, optim=SGDConfig(lr=1e-2, clip_norm=0.5)),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import CFG, STORE
+from layouts import CFG, EXPERTS, STORE
 from probes import Traffic, bytes_held, bytes_of_states, traffic
 
 from megatrain.models.flops import n_params
@@ -26,8 +26,10 @@ GROUPS = LAYERS + 1
 
 
 def in_layout(layout: dict[str, Any], precision: str = "fp64") -> Config:
+    """A dense model, but for layouts with `ep`."""
+    base = EXPERTS if "ep" in layout else CFG
     train = replace(CFG.train, precision=precision)
-    return replace(CFG, train=train, parallel=ParallelConfig(**layout))
+    return replace(base, train=train, parallel=ParallelConfig(**layout))
 
 
 def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
@@ -49,8 +51,8 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
     # Sequence parallelism: two each way in a block, one in the embedding, one (forward only) before the loss.
     add("all_gather", cfg.tp, m * (4 * blocks + 2))
     add("reduce_scatter", cfg.tp, m * (4 * blocks + 1))
-    # Gradients of what all tp ranks share, a block at once; the loss's maximum, sum and target.
-    add("all_reduce", cfg.tp, m * (blocks + 1 + 3))
+    # Gradients of what all tp ranks share, a block at once. (The loss's three are inside an operator, unheard.)
+    add("all_reduce", cfg.tp, m * (blocks + 1))
     if cfg.cp_kind == "all_gather":
         add("all_gather", cfg.cp, m * blocks)
         add("reduce_scatter", cfg.cp, m * blocks)
@@ -62,6 +64,15 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
     for name in ("send", "recv"):
         add(name, min(cfg.pp, 2), m)
     add("all_reduce", world_size(cfg), 1)  # loss, norm and whether to stop
+    if cfg.ep > 1:
+        layers = LAYERS - 1  # the first one is dense
+        share = cfg.dp_shard * cfg.cp * cfg.tp // cfg.ep  # ranks with the same experts
+        add("all_gather", share, layers * (2 * m if stage == 3 else 1))
+        add("reduce_scatter", share, layers * (m if stage >= 2 else 1))
+        add("all_to_all", cfg.ep, 5 * m * layers)  # counts; tokens and answers, both ways
+        for axis in (cfg.cp, cfg.tp):
+            add("all_reduce", axis, 2 * m * layers)  # scores and counts of whole sequences
+        add("all_reduce", world_size(cfg), 1)  # loads of the experts
     return found
 
 
@@ -75,6 +86,8 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
         {"cp": 4, "cp_kind": "ring", "zero_stage": 1},
         {"dp_shard": 2, "tp": 2},
         {"pp": 2, "schedule": "1f1b"},
+        {"dp_shard": 4, "ep": 2},
+        {"cp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
     ],
     ids=str,
 )
@@ -126,6 +139,7 @@ def largest_group(cfg: Config) -> int:
         {"dp_shard": 2, "cp": 2},
         {"dp_replicate": 2, "dp_shard": 2},
         {"pp": 2, "dp_shard": 2, "tp": 2},
+        {"dp_shard": 2, "tp": 2, "ep": 2},
     ],
     ids=str,
 )
