@@ -2,6 +2,7 @@
 
 from megatrain_kernels.attention.op import attention, doc_ids_from_cu_seqlens
 from megatrain_kernels.cross_entropy.op import cross_entropy
+from megatrain_kernels.geglu.op import geglu
 from megatrain_kernels.grouped_gemm.op import grouped_gemm
 from megatrain_kernels.grouped_gemm.permute import permute, unpermute, unsort
 from megatrain_kernels.layer_norm.op import layer_norm
@@ -18,6 +19,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "doc_ids_from_cu_seqlens",
+    "geglu",
     "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",

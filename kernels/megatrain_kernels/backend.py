@@ -59,6 +59,30 @@ def triton_runs_on(x: Tensor) -> bool:
     return x.is_cuda and _compiles_for(x.device.index or 0)
 
 
+KNOWN = (torch.float16, torch.bfloat16, torch.float32)
+"""Types that kernels compute with, in float32 inside."""
+
+
+def wants_triton(x: Tensor, backend: str, *, fits: bool = True) -> bool:
+    """Is an elementwise or row-wise operation on x to run its kernels? `fits`: x has a size that they take.
+
+    Raises:
+        ValueError: backend="triton", and they cannot.
+    """
+    if backend not in ("auto", "triton"):
+        return False
+    able = x.dtype in KNOWN and fits
+    if backend == "auto":
+        return able and triton_runs_on(x)
+    here = triton_runs_on(x) or (x.device.type == "cpu" and interpreting())
+    if not (able and here):
+        raise ValueError(
+            "backend='triton' needs a CUDA device, float16, bfloat16 or float32, and rows that registers hold; "
+            f"got {x.device.type}, {x.dtype}, {tuple(x.shape)}"
+        )
+    return True
+
+
 def try_triton(kind: tuple[Any, ...], launch: Callable[[], Result], *, backend: str) -> Result | None:
     """What `launch` returns, or None where kernels of this `kind` (operation first) fail: PyTorch takes over.
 

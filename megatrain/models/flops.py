@@ -6,7 +6,7 @@ use and both are given: *full* counts every query against every key (PaLM, arXiv
 only the pairs that a causal or windowed mask leaves.
 """
 
-from megatrain.nn.config import DecoderConfig
+from megatrain.nn.config import GATED, DecoderConfig
 
 
 def _attention_parameters(cfg: DecoderConfig) -> int:
@@ -26,7 +26,7 @@ def _attention_parameters(cfg: DecoderConfig) -> int:
 
 def _feed_forward_parameters(cfg: DecoderConfig, layer: int, *, active: bool) -> int:
     """The same of layer number `layer`'s feed-forward block; `active`: only those that one token meets."""
-    matrices = 3 if cfg.activation == "swiglu" else 2
+    matrices = 3 if cfg.activation in GATED else 2
     if cfg.moe is None or not cfg.has_experts(layer):
         return matrices * cfg.hidden_size * cfg.ffn_size
     experts = (cfg.moe.top_k if active else cfg.moe.n_experts) + cfg.moe.n_shared_experts
@@ -47,7 +47,7 @@ def _vector_parameters(cfg: DecoderConfig) -> int:
     attention = (q_size + 2 * kv_size) * cfg.attention_bias + cfg.hidden_size * cfg.output_bias
     if cfg.latent is not None:
         attention = (cfg.latent.q_lora_rank or 0) + cfg.latent.kv_lora_rank  # norms
-    inner = 2 if cfg.activation == "swiglu" else 1
+    inner = 2 if cfg.activation in GATED else 1
     return norms + attention + (inner * cfg.ffn_size + cfg.hidden_size) * cfg.mlp_bias
 
 

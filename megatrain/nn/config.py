@@ -5,6 +5,9 @@ from typing import Literal
 
 from megatrain.config.schema import Problem, at_least, config, nearest_divisors
 
+GATED = ("swiglu", "geglu")
+"""Activations that take a gate beside their input."""
+
 
 @config
 class RopeScaling:
@@ -152,7 +155,7 @@ class DecoderConfig:
     """Tokens: the longest sequence; with learned positions also their number."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
     """relu2 is the square of ReLU (Primer, arXiv 2109.08668)."""
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10000.0

@@ -1,23 +1,26 @@
-"""The feed-forward block: gated (SwiGLU) or plain."""
+"""The feed-forward block: gated (SwiGLU, GeGLU) or plain."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatrain.nn.config import DecoderConfig
-from megatrain_kernels import swiglu
+from megatrain.nn.config import GATED, DecoderConfig
+from megatrain_kernels import geglu, swiglu
+
+JOIN = {"swiglu": swiglu, "geglu": geglu}
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(activation(gate(x)) · up(x)); silu by default, else tanh GELU."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool, activation: str = "swiglu") -> None:
         super().__init__()
+        self.join = JOIN[activation]
         self.gate = nn.Linear(hidden_size, ffn_size, bias=bias)
         self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
         self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(swiglu(self.gate(x), self.up(x)))
+        out: Tensor = self.down(self.join(self.gate(x), self.up(x)))
         return out
 
 
@@ -42,6 +45,6 @@ class PlainMLP(nn.Module):
 
 def make_mlp(cfg: DecoderConfig) -> nn.Module:
     """The feed-forward block that `cfg.activation` asks for."""
-    if cfg.activation == "swiglu":
-        return GatedMLP(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
+    if cfg.activation in GATED:
+        return GatedMLP(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias, activation=cfg.activation)
     return PlainMLP(cfg)

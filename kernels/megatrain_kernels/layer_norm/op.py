@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, wants_triton
 from megatrain_kernels.blocks import block_rows
 from megatrain_kernels.layer_norm.reference import layer_norm_reference
+from megatrain_kernels.norm_operator import LARGEST_ROW, norm_op
 
 
 class _HalfLayerNorm(torch.autograd.Function):
@@ -49,7 +50,11 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backend: str = "auto"
 ) -> Tensor:
     """LayerNorm over the last dimension of x `(..., size)` with weight and bias `(size,)`."""
-    if choose(backend) == "reference":
+    chosen = choose(backend, ("torch", "triton", "reference"))
+    if wants_triton(x, backend, fits=x.shape[-1] <= LARGEST_ROW):
+        out, *_ = norm_op(x.reshape(-1, x.shape[-1]), None, weight, bias, eps, True, backend)
+        return out.view(x.shape)
+    if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     half = x.dtype in (torch.bfloat16, torch.float16)
     if half and x.device.type == "cpu" and weight.requires_grad and not torch.compiler.is_compiling():

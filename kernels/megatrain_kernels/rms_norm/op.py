@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm as torch_rms_norm
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, wants_triton
 from megatrain_kernels.blocks import block_rows
+from megatrain_kernels.norm_operator import LARGEST_ROW, norm_op
 from megatrain_kernels.rms_norm.reference import rms_norm_reference
 
 
@@ -63,6 +64,10 @@ def _fastest(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _BlockedRMSNorm.apply(flat, weight, eps).view(x.shape)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,8 +75,13 @@ def rms_norm(
 
     With `residual` (x's shape) x + residual is normalised, and (normalised, x + residual) is returned.
     """
+    chosen = choose(backend, ("torch", "triton", "reference"))
+    if wants_triton(x, backend, fits=x.shape[-1] <= LARGEST_ROW):
+        flat, added = _rows(x), None if residual is None else _rows(residual)
+        made, sums, _, _ = norm_op(flat, added, weight, None, eps, False, backend)
+        return made.view(x.shape) if residual is None else (made.view(x.shape), sums.view(x.shape))
     total = x if residual is None else x + residual
-    if choose(backend) == "reference":
+    if chosen == "reference":
         out = rms_norm_reference(total, weight, eps)
     else:
         out = _fastest(total, weight, eps)

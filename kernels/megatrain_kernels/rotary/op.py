@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, wants_triton
 from megatrain_kernels.blocks import BLOCK_ELEMENTS
 from megatrain_kernels.rotary.reference import rotary_reference
+from megatrain_kernels.rotary.registered import rotary_op
 
 
 class _Rotate(torch.autograd.Function):
@@ -53,6 +54,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
 
     The pairs are (i, i + head_dim/2), as in Hugging Face's Llama.
     """
-    if choose(backend) == "reference":
+    chosen = choose(backend, ("torch", "triton", "reference"))
+    if chosen == "reference":
         return rotary_reference(q, cos, sin), rotary_reference(k, cos, sin)
+    if wants_triton(q, backend):
+        turned_q, turned_k = rotary_op(q, k, cos, sin, False, backend)
+        return turned_q, turned_k
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, wants_triton
 from megatrain_kernels.blocks import block_rows
+from megatrain_kernels.gated_operator import gated_op
 from megatrain_kernels.swiglu.reference import swiglu_reference
 
 
@@ -46,9 +47,13 @@ def _in_blocks(gate: Tensor) -> bool:
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) · up, elementwise over equal shapes `(..., size)`."""
-    if choose(backend) == "reference":
+    chosen = choose(backend, ("torch", "triton", "reference"))
+    if chosen == "reference":
         return swiglu_reference(gate, up)
+    flat = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
+    if wants_triton(gate, backend):
+        made: Tensor = gated_op(*flat, False, backend)
+        return made.view(gate.shape)
     if torch.compiler.is_compiling():
         return silu(gate) * up
-    flat = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
     return _SwiGLU.apply(*flat).view(gate.shape)

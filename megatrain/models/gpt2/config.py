@@ -12,7 +12,7 @@ class GPT2Config(DecoderConfig):
     vocab_size: int = 50257
     max_seq_len: int = 1024
     norm: Literal["rms", "layer"] = "layer"
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu2"] = "gelu_tanh"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "gelu_tanh"
     positions: Literal["rope", "learned"] = "learned"
     attention_bias: bool = True
     output_bias: bool = True
