@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
@@ -13,6 +14,25 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 Backend = Literal["auto", "torch", "triton", "reference"]
+
+
+_preferred: Backend = "auto"
+
+
+@contextmanager
+def preferring(backend: Backend) -> Iterator[None]:
+    """Within, "auto" means `backend`: for comparisons of whole models."""
+    global _preferred
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def preferred(backend: str) -> str:
+    """`backend`, or what `preferring` puts in the place of "auto"."""
+    return _preferred if backend == "auto" else backend
 
 
 def choose(backend: str, available: tuple[str, ...] = ("torch", "reference")) -> str:
@@ -69,6 +89,7 @@ def wants_triton(x: Tensor, backend: str, *, fits: bool = True) -> bool:
     Raises:
         ValueError: backend="triton", and they cannot.
     """
+    backend = preferred(backend)
     if backend not in ("auto", "triton"):
         return False
     able = x.dtype in KNOWN and fits

@@ -8,7 +8,7 @@ from megatrain_kernels.attention.cpu import blocked_causal_attention
 from megatrain_kernels.attention.reference import allowed, attention_reference
 from megatrain_kernels.attention.registered import attention_op, takes_triton
 from megatrain_kernels.attention.rule import Rule
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, preferred
 
 LONGEST_BLOCKED_SEQ = 1024  # beyond this the kept probabilities cost more memory than they save time
 
@@ -51,6 +51,7 @@ def attention(
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, q_offset)
     _check(q, k, v, doc_ids, rule)
+    backend = preferred(backend)
     chosen = choose(backend, ("torch", "triton", "reference"))
     if chosen == "reference":
         out, lse = attention_reference(q, k, v, doc_ids=doc_ids, **rule._asdict())

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, preferred
 from megatrain_kernels.cross_entropy.reference import cross_entropy_reference, reduce_loss
 from megatrain_kernels.cross_entropy.registered import check_triton, cross_entropy_op
 
@@ -50,6 +50,7 @@ def cross_entropy(
         ValueError: another reduction or backend; the reference of a sharded vocabulary; "triton" where it cannot run.
     """
     valid = targets != ignore_index
+    backend = preferred(backend)
     chosen = choose(backend, ("torch", "triton", "reference"))
     if chosen == "triton":
         check_triton(logits)

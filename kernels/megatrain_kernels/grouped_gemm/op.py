@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 from torch.utils.flop_counter import register_flop_formula
 
-from megatrain_kernels.backend import choose, interpreting, triton_runs_on
+from megatrain_kernels.backend import choose, interpreting, preferred, triton_runs_on
 from megatrain_kernels.grouped_gemm.reference import grouped_gemm_reference
 
 KNOWN = (torch.bfloat16, torch.float16, torch.float32)
@@ -141,6 +141,7 @@ def grouped_gemm(x: Tensor, weights: Tensor, group_sizes: Tensor, *, backend: st
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weights = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weights))
+    backend = preferred(backend)
     choose(backend, ("torch", "triton", "reference"))
     if backend == "reference":
         return grouped_gemm_reference(x, weights, group_sizes)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, preferred
 from megatrain_kernels.cross_entropy.op import cross_entropy
 from megatrain_kernels.cross_entropy.reference import reduce_loss
 from megatrain_kernels.cross_entropy.registered import check_triton
@@ -63,6 +63,7 @@ def linear_cross_entropy(
             cannot run.
     """
     valid = targets != ignore_index
+    backend = preferred(backend)
     chosen = choose(backend, ("torch", "triton", "reference"))
     if chosen == "triton":
         check_triton(x)

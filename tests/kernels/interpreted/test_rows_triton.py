@@ -252,7 +252,7 @@ def break_module(name: str, source: str) -> Any:
 
 
 def test_operators_are_well_formed() -> None:
-    x, residual, weight = norm_inputs(1, 3, 20, "rms, added", torch.float32)
+    x, weight, residual = norm_inputs(1, 3, 20, "rms, added", torch.float32)
     torch.library.opcheck(norm_op, (x, residual, weight, None, EPS, False, "triton"))
     torch.library.opcheck(norm_op, (x, None, weight, draw(4, 20), EPS, True, "triton"))
     stats = (draw(6, 3).detach(), draw(7, 3).detach())
