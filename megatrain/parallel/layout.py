@@ -111,9 +111,6 @@ def _experts(cfg: ParallelConfig, model: DecoderConfig) -> Iterator[Problem]:
     if broken:
         legal = nearest_divisors(math.gcd(*parts.values()), cfg.ep)
         yield Problem("parallel.ep", cfg.ep, f"must divide {' and '.join(broken)}", legal)
-    if cfg.schedule in SPLIT_BACKWARD and cfg.pp > 1:
-        rule = f"{cfg.schedule} computes weights' gradients apart, which collectives between them do not bear"
-        yield Problem("parallel.ep", cfg.ep, rule, (1,))
     if cfg.recompute == "selective":
         rule = (
             "selective recomputation does not bear that experts' weights are gathered inside a block (ep > 1)"

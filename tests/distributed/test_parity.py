@@ -64,6 +64,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("experts", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
     ("latent", {"pp": 2, "dp_shard": 2, "ep": 2}),
     ("experts", {"pp": 2, "tp": 2, "ep": 2, "schedule": "interleaved_1f1b"}),
+    ("latent", {"pp": 2, "dp_shard": 2, "ep": 2, "schedule": "zbv", "zero_stage": 2}),
     (
         "experts",
         {"dp_shard": 4, "tp": 2, "ep": 4},

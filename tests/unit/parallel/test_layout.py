@@ -83,7 +83,6 @@ def test_tensor_parallelism_divides_every_expert() -> None:
         ({"dp_replicate": 4, "ep": 2}, "parallel.ep", (1,)),  # copies have their own experts
         ({"dp_shard": 3, "cp": 2, "tp": 2, "ep": 6}, "parallel.ep", (2, 4)),  # 12 ranks, but 8 experts
         ({"dp_shard": 16, "ep": 16}, "parallel.ep", (4, 8)),
-        ({"dp_shard": 2, "ep": 2, "pp": 2, "schedule": "zbv", "zero_stage": 2}, "parallel.ep", (1,)),
         ({"dp_shard": 2, "ep": 2, "recompute": "selective"}, "parallel.recompute", ("none", "full")),
         ({"dp_shard": 2, "ep": 2, "tp": 4}, "parallel.tp", (1, 2)),  # the shared expert is 30 wide
     ],
