@@ -52,7 +52,9 @@ class Muon(Optimizer):
         assert gradient is not None
         buffer.lerp_(gradient, 1 - self.cfg.momentum)
         wanted = gradient.lerp(buffer, self.cfg.momentum) if self.cfg.nesterov else buffer
-        direction = part_like(orthogonalize(whole_tensor(wanted), steps=self.cfg.ns_steps), wanted)
+        stacked = wanted.ndim - 2  # a matrix must be whole, a stack of them need not be
+        made = orthogonalize(whole_tensor(wanted, first=stacked), steps=self.cfg.ns_steps)
+        direction = part_like(made, wanted, first=stacked)
         weight = local_part(parameter)
         weight.mul_(1 - lr * decay)
         weight.add_(direction, alpha=-lr * update_scale(parameter.shape, self.cfg.scaling))

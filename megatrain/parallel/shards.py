@@ -26,29 +26,32 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 @torch.no_grad()
-def whole_tensor(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor, *, first: int = 0) -> Tensor:
     """`tensor` in full, bit for bit, on every rank that holds a part of it; all of them must call this.
+
+    Dimensions before `first` stay cut: of stacked matrices a rank gets those whole that it has a part of.
 
     Each rank puts its part among zeros, and these are added up over the axes that cut. Not DTensor.full_tensor: torch
     2.13's failed on a dimension of 64 that FSDP cut into 4 and tensor parallelism into 2.
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.to_local().device)
-    part_like(full, tensor).copy_(tensor.to_local())
+    local = tensor.to_local()
+    full = local.new_zeros(*local.shape[:first], *tensor.shape[first:])
+    part_like(full, tensor, first=first).copy_(local)
     for axis, placement in enumerate(tensor.placements):
-        if not placement.is_replicate():  # `is_shard` is False for the cut of a cut
+        # Not `is_shard`, which is False for the cut of a cut.
+        if not placement.is_replicate() and placement.dim >= first:  # type: ignore[attr-defined]
             dist.all_reduce(full, group=tensor.device_mesh.get_group(axis))
     return full
 
 
-def part_like(full: Tensor, like: Tensor) -> Tensor:
-    """The part of `full` that this rank holds of `like`, a view."""
+def part_like(full: Tensor, like: Tensor, *, first: int = 0) -> Tensor:
+    """The part of `full` that this rank holds of `like`, a view; `first` as in `whole_tensor`."""
     if not isinstance(like, DTensor):
         return full
     values, _, offsets = shard_of(like)
-    for dim, (size, offset) in enumerate(zip(values.shape, offsets, strict=True)):
-        full = full.narrow(
-            dim, min(offset, full.shape[dim] - size), size
-        )  # an empty part may lie past the end
+    for dim in range(first, like.ndim):
+        size = values.shape[dim]
+        full = full.narrow(dim, min(offsets[dim], full.shape[dim] - size), size)  # empty: maybe past the end
     return full

@@ -43,18 +43,18 @@ def tensor_parallel(model: Any, mesh: DeviceMesh, plan: Mapping[str, Role]) -> N
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): role for name, role in roles.items() if name.startswith(prefix)}
         use_local(block, own, group)
-        for part in _parts_on_whole_sequence(block, group):
+        for part in _parts_on_whole_sequence(block, own, group):
             _on_whole_sequence(part, group)
     use_local(model, {name: role for name, role in roles.items() if not name.startswith("layers.")}, group)
     _cut_ends(model, group)
 
 
-def _parts_on_whole_sequence(block: Any, group: Group) -> Iterator[nn.Module]:
-    """What of a block has cut matrices, so that every rank must see all tokens."""
+def _parts_on_whole_sequence(block: Any, roles: Mapping[str, Role], group: Group) -> Iterator[nn.Module]:
+    """What of a block has matrices that are cut here, so that every rank must see all tokens."""
     yield block.attn
     if block.moe is None:
         yield block.mlp
-    elif not isinstance(block.moe.experts.gate, DTensor):
+    elif "moe.experts.gate" in roles:
         yield block.moe
     else:  # each rank sends its own tokens to the experts
         block.moe.balance.sum_further(partial(sum_over, group=group))

@@ -72,6 +72,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("muon_experts", {"dp_shard": 4, "ep": 2}),
     ("muon_experts", {"dp_shard": 2, "tp": 2, "ep": 2}),
     ("sgd_experts", {"dp_shard": 2, "ep": 2}),
+    ("muon_experts", {"dp_shard": 2, "tp": 2}),
     # an optimizer that needs whole matrices
     *[("muon", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})],
     # triples on eight ranks
