@@ -12,6 +12,7 @@ from megatrain.parallel.compile import compile_blocks
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import context_parallel, cut_sequence
 from megatrain.parallel.expert import expert_parallel
+from megatrain.parallel.float8 import Scaling, float8_linears
 from megatrain.parallel.fsdp import shard_data_parallel
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import TABLE, Pipeline, balanced, keep_stage, layer_costs, own_stages
@@ -103,14 +104,16 @@ def parallelize(
     plan: Mapping[str, Role],
     *,
     compute_dtype: torch.dtype,
+    float8: Scaling | None = None,
 ) -> CutModel:
     """This rank's part of the model that `make_model` makes on the meta device.
 
-    The order: pipeline stages, expert, tensor, context, recomputation, compilation, ZeRO.
+    The order: pipeline stages, expert, tensor, context, fp8, recomputation, compilation, ZeRO. `float8` is the scaling
+    of linear layers in fp8; None: they compute in `compute_dtype`.
     """
     if mesh is None:
         model = make_model()
-        wrap_blocks(model, cfg)
+        wrap_blocks(model, cfg, float8)
         return CutModel(cfg, [model])
     models = list(_stages(make_model, cfg, mesh))
     is_tied = make_model().head is None
@@ -121,7 +124,7 @@ def parallelize(
             tensor_parallel(model, mesh.data["tp"], plan)
         if mesh.cp is not None:
             context_parallel(model, mesh.cp.get_group(), cfg.cp_kind)
-        wrap_blocks(model, cfg)
+        wrap_blocks(model, cfg, float8)
         shard_data_parallel(
             model,
             mesh.data["replicate", "shard"],
@@ -147,8 +150,10 @@ def _stages(make_model: Callable[[], nn.Module], cfg: ParallelConfig, mesh: Mesh
         yield model
 
 
-def wrap_blocks(model: nn.Module, cfg: ParallelConfig) -> None:
-    """Recompute and compile the blocks of `model` as `cfg` says."""
+def wrap_blocks(model: nn.Module, cfg: ParallelConfig, float8: Scaling | None = None) -> None:
+    """Quantize, recompute and compile the blocks of `model`."""
+    if float8 is not None:
+        float8_linears(model, float8)
     recompute_blocks(model, cfg.recompute)
     if cfg.compile:
         compile_blocks(model)

@@ -12,6 +12,7 @@ from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, V_SHAPED, Par
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the mesh, slowest first: ranks that differ in tp only are neighbours."""
+FLOAT8_GROUP = 128  # tokens or channels that share a scale in fp8
 
 
 def world_size(cfg: ParallelConfig) -> int:
@@ -137,3 +138,51 @@ def _pipeline(cfg: ParallelConfig, model: DecoderConfig, micro_batches: int) -> 
     if cfg.schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
         rule = f"{cfg.schedule} needs a multiple of pp and at least {needed} micro-batches a step, not {micro_batches}"
         yield Problem("parallel.schedule", cfg.schedule, rule, ("1f1b", "gpipe"))
+
+
+def float8_problems(
+    cfg: ParallelConfig, model: DecoderConfig, seq_len: int, scaling: str
+) -> Iterator[Problem]:
+    """The rules that linear layers in fp8 break: no scale may depend on how the work is cut."""
+    if scaling == "tensor":
+        rule = (
+            "cuts tokens or weights that share a scale under train.fp8_scaling=tensor (block and row bear it)"
+        )
+        for axis in ("dp_replicate", "dp_shard", "cp", "tp"):
+            if getattr(cfg, axis) > 1:
+                yield Problem(f"parallel.{axis}", getattr(cfg, axis), rule, (1,))
+    if scaling == "row" and cfg.tp > 1:
+        rule = "cuts rows that share a scale under train.fp8_scaling=row (block bears it)"
+        yield Problem("parallel.tp", cfg.tp, rule, (1,))
+    if scaling == "block":
+        yield from _blocks(cfg, model, seq_len)
+
+
+def _blocks(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Iterator[Problem]:
+    """Groups of tokens and of channels must lie whole on a rank."""
+    unit = FLOAT8_GROUP * (2 * cfg.cp if cfg.cp > 1 else 1)
+    if seq_len % unit:
+        rule = f"must be a multiple of {unit}: train.fp8_scaling=block groups {FLOAT8_GROUP} tokens of one sequence"
+        below = seq_len // unit * unit
+        yield Problem("seq_len", seq_len, rule, (below, below + unit)[below == 0 :])
+    if cfg.tp == 1:
+        return
+    latent = model.latent
+    widths = {
+        "queries": model.n_heads * model.head_size,
+        "values": model.n_heads * model.v_head_size,
+        "keys": model.kv_heads * model.head_size
+        if latent is None
+        else model.n_heads * (latent.qk_nope_head_dim + latent.v_head_dim),
+        "model.ffn_size": model.ffn_size,
+    }
+    if model.moe is not None and model.moe.n_shared_experts:
+        widths["the shared experts"] = model.moe.n_shared_experts * model.expert_ffn_size
+    broken = [f"{name} ({width})" for name, width in widths.items() if width % (FLOAT8_GROUP * cfg.tp)]
+    if broken:
+        rule = (
+            f"must leave whole groups of {FLOAT8_GROUP} channels (train.fp8_scaling=block) in the parts of "
+            + " and ".join(broken)
+        )
+        whole = math.gcd(*widths.values()) // FLOAT8_GROUP
+        yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(max(1, whole), cfg.tp))

@@ -13,6 +13,7 @@ KEPT = frozenset(
         "aten::addmm",
         "megatrain::attention",
         "megatrain::grouped_gemm",
+        "megatrain::scaled_matmul",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",

@@ -17,6 +17,7 @@ from megatrain.optim.build import build_optimizer
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import parallelize
+from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.sharding import DECODER_PLAN
@@ -25,7 +26,12 @@ from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
-COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+COMPUTE_DTYPE = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,  # of all but the products of linear layers
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,23 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     """The model with its initial weights on `device`, and an optimizer that has done nothing yet.
 
     Weights are float32 (float64 under `train.precision=fp64`). Each rank of `mesh` makes only its own, in place.
+
+    Raises:
+        UserError: the device cannot compute in `train.precision`.
     """
     compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
+    float8 = cfg.train.fp8_scaling if cfg.train.precision == "fp8" else None
+    if float8 is not None:
+        check_float8(device)
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
 
     def make_model() -> nn.Module:
         with torch.device("meta"):
             return get_spec(cfg.model.kind).build(cfg.model).to(master_dtype)
 
-    cut = parallelize(make_model, cfg.parallel, mesh, DECODER_PLAN, compute_dtype=compute_dtype)
+    cut = parallelize(
+        make_model, cfg.parallel, mesh, DECODER_PLAN, compute_dtype=compute_dtype, float8=float8
+    )
     for model in cut.models:
         model.to_empty(device=device)
         init_weights(model, cfg.model, seed=cfg.train.seed, shard_of=shard_of)

@@ -15,7 +15,7 @@ from megatrain.nn.config import ExpertsConfig
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import data_ranks
+from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
 
 SCHEMA_VERSION = 1
@@ -47,9 +47,14 @@ class TrainConfig:
     start anew."""
     allow_changes: tuple[str, ...] = ()
     """Config keys that may differ from the run's first config although they change the run; `*`: any."""
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Type of the computation. Weights, gradients and optimizer are float32 under bf16. auto: bf16 where a quick
-    measurement finds it faster on this device, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp8", "fp64"] = "auto"
+    """Type of the computation. Weights, gradients and optimizer are float32 under bf16 and fp8. fp8: as bf16, with the
+    blocks' linear layers (not routers and experts) in 8 bits, on GPUs that have it; a CPU computes the same numbers,
+    slowly. auto: bf16 where a quick measurement finds it faster on this device, else fp32."""
+    fp8_scaling: Literal["tensor", "row", "block"] = "row"
+    """What shares a scale in fp8. tensor: all numbers of an operand; the run then depends on micro_batch_size, and only
+    pipelines can cut it. row: a token, or a weight's row; weights' gradients are computed in bf16. block: 128 numbers
+    of a token or channel, 128 by 128 of a weight (DeepSeek-V3, arXiv 2412.19437, section 3.3)."""
     z_loss: float = 0.0
     """Factor on the squared log-partition of the logits (PaLM, arXiv 2204.02311)."""
     ema_decay: float | None = None
@@ -143,3 +148,5 @@ class Config:
             yield from layout_problems(
                 parallel, self.model, self.seq_len, self.global_batch_size, self.micro_batch_size
             )
+            if self.train.precision == "fp8":
+                yield from float8_problems(parallel, self.model, self.seq_len, self.train.fp8_scaling)

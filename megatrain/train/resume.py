@@ -31,7 +31,10 @@ FREE = (
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     """Keys outside `FREE` whose values differ: key -> (old, new)."""
     before, after = flatten(old), flatten(new)
-    keys = [key for key in before | after if not any(fnmatchcase(key, pattern) for pattern in FREE)]
+    free = set(FREE)
+    if new.train.precision == "fp8" and new.train.fp8_scaling == "tensor":
+        free.remove("micro_batch_size")  # tokens that are computed together share a scale
+    keys = [key for key in before | after if not any(fnmatchcase(key, pattern) for pattern in free)]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 

@@ -25,7 +25,6 @@ def _capability(index: int) -> tuple[int, int]:
     return (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result
 def multiplies_fp8(device: torch.device) -> bool:
     """Has the device tensor cores for fp8 in these formats?"""
     return device.type == "cuda" and _capability(device.index or 0) >= (8, 9)

@@ -28,7 +28,7 @@ from megatrain.cli.completion import candidates
         ("megatrain train -m optim=adamw,s", ["optim=adamw,sgd"]),
         (
             "megatrain train train.precision=",
-            [f"train.precision={each}" for each in ("auto", "bf16", "fp32", "fp64")],
+            [f"train.precision={each}" for each in ("auto", "bf16", "fp32", "fp64", "fp8")],
         ),
         ("megatrain train log.tensorboard=", ["log.tensorboard=false", "log.tensorboard=true"]),
         ("megatrain train optim.kind=", [f"optim.kind={each}" for each in ("adamw", "lion", "muon", "sgd")]),
@@ -64,7 +64,7 @@ def test_paths_are_completed_and_own_options_offered(tmp_path: Path) -> None:
         ("megatrain tr", "<train >"),
         ("megatrain train schedule=w", "<wsd >"),  # readline replaces what follows the =
         ("megatrain train train.prec", "<train.precision=>"),
-        ("megatrain train train.precision=f", "<fp32><fp64>"),
+        ("megatrain train train.precision=f", "<fp32><fp64><fp8>"),
         ("megatrain train nothing=", "<>"),
     ],
 )

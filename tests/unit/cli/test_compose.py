@@ -105,7 +105,7 @@ def test_four_mistakes_in_one_message() -> None:
         ("~train.stepz", "~train.stepz", "does not exist"),
         ("+train.steps=3", "+train.steps", "++train.steps=3"),
         ("train.steps=1e3", "train.steps", "must be a whole number. Nearest legal: 1000"),
-        ("train.precision=fp61", "train.precision", "one of auto, fp32, bf16, fp64"),
+        ("train.precision=fp61", "train.precision", "one of auto, fp32, bf16, fp8, fp64"),
         ("parallel.tp=3", "parallel.tp", "must divide"),
         ("log.project='x'", "log.project", "there is no such key"),
         ("data=text", "data.path", "must be given; write data.path=VALUE"),

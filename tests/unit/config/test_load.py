@@ -158,7 +158,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "micro_batch_size": (2, 4),
         "parallel.tp": (1,),
     }
-    assert found["train.precision"].rule == "must be one of auto, fp32, bf16, fp64"
+    assert found["train.precision"].rule == "must be one of auto, fp32, bf16, fp8, fp64"
     assert found["optim.kind"].rule == "must be one of adamw, sgd, muon, lion"
 
 

@@ -1,0 +1,200 @@
+"""Linear layers in fp8 against float64 products of operands quantized by a search among the formats' numbers."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from quantization_check import by_search, tiles
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from megatrain.config.errors import UserError
+from megatrain.models.decoder import Decoder
+from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.init import init_weights
+from megatrain.parallel import float8
+from megatrain.parallel.compile import compile_blocks
+from megatrain.parallel.float8 import Float8Linear, Scaling, check_float8, float8_linears
+from megatrain.parallel.recompute import recompute_blocks
+
+SCALINGS: tuple[Scaling, ...] = ("tensor", "row", "block")
+TOKENS, IN, OUT = (3, 100), 200, 150  # no whole groups of 128
+CFG = DecoderConfig(n_layers=2, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=48, vocab_size=61)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x * torch.randn(shape[-1], generator=torch.Generator().manual_seed(9)).exp()).to(dtype)
+
+
+def layer(weight: Tensor, bias: Tensor | None, scaling: Scaling) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    made.weight.data.copy_(weight)
+    if bias is not None:
+        made.bias.data.copy_(bias)
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": made})
+    float8_linears(model, scaling)
+    return made
+
+
+def rounded(x: np.ndarray, dtype: str, scaling: str) -> np.ndarray:
+    """What the quantized x `(rows, cols)` stands for."""
+    numbers, scales = by_search(torch.from_numpy(np.ascontiguousarray(x)), dtype, scaling, 128)
+    return numbers * scales.astype(np.float64)[tiles(x.shape, scaling, 128)]
+
+
+def expected(x: np.ndarray, w: np.ndarray, g: np.ndarray, scaling: str) -> list[np.ndarray]:
+    """Output and gradients of x `(tokens, in)` and w `(out, in)`, as the table in `float8.py` says."""
+    along = {"tensor": "tensor", "row": "row", "block": "group"}[scaling]
+    out = rounded(x, "e4m3", along) @ rounded(w, "e4m3", scaling).T
+    for_x = rounded(g, "e5m2", along) @ rounded(w.T, "e4m3", scaling).T
+    if scaling == "row":
+        return [out, for_x, g.T @ x]
+    return [out, for_x, rounded(g.T, "e5m2", along) @ rounded(x.T, "e4m3", along).T]
+
+
+def computed(x: Tensor, module: nn.Linear, g: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    out = module(x)
+    assert out.shape == g.shape
+    return [out.detach(), *torch.autograd.grad(out, (x, *module.parameters()), g)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_output_and_gradients(scaling: Scaling, dtype: torch.dtype) -> None:
+    x, weight = draw(*TOKENS, IN, seed=1, dtype=dtype), draw(OUT, IN, seed=2, dtype=dtype)
+    bias, g = draw(OUT, seed=3, dtype=dtype), draw(*TOKENS, OUT, seed=4, dtype=dtype) * 1e-4
+    out, for_x, for_weight, for_bias = computed(x, layer(weight, bias, scaling), g)
+    flat, flat_g = x.flatten(0, 1).double().numpy(), g.flatten(0, 1).double().numpy()
+    truths = expected(flat, weight.double().numpy(), flat_g, scaling)
+    truths[0] += bias.double().numpy()
+    # Relative to the largest: float64's own roundings, or those of a bf16 result (and of its sum with the bias).
+    bound = 1e-13 if dtype == torch.float64 else 2**-7
+    for got, truth in zip((out, for_x, for_weight), truths, strict=True):
+        assert got.dtype == dtype
+        error = np.abs(got.double().numpy().reshape(truth.shape) - truth).max() / np.abs(truth).max()
+        assert error <= bound
+    torch.testing.assert_close(
+        for_bias.double(), g.double().sum((0, 1)), rtol=0, atol=30 * bound * g.abs().max().item()
+    )
+
+
+def added(parts: list[list[Tensor]]) -> list[Tensor]:
+    """Outputs and x's gradients side by side, weights' gradients summed."""
+    outs, for_x, for_weight = zip(*parts, strict=True)
+    return [torch.cat(outs), torch.cat(for_x), torch.stack(for_weight).sum(0)]
+
+
+def by_micro_batches(x: Tensor, weight: Tensor, g: Tensor, scaling: Scaling) -> list[Tensor]:
+    module = layer(weight, None, scaling)
+    pairs = zip(x.split(1), g.split(1), strict=True)
+    return added([computed(part, module, grad) for part, grad in pairs])
+
+
+def by_outputs(x: Tensor, weight: Tensor, g: Tensor, scaling: Scaling) -> list[Tensor]:
+    """As tensor parallelism cuts the first layers."""
+    cuts = zip(weight.split(128), g.split(128, -1), strict=True)
+    outs, for_x, for_weight = zip(
+        *(computed(x, layer(w, None, scaling), part) for w, part in cuts), strict=True
+    )
+    return [torch.cat(outs, -1), torch.stack(for_x).sum(0), torch.cat(for_weight)]
+
+
+def by_inputs(x: Tensor, weight: Tensor, g: Tensor, scaling: Scaling) -> list[Tensor]:
+    """As it cuts the last ones."""
+    cuts = zip(weight.split(128, 1), x.split(128, -1), strict=True)
+    outs, for_x, for_weight = zip(
+        *(computed(part, layer(w, None, scaling), g) for w, part in cuts), strict=True
+    )
+    return [torch.stack(outs).sum(0), torch.cat(for_x, -1), torch.cat(for_weight, 1)]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cut", "same"),
+    [
+        ("block", by_micro_batches, True),
+        ("block", by_outputs, True),
+        ("block", by_inputs, True),
+        ("row", by_micro_batches, True),
+        ("row", by_outputs, False),
+        ("row", by_inputs, False),
+        ("tensor", by_micro_batches, False),
+        ("tensor", by_outputs, False),
+        ("tensor", by_inputs, False),
+    ],
+)
+def test_cuts_that_change_nothing_and_those_that_do(
+    scaling: Scaling, cut: Callable[..., list[Tensor]], same: bool
+) -> None:
+    """What `layout.float8_problems` allows and refuses."""
+    x, weight, g = draw(2, 128, 256, seed=1), draw(256, 256, seed=2), draw(2, 128, 256, seed=3)
+    whole, parts = computed(x, layer(weight, None, scaling), g), cut(x, weight, g, scaling)
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(parts, whole, strict=True)]
+    assert (max(errors) < 1e-13) == same
+    assert same or max(errors) > 1e-4
+
+
+def test_blocks_linear_layers_and_nothing_else() -> None:
+    cfg = DecoderConfig(
+        n_layers=2,
+        hidden_size=32,
+        n_heads=4,
+        vocab_size=61,
+        tie_embeddings=False,
+        moe=MoEConfig(n_experts=4, ffn_size=16, n_shared_experts=1, first_k_dense=1),
+    )
+    model = Decoder(cfg)
+    names = [name for name, _ in model.named_parameters()]
+    float8_linears(model, "row")
+    assert [name for name, _ in model.named_parameters()] == names
+    changed = {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
+    attention = {f"layers.{n}.attn.w{each}" for n in (0, 1) for each in "qkvo"}
+    shared = {f"layers.1.moe.shared.{each}" for each in ("gate", "up", "down")}
+    assert changed == attention | shared | {f"layers.0.mlp.{each}" for each in ("gate", "up", "down")}
+
+
+DATA = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(5))
+
+
+def gradients(prepare: Callable[[Decoder], None]) -> dict[str, Tensor]:
+    model = Decoder(CFG)
+    init_weights(model, CFG, seed=1)
+    float8_linears(model, "block")
+    prepare(model)
+    model(DATA, targets=DATA.roll(-1, 1)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_recomputation_changes_nothing(kind: str) -> None:
+    plain, again = gradients(lambda model: None), gradients(lambda model: recompute_blocks(model, kind))  # type: ignore[arg-type]
+    assert all(torch.equal(again[name], truth) for name, truth in plain.items())
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler probes tensors in ways that warn
+def test_blocks_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing and differentiation as in earnest; the graph is then run as it is, which needs no compiler."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+    def prepare(model: Decoder) -> None:
+        recompute_blocks(model, "selective")
+        compile_blocks(model)
+
+    plain, compiled = gradients(lambda model: None), gradients(prepare)
+    for name, truth in plain.items():
+        torch.testing.assert_close(compiled[name], truth, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_float8(torch.device("cpu"))
+    monkeypatch.setattr(float8, "multiplies_fp8", lambda device: False)
+    with pytest.raises(UserError, match=r"compute capability 8\.9 or more.*set train\.precision=bf16"):
+        check_float8(torch.device("cuda", 0))
