@@ -34,7 +34,7 @@ CFG = Config(
     global_batch_size=4,
     micro_batch_size=4,
 )
-STEPS = 60
+STEPS = 30
 SCALINGS = ("tensor", "row", "block")
 
 
