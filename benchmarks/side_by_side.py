@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from benchmarks.machine import describe_machine, gemm_peak
+from benchmarks.synthetic import random_batch
 from megatrain.cli.compose import Source, compose
-from megatrain.data.loader import Batch, StepBatch
 from megatrain.models.flops import flops_per_token
 from megatrain.models.registry import get_spec
 from megatrain.train.build import build_state
@@ -43,19 +43,6 @@ SHAPES: dict[str, list[str]] = {
         *SMALL,
     ],
 }
-
-
-def random_batch(cfg: Config, seed: int) -> StepBatch:
-    """One step of random tokens in documents of one sequence each."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (cfg.micro_batch_size, cfg.seq_len)
-    parts = []
-    for _ in range(cfg.global_batch_size // cfg.micro_batch_size):
-        tokens = torch.randint(cfg.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
-        positions = torch.arange(cfg.seq_len).expand(shape).contiguous()
-        parts.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, None))
-    tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    return StepBatch(0, torch.arange(cfg.global_batch_size).numpy(), parts, tokens_per_step, "")
 
 
 def ours(cfg: Config, precision: str) -> Step:

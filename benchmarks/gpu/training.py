@@ -1,0 +1,159 @@
+"""Whole training steps of three models on one device: tokens/s, MFU and peak memory.
+
+The models are those of conf/model, written as dataclasses, since composing YAML takes packages that a bare GPU machine
+may lack.
+"""
+
+import dataclasses
+import gc
+import statistics
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu.steps import Row, Setting, Step
+from benchmarks.synthetic import random_batch
+from megatrain.models.config import ModelConfig
+from megatrain.models.flops import flops_per_token, n_params
+from megatrain.models.gpt2.config import GPT2Config
+from megatrain.models.llama3.config import Llama3Config
+from megatrain.nn.config import RopeScaling
+from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
+from megatrain.parallel.config import ParallelConfig
+from megatrain.runtime.device import peak_flops
+from megatrain.train.build import COMPUTE_DTYPE, build_state
+from megatrain.train.config import Config, TrainConfig
+from megatrain.train.step import train_step
+
+MODELS: dict[str, ModelConfig] = {
+    "gpt2_124m": GPT2Config(n_layers=12, hidden_size=768, n_heads=12, ffn_size=3072),
+    "llama3_1b": Llama3Config(
+        n_layers=16,
+        hidden_size=2048,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        ffn_size=8192,
+        max_seq_len=131072,
+        tie_embeddings=True,
+        rope_scaling=RopeScaling(kind="llama3", factor=32.0),
+    ),
+    "llama3_8b": Llama3Config(
+        n_layers=32,
+        hidden_size=4096,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_size=14336,
+        max_seq_len=131072,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+    ),
+}
+"""By the names of the presets."""
+
+
+class Batch(NamedTuple):
+    """How much is computed at once, and in a step; in sequences but for seq_len."""
+
+    seq_len: int
+    micro: int
+    whole: int
+
+
+BATCHES = {"gpt2_124m": Batch(1024, 32, 128), "llama3_1b": Batch(8192, 2, 8), "llama3_8b": Batch(8192, 1, 4)}
+SMALL_BATCH = Batch(32, 2, 4)
+WARM_UP, COUNTED = 2, 5
+STATE_BYTES = 20
+"""Of a parameter: its bf16 copy and gradient, float32 master, gradient and AdamW's two moments."""
+SHARE = 0.85
+"""Of the memory that is free, to be filled: the rest is for the loss and for what the allocator cannot use."""
+
+
+def steps(setting: Setting) -> list[Step]:
+    """One step for each model as it is, then for each with compiled blocks."""
+    found = []
+    for compiled in (False,) if setting.small else (False, True):
+        for name in MODELS:
+            about = {"model": name, "precision": "bf16", "compile": compiled}
+            found.append(Step(about, partial(_train, setting, name, compiled, about)))
+    return found
+
+
+def _config(setting: Setting, name: str, compiled: bool) -> Config:
+    model, batch = MODELS[name], BATCHES[name]
+    if setting.small:
+        sizes = {"n_layers": 2, "hidden_size": 32, "n_heads": 4, "ffn_size": 64, "vocab_size": 199}
+        heads = {"head_dim": 8, "n_kv_heads": None if model.n_kv_heads is None else 2}
+        model, batch = dataclasses.replace(model, **sizes, **heads), SMALL_BATCH
+    if setting.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(setting.device)
+        model = dataclasses.replace(model, n_layers=layers_that_fit(model, batch, SHARE * free))
+    return Config(
+        model=model,
+        train=TrainConfig(precision="bf16"),
+        parallel=ParallelConfig(compile=compiled),
+        seq_len=batch.seq_len,
+        micro_batch_size=batch.micro,
+        global_batch_size=batch.whole,
+    )
+
+
+def layers_that_fit(model: ModelConfig, batch: Batch, memory: float) -> int:
+    """The most layers, up to the model's, whose states and kept activations take at most `memory` bytes; at least 1.
+
+    Kept for the backward pass are, in bf16: of each block the inputs of both norms and of the matrices behind them,
+    queries, keys and values before and after their rotation, attention's output, and three tensors as wide as the
+    feed-forward block.
+    """
+    heads = model.n_heads * model.head_size + 2 * model.kv_heads * model.head_size
+    numbers = 6 * model.hidden_size + 2 * heads + 3 * model.ffn_size
+    kept = 2 * batch.micro * batch.seq_len * numbers
+
+    def fits(layers: int) -> bool:
+        parameters = n_params(dataclasses.replace(model, n_layers=layers))
+        return STATE_BYTES * parameters + layers * kept <= memory
+
+    return max((n for n in range(1, model.n_layers + 1) if fits(n)), default=1)
+
+
+def _train(setting: Setting, name: str, compiled: bool, about: Row) -> list[Row]:
+    """Steps over the same random tokens again and again, so that the loss must fall."""
+    cfg = _config(setting, name, compiled)
+    gc.collect()
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak_memory(setting.device)
+    state = build_state(cfg, setting.device)
+    batch = random_batch(cfg, seed=0)
+    times, losses = [], []
+    for _ in range(WARM_UP + COUNTED):
+        started = time.perf_counter()
+        losses.append(train_step(state, batch, cfg, lr=1e-4).loss.item())  # item() waits for the device
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[WARM_UP:])
+    rates = throughput(
+        cfg.global_batch_size * cfg.seq_len,
+        seconds,
+        flops_per_token_full=flops_per_token(cfg.model, cfg.seq_len, causal=False),
+        flops_per_token_causal=flops_per_token(cfg.model, cfg.seq_len, causal=True),
+        peak=peak_flops(setting.device, COMPUTE_DTYPE[cfg.train.precision]),
+        devices=1,
+    )
+    row = {
+        **about,
+        "layers": cfg.model.n_layers,
+        "layers_of_model": MODELS[name].n_layers,
+        "parameters": n_params(cfg.model),
+        **BATCHES[name]
+        ._replace(seq_len=cfg.seq_len, micro=cfg.micro_batch_size, whole=cfg.global_batch_size)
+        ._asdict(),
+        "step_time_s": seconds,
+        "tokens_per_sec": rates["perf/tokens_per_sec"],
+        "mfu_full": rates.get("perf/mfu"),
+        "mfu_causal": rates.get("perf/mfu_causal"),
+        "peak_gib": peak_memory_gib(setting.device),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+    return [row]
