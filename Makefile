@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install train test test-all sweep lint format bench clean
+.PHONY: install train test test-all sweep lint format bench bench-gpu test-gpu clean
 
 install: .venv/.dev
 
@@ -40,6 +40,13 @@ format: .venv/.dev
 # Training speed on this machine, side by side with Hugging Face models in a plain PyTorch loop.
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
+
+# What a GPU can tell, in under nine minutes; elsewhere without installation: PYTHONPATH=.:kernels python -m benchmarks.gpu
+bench-gpu: .venv/.dev
+	$(BIN)/python -m benchmarks.gpu --out runs/gpu $(ARGS)
+
+test-gpu: .venv/.dev
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

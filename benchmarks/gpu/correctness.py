@@ -67,7 +67,7 @@ def _outputs_and_gradients(
     """By name, on the CPU in float64; cotangents are drawn anew with the same seed."""
     inputs = [t.detach().requires_grad_(n in places) for n, t in enumerate(given)]
     made = call(*inputs)
-    outputs: Tensors = made if isinstance(made, tuple) else (made,)  # type: ignore[assignment]
+    outputs: Tensors = made if isinstance(made, tuple) else (made,)
     found = {f"output {n}": t for n, t in enumerate(outputs)}
     if places:
         generator = torch.Generator().manual_seed(1)

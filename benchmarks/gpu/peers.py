@@ -86,7 +86,8 @@ def _flex(tensors: Tensors, options: Options) -> Run:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, _ = tensors
-    window, offset, cap = options.get("window"), options.get("q_offset", 0), options.get("softcap")
+    window, offset = options.get("window"), options.get("q_offset", 0)
+    cap: float = options.get("softcap", 0.0)
     doc_ids: Tensor | None = options.get("doc_ids")
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -108,9 +109,9 @@ def _flex(tensors: Tensors, options: Options) -> Run:
     grouped = q.shape[2] != k.shape[2]
 
     def run(*given: Tensor) -> Tensor:
-        heads_first = (t.transpose(1, 2) for t in given)
-        score = None if cap is None else capped
-        out: Tensor = compiled(*heads_first, score_mod=score, block_mask=mask, enable_gqa=grouped)
+        q, k, v = (t.transpose(1, 2) for t in given)
+        score = capped if cap else None
+        out: Tensor = compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=grouped)
         return out.transpose(1, 2)
 
     return run

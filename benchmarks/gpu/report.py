@@ -206,10 +206,10 @@ def _training(found: Row) -> str:
     rows = of_part(found["rows"], "training")
     if not rows:
         return ""
-    keys = ("model", "layers", "precision", "compile", "seq_len", "micro", "whole", "tokens_per_sec")
-    keys += ("mfu_full", "mfu_causal", "peak_gib", "first_loss", "last_loss")
+    cfg = ("model", "layers", "precision", "compile", "seq_len", "micro", "whole")
+    figures = ("tokens_per_sec", "mfu_full", "mfu_causal", "peak_gib", "first_loss", "last_loss")
     heads = "model, layers, precision, compiled, seq_len, micro, global, tokens/s, MFU (full), MFU (causal), peak GiB"
-    return table(heads + ", first loss, last loss", _picked(rows, *keys))
+    return table(heads + ", first loss, last loss", _picked(rows, *cfg, *figures))
 
 
 def _errors(found: Row) -> str:

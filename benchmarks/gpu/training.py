@@ -83,9 +83,10 @@ def steps(setting: Setting) -> list[Step]:
 def _config(setting: Setting, name: str, compiled: bool) -> Config:
     model, batch = MODELS[name], BATCHES[name]
     if setting.small:
-        sizes = {"n_layers": 2, "hidden_size": 32, "n_heads": 4, "ffn_size": 64, "vocab_size": 199}
-        heads = {"head_dim": 8, "n_kv_heads": None if model.n_kv_heads is None else 2}
-        model, batch = dataclasses.replace(model, **sizes, **heads), SMALL_BATCH
+        kv_heads = None if model.n_kv_heads is None else 2
+        model = dataclasses.replace(model, n_layers=2, hidden_size=32, ffn_size=64, vocab_size=199)
+        model = dataclasses.replace(model, n_heads=4, n_kv_heads=kv_heads, head_dim=8)
+        batch = SMALL_BATCH
     if setting.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(setting.device)
         model = dataclasses.replace(model, n_layers=layers_that_fit(model, batch, SHARE * free))
@@ -145,9 +146,9 @@ def _train(setting: Setting, name: str, compiled: bool, about: Row) -> list[Row]
         "layers": cfg.model.n_layers,
         "layers_of_model": MODELS[name].n_layers,
         "parameters": n_params(cfg.model),
-        **BATCHES[name]
-        ._replace(seq_len=cfg.seq_len, micro=cfg.micro_batch_size, whole=cfg.global_batch_size)
-        ._asdict(),
+        "seq_len": cfg.seq_len,
+        "micro": cfg.micro_batch_size,
+        "whole": cfg.global_batch_size,
         "step_time_s": seconds,
         "tokens_per_sec": rates["perf/tokens_per_sec"],
         "mfu_full": rates.get("perf/mfu"),
