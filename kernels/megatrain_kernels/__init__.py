@@ -7,6 +7,7 @@ from megatrain_kernels.grouped_gemm.op import grouped_gemm
 from megatrain_kernels.grouped_gemm.permute import permute, unpermute, unsort
 from megatrain_kernels.layer_norm.op import layer_norm
 from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
+from megatrain_kernels.moe_gate.op import moe_gate
 from megatrain_kernels.newton_schulz.op import orthogonalize
 from megatrain_kernels.quantization.op import dequantize, quantize
 from megatrain_kernels.rms_norm.op import rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_gemm",
     "layer_norm",
     "linear_cross_entropy",
+    "moe_gate",
     "orthogonalize",
     "permute",
     "quantize",

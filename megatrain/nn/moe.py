@@ -13,7 +13,7 @@ from megatrain.nn.balance import BalancePoint
 from megatrain.nn.config import DecoderConfig, MoEConfig
 from megatrain.nn.megablocks import check_megablocks, megablocks_product
 from megatrain.nn.mlp import GatedMLP
-from megatrain_kernels import grouped_gemm, permute, swiglu, unpermute
+from megatrain_kernels import grouped_gemm, moe_gate, permute, swiglu, unpermute
 from megatrain_kernels.backend import triton_runs_on
 
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,22 +42,18 @@ class Router(nn.Module):
         """x `(tokens, hidden)`; bias `(n_experts,)` takes part in the choice only, not in the weights."""
         compute = torch.promote_types(x.dtype, torch.float32)
         logits = linear(x.to(compute), self.weight.to(compute))
-        scores = logits.sigmoid() if self.cfg.routing == "sigmoid" else logits.softmax(-1)
-        indices = self._choose(scores.detach() if bias is None else scores.detach() + bias)
-        weights = scores.gather(1, indices)
-        if self.cfg.normalize_top_k:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
-        return Routing(indices, weights * self.cfg.routed_scale, scores)
-
-    def _choose(self, scores: Tensor) -> Tensor:
-        """The best experts `(tokens, top_k)` inside the best groups."""
         cfg = self.cfg
-        if cfg.n_groups > 1:
-            grouped = scores.unflatten(-1, (cfg.n_groups, -1))
-            best = grouped.topk(2, -1).values.sum(-1).topk(cfg.top_groups, -1).indices
-            allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-            scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-        return scores.topk(cfg.top_k, -1).indices
+        indices, weights, scores = moe_gate(
+            logits,
+            bias,
+            top_k=cfg.top_k,
+            scores=cfg.routing,
+            normalize=cfg.normalize_top_k,
+            scale=cfg.routed_scale,
+            n_groups=cfg.n_groups,
+            top_groups=cfg.top_groups,
+        )
+        return Routing(indices, weights, scores)
 
 
 class Experts(nn.Module):

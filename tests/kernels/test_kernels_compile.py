@@ -1,0 +1,53 @@
+"""Kernels compile to machine code of GPUs, which needs no GPU; the interpreter would take more."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# A process of its own: in this one Triton may interpret.
+COMPILE = """
+import itertools
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from megatrain_kernels.cross_entropy import triton as loss
+from megatrain_kernels.moe_gate import triton as gate
+
+steps = {"row_step": "i32", "gradient_step": "i64", "size": "i32", "first": "i64", "rows": "i32", "ignore_index": "i32"}
+floats = {name: "fp32" for name in ("z_loss", "cap", "inner", "scale", "small")}
+tensors = {name: "*fp32" for name in ("bias", "weights", "scores", "grad_weights", "grad_scores", "grad_logits")}
+tensors |= {"whole": "*fp32", "losses": "*fp32", "out": "*fp32", "targets": "*i64", "indices": "*i64"}
+known = tensors | steps | floats | {"tokens": "i32", "experts": "i32"}
+
+def build(kernel, capability, dtype, **constants):
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = known | {"logits": "*" + dtype, "gradient": "*" + dtype} | dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, places)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm["cubin"]
+
+for (capability, dtype), on in itertools.product([(80, "fp32"), (90, "bf16")], (False, True)):
+    flags = {"CAPPED": on, "SHARED": not on, "GRADIENT": on or dtype == "bf16"}
+    for kernel in (loss.losses_kernel, loss.partials_kernel):
+        assert build(kernel, capability, dtype, BLOCK=1024, **flags)
+for capability, on in ((80, True), (90, False)):
+    flags = {"SIGMOID": on, "BIASED": on, "NORMALIZE": on, "GROUPS": 4 if on else 1, "TOP_GROUPS": 2 if on else 1}
+    for kernel in (gate.gate_kernel, gate.gate_backward_kernel):
+        assert build(kernel, capability, "fp32", TOP_K=3, SLOTS=4, ROWS=8, WIDTH=64, **flags)
+print("built")
+build(loss.partials_kernel, 90, "bf16", BLOCK=100, CAPPED=False)  # which the interpreter would run
+"""
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """And what no GPU can run does not: the last line."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    call = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.strip() == "built", done.stderr
+    assert done.returncode != 0
+    assert "power of 2" in done.stderr
