@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from megatrain_kernels.backend import choose
+from megatrain_kernels.backend import choose, preferred
 from megatrain_kernels.moe_gate.reference import GateRule, gate_reference
 from megatrain_kernels.moe_gate.registered import gate_op, takes_triton
 
@@ -40,6 +40,7 @@ def moe_gate(
     """
     if scores not in ("softmax", "sigmoid"):
         raise ValueError(f"scores={scores!r}: must be softmax or sigmoid")
+    backend = preferred(backend)
     choose(backend, ("torch", "triton", "reference"))
     rule = GateRule(top_k, scores, normalize, scale, n_groups, top_groups)
     if backend == "triton" and not takes_triton(logits, n_groups):
