@@ -147,6 +147,15 @@ def test_torchrun_starts_it_as_well(workplace: Workplace) -> None:
     assert_same_run(workplace, "two", "one")
 
 
+def test_bench_measures_a_layout(workplace: Workplace) -> None:
+    train = workplace.tiny("parallel.dp_shard=2", "train.precision=fp32")
+    line = [*train[:3], "bench", *train[4:], "--json", "--steps", "1"]
+    result = json.loads(workplace.run(line).stdout)
+    assert result["layout"] == "dp_shard=2"
+    rates = result["rates"]
+    assert rates["perf/tokens_per_sec"] == pytest.approx(2 * rates["perf/tokens_per_sec_per_device"])
+
+
 def test_another_number_of_processes_than_the_layout_has_is_refused(workplace: Workplace) -> None:
     done = workplace.run(torchrun(workplace, workplace.tiny("run.name=odd", "parallel.tp=1")), expect=1)
     assert done.stderr.count("2 processes started, but the layout (every degree 1) has 1.") == 1
