@@ -45,7 +45,7 @@ RUNS = {
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("block", "dense", {"pp": 2}),
     ("block", "dense", {"dp_shard": 2, "tp": 2}),
-    ("block", "experts", {"dp_shard": 2}),
+    ("block", "experts", {"tp": 2}),
     ("row", "dense", {"cp": 2}),
     ("tensor", "dense", {"pp": 2}),
 ]
