@@ -50,7 +50,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp64"] = "auto"
     """Type of the computation. Weights, gradients and optimizer are float32 under bf16 and fp8. fp8: as bf16, with the
     blocks' linear layers (not routers and experts) in 8 bits, on GPUs that have it; a CPU computes the same numbers,
-    slowly; the MFU is of bf16's peak. auto: bf16 where a quick measurement finds it faster on this device, else fp32."""
+    slowly. MFU is of bf16's peak. auto: bf16 where a quick measurement finds it faster on this device, else fp32."""
     fp8_scaling: Literal["tensor", "row", "block"] = "row"
     """What shares a scale in fp8. tensor: all numbers of an operand; the run then depends on micro_batch_size, and only
     pipelines can cut it. row: a token, or a weight's row; weights' gradients are computed in bf16. block: 128 numbers
