@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.operations import OPERATIONS, Operation
+from benchmarks.gpu.operation import Operation
+from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.peers import Options, Tensors
 from benchmarks.gpu.steps import Row, Setting, Step
 from megatrain_kernels.backend import interpreting
@@ -51,12 +52,13 @@ def deviations(
     call = operation.checked or operation.timed
     defined = operation.reference or partial(operation.timed, backend="reference")
     exact = tuple(t.double() if t.is_floating_point() else t for t in given)
-    truth = _outputs_and_gradients(partial(defined, **options), exact, operation.gradients)
+    places = operation.places(given)
+    truth = _outputs_and_gradients(partial(defined, **options), exact, places)
     here = tuple(t.to(device) for t in given)
     moved: Options = {
         key: value.to(device) if isinstance(value, Tensor) else value for key, value in options.items()
     }
-    got = _outputs_and_gradients(partial(call, backend=backend, **moved), here, operation.gradients)
+    got = _outputs_and_gradients(partial(call, backend=backend, **moved), here, places)
     tolerance = operation.slack * ROUNDINGS[dtype] * torch.finfo(dtype).eps
     return {name: _error(got[name], truth[name]) / tolerance for name in truth}
 

@@ -206,7 +206,7 @@ def _training(found: Row) -> str:
     rows = of_part(found["rows"], "training")
     if not rows:
         return ""
-    cfg = ("model", "layers", "precision", "compile", "seq_len", "micro", "whole")
+    cfg = ("model", "layers", "precision", "compiled", "seq_len", "micro", "whole")
     figures = ("tokens_per_sec", "mfu_full", "mfu_causal", "peak_gib", "first_loss", "last_loss")
     heads = "model, layers, precision, compiled, seq_len, micro, global, tokens/s, MFU (full), MFU (causal), peak GiB"
     return table(heads + ", first loss, last loss", _picked(rows, *cfg, *figures))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.operations import OPERATIONS, Operation
+from benchmarks.gpu.operation import Operation
+from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.peers import Options, Peer, Tensors
 from benchmarks.gpu.steps import Row, Setting, Step
 from megatrain_kernels.kernel import Case, Cost
@@ -86,8 +87,9 @@ def _rows(
     rows = [_row(about, "forward", ms, cost(), operation)]
     if not operation.gradients:
         return rows
-    inputs = [t.detach().requires_grad_(n in operation.gradients) for n, t in enumerate(given)]
-    wanted = [inputs[n] for n in operation.gradients]
+    places = operation.places(given)
+    inputs = [t.detach().requires_grad_(n in places) for n, t in enumerate(given)]
+    wanted = [inputs[n] for n in places]
     cotangents: list[torch.Tensor] = []
 
     def both() -> None:

@@ -9,7 +9,7 @@ import gc
 import statistics
 import time
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -53,6 +53,19 @@ MODELS: dict[str, ModelConfig] = {
 """By the names of the presets."""
 
 
+Precision = Literal["bf16", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8")
+"""MFU is a share of the peak in bf16 in both."""
+
+
+class Way(NamedTuple):
+    """What is trained, and how."""
+
+    model: str
+    precision: Precision
+    compiled: bool
+
+
 class Batch(NamedTuple):
     """How much is computed at once, and in a step; in sequences but for seq_len."""
 
@@ -71,17 +84,18 @@ SHARE = 0.85
 
 
 def steps(setting: Setting) -> list[Step]:
-    """One step for each model as it is, then for each with compiled blocks."""
+    """One step for each model as it is, in bf16 and in fp8, then for each with compiled blocks."""
     found = []
     for compiled in (False,) if setting.small else (False, True):
-        for name in MODELS:
-            about = {"model": name, "precision": "bf16", "compile": compiled}
-            found.append(Step(about, partial(_train, setting, name, compiled, about)))
+        for precision in PRECISIONS:
+            for name in MODELS:
+                way = Way(name, precision, compiled)
+                found.append(Step(way._asdict(), partial(_train, setting, way)))
     return found
 
 
-def _config(setting: Setting, name: str, compiled: bool) -> Config:
-    model, batch = MODELS[name], BATCHES[name]
+def _config(setting: Setting, way: Way) -> Config:
+    model, batch = MODELS[way.model], BATCHES[way.model]
     if setting.small:
         kv_heads = None if model.n_kv_heads is None else 2
         model = dataclasses.replace(model, n_layers=2, hidden_size=32, ffn_size=64, vocab_size=199)
@@ -92,8 +106,8 @@ def _config(setting: Setting, name: str, compiled: bool) -> Config:
         model = dataclasses.replace(model, n_layers=layers_that_fit(model, batch, SHARE * free))
     return Config(
         model=model,
-        train=TrainConfig(precision="bf16"),
-        parallel=ParallelConfig(compile=compiled),
+        train=TrainConfig(precision=way.precision),
+        parallel=ParallelConfig(compile=way.compiled),
         seq_len=batch.seq_len,
         micro_batch_size=batch.micro,
         global_batch_size=batch.whole,
@@ -118,9 +132,9 @@ def layers_that_fit(model: ModelConfig, batch: Batch, memory: float) -> int:
     return max((n for n in range(1, model.n_layers + 1) if fits(n)), default=1)
 
 
-def _train(setting: Setting, name: str, compiled: bool, about: Row) -> list[Row]:
+def _train(setting: Setting, way: Way) -> list[Row]:
     """Steps over the same random tokens again and again, so that the loss must fall."""
-    cfg = _config(setting, name, compiled)
+    cfg = _config(setting, way)
     gc.collect()
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -142,9 +156,9 @@ def _train(setting: Setting, name: str, compiled: bool, about: Row) -> list[Row]
         devices=1,
     )
     row = {
-        **about,
+        **way._asdict(),
         "layers": cfg.model.n_layers,
-        "layers_of_model": MODELS[name].n_layers,
+        "layers_of_model": MODELS[way.model].n_layers,
         "parameters": n_params(cfg.model),
         "seq_len": cfg.seq_len,
         "micro": cfg.micro_batch_size,

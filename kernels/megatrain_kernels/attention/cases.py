@@ -36,13 +36,13 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """q, k, v of normal numbers, and the options of the call."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
     shapes = [
         (n["batch"], n["q_seq"], n["heads"], n["head_dim"]),
         (n["batch"], n["k_seq"], n["kv_heads"], n["head_dim"]),
         (n["batch"], n["k_seq"], n["kv_heads"], n["v_dim"]),
     ]
-    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    q, k, v = (torch.randn(shape, generator=generator, device=device).to(device, dtype) for shape in shapes)
     options = dict(case.options)
     documents = options.pop("documents", None)
     if documents:

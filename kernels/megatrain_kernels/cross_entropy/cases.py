@@ -28,9 +28,9 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     """Logits of normal numbers, targets drawn evenly, and the options of the call."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
-    logits = torch.randn(n["tokens"], n["vocab"], generator=generator)
-    targets = torch.randint(n["vocab"], (n["tokens"],), generator=generator)
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
+    logits = torch.randn(n["tokens"], n["vocab"], generator=generator, device=device)
+    targets = torch.randint(n["vocab"], (n["tokens"],), generator=generator, device=device)
     return (logits.to(device, dtype), targets.to(device)), dict(case.options)
 
 

@@ -29,10 +29,12 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """x and weights of normal numbers, group sizes drawn token by token, and the options of the call (none)."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
-    x = torch.randn(n["tokens"], n["in_size"], generator=generator)
-    weights = torch.randn(n["groups"], n["out_size"], n["in_size"], generator=generator)
-    shares = torch.arange(1, n["groups"] + 1, dtype=torch.float64) ** -float(case.options.get("skew", 0))
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
+    x = torch.randn(n["tokens"], n["in_size"], generator=generator, device=device)
+    weights = torch.randn(n["groups"], n["out_size"], n["in_size"], generator=generator, device=device)
+    shares = torch.arange(1, n["groups"] + 1, dtype=torch.float64, device=device) ** -float(
+        case.options.get("skew", 0)
+    )
     drawn = torch.multinomial(shares, n["tokens"], replacement=True, generator=generator)
     sizes = torch.bincount(drawn, minlength=n["groups"])
     return (x.to(device, dtype), weights.to(device, dtype), sizes.to(device)), {}

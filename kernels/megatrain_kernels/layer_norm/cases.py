@@ -19,9 +19,9 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """x, weight and bias of normal numbers, and eps among the options."""
-    generator, sizes = torch.Generator().manual_seed(seed), case.sizes
+    generator, sizes = torch.Generator(device).manual_seed(seed), case.sizes
     shapes = ((sizes["tokens"], sizes["size"]), (sizes["size"],), (sizes["size"],))
-    tensors = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    tensors = (torch.randn(shape, generator=generator, device=device).to(device, dtype) for shape in shapes)
     return tuple(tensors), {"eps": EPS}
 
 

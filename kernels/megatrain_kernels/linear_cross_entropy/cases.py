@@ -29,10 +29,10 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """x of normal numbers, a weight that makes logits of size 1, targets drawn evenly, and the options of the call."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
-    x = torch.randn(n["tokens"], n["hidden"], generator=generator)
-    weight = torch.randn(n["vocab"], n["hidden"], generator=generator) * n["hidden"] ** -0.5
-    targets = torch.randint(n["vocab"], (n["tokens"],), generator=generator)
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
+    x = torch.randn(n["tokens"], n["hidden"], generator=generator, device=device)
+    weight = torch.randn(n["vocab"], n["hidden"], generator=generator, device=device) * n["hidden"] ** -0.5
+    targets = torch.randint(n["vocab"], (n["tokens"],), generator=generator, device=device)
     return (x.to(device, dtype), weight.to(device, dtype), targets.to(device)), dict(case.options)
 
 

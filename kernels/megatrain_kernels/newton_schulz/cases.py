@@ -20,8 +20,8 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Matrices of normal numbers."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
-    x = torch.randn(n["batch"], n["rows"], n["cols"], generator=generator)
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
+    x = torch.randn(n["batch"], n["rows"], n["cols"], generator=generator, device=device)
     return (x.to(device, dtype),), {"steps": STEPS}
 
 

@@ -28,9 +28,9 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor], dict[str, Any]]:
     """x of normal numbers in rows of unlike size, and the options of the call."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
-    x = torch.randn(n["rows"], n["cols"], generator=generator)
-    x *= torch.randn(n["rows"], 1, generator=generator).exp()
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
+    x = torch.randn(n["rows"], n["cols"], generator=generator, device=device)
+    x *= torch.randn(n["rows"], 1, generator=generator, device=device).exp()
     return (x.to(device, dtype),), dict(case.options)
 
 

@@ -27,12 +27,15 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """x, weight and eps, and the residual among the options, of normal numbers."""
-    generator, sizes = torch.Generator().manual_seed(seed), case.sizes
+    generator, sizes = torch.Generator(device).manual_seed(seed), case.sizes
     shape = (sizes["tokens"], sizes["size"])
-    x, weight = torch.randn(shape, generator=generator), torch.randn(shape[1], generator=generator)
+    x, weight = (
+        torch.randn(shape, generator=generator, device=device),
+        torch.randn(shape[1], generator=generator, device=device),
+    )
     options: dict[str, Any] = {"eps": EPS}
     if case.options["residual"]:
-        options["residual"] = torch.randn(shape, generator=generator).to(device, dtype)
+        options["residual"] = torch.randn(shape, generator=generator, device=device).to(device, dtype)
     return (x.to(device, dtype), weight.to(device, dtype)), options
 
 

@@ -25,9 +25,9 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """q and k of normal numbers, and tables of angles up to one turn a position."""
-    generator, n = torch.Generator().manual_seed(seed), case.sizes
+    generator, n = torch.Generator(device).manual_seed(seed), case.sizes
     shapes = ((n["batch"], n["seq"], n[heads], n["head_dim"]) for heads in ("heads", "kv_heads"))
-    q, k = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    q, k = (torch.randn(shape, generator=generator, device=device).to(device, dtype) for shape in shapes)
     half = n["head_dim"] // 2
     angles = torch.outer(torch.arange(n["seq"]), 10_000.0 ** (-torch.arange(half) / half))
     return (q, k, angles.cos().to(device), angles.sin().to(device)), {}

@@ -27,8 +27,10 @@ CASES = [
 
 def make_inputs(case: Case, *, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a, b, scale_a, scale_b of normal numbers in e4m3."""
-    n, generator = case.sizes, torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(n[rows], n["k"], generator=generator).to(device) for rows in ("m", "n"))
+    n, generator = case.sizes, torch.Generator(device).manual_seed(seed)
+    a, b = (
+        torch.randn(n[rows], n["k"], generator=generator, device=device).to(device) for rows in ("m", "n")
+    )
     a, scale_a = quantize(a, dtype="e4m3", scaling=case.options["a"])
     b, scale_b = quantize(b, dtype="e4m3", scaling=case.options["b"])
     return a, b.mT, scale_a, scale_b.mT if scale_b.ndim == 2 else scale_b

@@ -18,9 +18,11 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """gate and up of normal numbers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shape = (case.sizes["tokens"], case.sizes["size"])
-    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)), {}
+    return tuple(
+        torch.randn(shape, generator=generator, device=device).to(device, dtype) for _ in range(2)
+    ), {}
 
 
 def cost(case: Case, *, itemsize: int, backward: bool = False) -> Cost:

@@ -13,8 +13,9 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import supervise as supervision
 from benchmarks.gpu.aims import aims
 from benchmarks.gpu.correctness import deviations
-from benchmarks.gpu.operations import ATTENTION, CROSS_ENTROPY
+from benchmarks.gpu.products import ATTENTION
 from benchmarks.gpu.report import speeds
+from benchmarks.gpu.rows import CROSS_ENTROPY
 from benchmarks.gpu.training import BATCHES, MODELS, layers_that_fit
 from megatrain.cli.compose import compose
 from megatrain.models.flops import n_params
