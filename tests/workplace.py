@@ -1,5 +1,6 @@
 """A small corpus and a small run, started as a user starts it: as a process, from the command line."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,6 +34,16 @@ TINY = (
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "megatrain", *arguments]
+
+
+def wait_for_rows(process: subprocess.Popen[str], metrics: Path, rows: int) -> bool:
+    """Until `metrics` has that many rows (True), or the process has ended."""
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= rows:
+            return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)  # not a busy loop: it would take a core from the process
+    return False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from workplace import Workplace
+from workplace import Workplace, wait_for_rows
 
 
 def final_weights(run: Path, into: Path) -> dict[str, str]:
@@ -31,10 +31,8 @@ def final_weights(run: Path, into: Path) -> dict[str, str]:
 
 def kill_when(process: subprocess.Popen[str], metrics: Path, rows: int) -> None:
     """kill -9 as soon as `metrics` has that many rows."""
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= rows:
-            os.kill(process.pid, signal.SIGKILL)
-            break
+    if wait_for_rows(process, metrics, rows):
+        os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -83,8 +81,7 @@ def test_sigterm_saves_and_exits_75(workplace: Workplace) -> None:
         line, cwd=workplace.folder, env=workplace.environment, stdout=subprocess.DEVNULL, text=True
     )
     metrics = workplace.folder / "runs" / "stopped" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
-        pass
+    wait_for_rows(process, metrics, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
     status = json.loads((metrics.parent / "status.json").read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from workplace import Workplace
+from workplace import Workplace, wait_for_rows
 
 BOUND = 1e-9  # float64: sums in another order differ by 1e-16 each; AdamW divides by small numbers
 EXACT = ("train.precision=fp64", "train.ema_decay=0.9")
@@ -51,8 +51,7 @@ def started(workplace: Workplace, line: list[str], name: str, rows: int) -> subp
         line, cwd=workplace.folder, env=workplace.environment, stderr=subprocess.PIPE, text=True
     )
     metrics = workplace.folder / "runs" / name / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= rows):
-        pass
+    wait_for_rows(process, metrics, rows)
     return process
 
 
