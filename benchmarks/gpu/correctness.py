@@ -8,11 +8,11 @@ from torch import Tensor
 from benchmarks.gpu.operation import Operation
 from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.peers import Options, Tensors
-from benchmarks.gpu.steps import Row, Setting, Step
+from benchmarks.gpu.steps import Row, Setting, Step, refuses
 from megatrain_kernels.backend import interpreting
 from megatrain_kernels.kernel import Case
 
-ROUNDINGS = {torch.float32: 64, torch.bfloat16: 4}
+ROUNDINGS = {torch.bfloat16: 4, torch.float32: 64}
 """Roundings of the input's type that an element may be off, relative to the largest of its tensor: sums are float32
 inside, so bf16 sees its own few roundings only, float32 those of sums over a few hundred terms."""
 
@@ -22,9 +22,9 @@ def steps(setting: Setting) -> list[Step]:
     on_triton = setting.device.type == "cuda" or interpreting()
     backends = ("auto", "triton") if on_triton else ("auto",)
     found = []
-    for operation in OPERATIONS:
-        for case in operation.small:
-            for dtype in operation.dtypes:
+    for dtype in ROUNDINGS:  # what training computes in comes first: time may be short
+        for operation in OPERATIONS:
+            for case in operation.small if dtype in operation.dtypes else ():
                 for backend in backends:
                     about = {
                         "operation": operation.name,
@@ -38,7 +38,12 @@ def steps(setting: Setting) -> list[Step]:
 
 
 def _row(about: Row, run: partial[dict[str, float]]) -> list[Row]:
-    errors = run()
+    try:
+        errors = run()
+    except ValueError as error:
+        if refuses(error):
+            return []
+        raise
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
     right = all(error <= 1 for error in errors.values())
     return [{**about, "right": right, "error": None, "off": errors[worst], "worst": worst}]

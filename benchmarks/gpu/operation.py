@@ -34,7 +34,10 @@ class Operation:
     reference: Callable[..., Any] | None = None
     """`reference(*tensors, **options)` in float64; None: `timed` with backend="reference"."""
     dtypes: tuple[torch.dtype, ...] = BOTH
-    """Types in which it is checked. Timed is bf16."""
+    """Types in which it is checked."""
+    timed_dtype: torch.dtype = torch.bfloat16
+    backends: tuple[str, ...] = ("triton",)
+    """Timed on a GPU: "auto" as well where it is not always Triton there."""
     ceiling: str = "bf16"
     """Kind of products whose measured rate bounds it."""
     slack: float = 1.0

@@ -15,4 +15,5 @@ OPERATIONS = (
     rows.LAYER_NORM,
     rows.GEGLU,
     rows.QUANTIZATION,
+    rows.MOE_GATE,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatrain_kernels.moe_gate.reference import GateRule, gate_reference
 from megatrain_kernels.newton_schulz.reference import COEFFICIENTS, EPS
 from megatrain_kernels.quantization.reference import quantize_reference
 
@@ -186,6 +187,23 @@ def _quantize(x: Tensor, *, dtype: str, scaling: str, group_size: int = 128) -> 
 
 
 QUANTIZATION = plain(_quantize)
+
+
+def _gate(
+    logits: Tensor,
+    *,
+    top_k: int,
+    scores: str = "softmax",
+    scale: float = 1.0,
+    n_groups: int = 1,
+    top_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    rule = GateRule(top_k, scores, True, scale, n_groups, top_groups)
+    _, weights, found = gate_reference(logits, None, rule)
+    return weights, found
+
+
+MOE_GATE = plain(_gate)
 
 
 def _scaled_mm(tensors: Tensors, options: Options) -> Run | None:

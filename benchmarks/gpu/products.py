@@ -23,6 +23,7 @@ def _attention(name: str, sizes: str, **options: Any) -> Case:
 
 ATTENTION = Operation(
     name="attention",
+    backends=("auto", "triton"),
     timed=kernels.attention,
     cases=attention_cases.CASES,
     small=[
@@ -45,6 +46,7 @@ ATTENTION = Operation(
 
 GROUPED_GEMM = Operation(
     name="grouped_gemm",
+    backends=("auto", "triton"),
     timed=kernels.grouped_gemm,
     cases=grouped_gemm_cases.CASES,
     small=[
@@ -60,6 +62,7 @@ GROUPED_GEMM = Operation(
 
 LINEAR_CROSS_ENTROPY = Operation(
     name="linear_cross_entropy",
+    backends=("auto", "triton"),
     timed=kernels.linear_cross_entropy,
     cases=linear_cross_entropy_cases.CASES,
     small=[
@@ -92,6 +95,7 @@ def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> T
 
 SCALED_MATMUL = Operation(
     name="scaled_matmul",
+    backends=("auto", "triton"),
     timed=kernels.scaled_matmul,
     cases=scaled_matmul_cases.CASES,
     small=[

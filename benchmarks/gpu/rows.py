@@ -13,6 +13,7 @@ from megatrain_kernels.cross_entropy import cases as cross_entropy_cases
 from megatrain_kernels.geglu import cases as geglu_cases
 from megatrain_kernels.kernel import Case
 from megatrain_kernels.layer_norm import cases as layer_norm_cases
+from megatrain_kernels.moe_gate import cases as moe_gate_cases
 from megatrain_kernels.quantization import cases as quantization_cases
 from megatrain_kernels.quantization.reference import dequantize_reference, quantize_reference
 from megatrain_kernels.rms_norm import cases as rms_norm_cases
@@ -141,4 +142,32 @@ QUANTIZATION = Operation(
     checked=_quantized_and_back,
     reference=_defined_and_back,
     dtypes=(torch.float32,),
+)
+
+
+def _gate(logits: Tensor, *, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Weights, whose order tells the choice, and scores."""
+    _, weights, scores = kernels.moe_gate(logits, backend=backend, **options)
+    return weights, scores
+
+
+def _gate_inputs(case: Case, *, dtype: torch.dtype, device: str) -> tuple[Tensors, Options]:
+    (logits, _), options = moe_gate_cases.make_inputs(case, dtype=dtype, device=device)
+    return (logits,), options
+
+
+MOE_GATE = Operation(
+    name="moe_gate",
+    timed=_gate,
+    cases=moe_gate_cases.CASES,
+    small=[
+        sized("softmax", "tokens experts top_k", "67 16 2"),
+        sized("groups", "tokens experts top_k", "67 32 4", scores="sigmoid", n_groups=4, top_groups=2),
+    ],
+    make_inputs=_gate_inputs,
+    cost=moe_gate_cases.cost,
+    gradients=(0,),
+    peers=peers.MOE_GATE,
+    dtypes=(torch.float32,),
+    timed_dtype=torch.float32,
 )

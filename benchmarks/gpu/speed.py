@@ -13,11 +13,8 @@ import torch
 from benchmarks.gpu.operation import Operation
 from benchmarks.gpu.operations import OPERATIONS
 from benchmarks.gpu.peers import Options, Peer, Tensors
-from benchmarks.gpu.steps import Row, Setting, Step
+from benchmarks.gpu.steps import Row, Setting, Step, refuses
 from megatrain_kernels.kernel import Case, Cost
-
-DTYPE = torch.bfloat16
-OURS = ("auto", "triton")
 
 
 class Inputs:
@@ -32,7 +29,7 @@ class Inputs:
         """Tensors and options."""
         if self._key != (operation.name, case.name):
             self._key, self._made = None, ((), {})  # frees the last one's memory first
-            self._made = operation.make_inputs(case, dtype=DTYPE, device=str(self._device))
+            self._made = operation.make_inputs(case, dtype=operation.timed_dtype, device=str(self._device))
             self._key = (operation.name, case.name)
         return self._made
 
@@ -45,9 +42,13 @@ def steps(setting: Setting) -> list[Step]:
     for compiled in (False, True) if on_gpu else (False,):
         for operation in OPERATIONS:
             for case in operation.small if setting.small else operation.cases:
-                about = {"operation": operation.name, "case": case.name, "dtype": "bfloat16"}
+                about = {
+                    "operation": operation.name,
+                    "case": case.name,
+                    "dtype": str(operation.timed_dtype).removeprefix("torch."),
+                }
                 if not compiled:
-                    for backend in OURS if on_gpu else OURS[:1]:
+                    for backend in operation.backends if on_gpu else ("auto",):
                         who = {**about, "implementation": f"megatrain {backend}"}
                         found.append(
                             Step(who, partial(_ours, setting, inputs, operation, case, backend, who))
@@ -63,9 +64,13 @@ def _ours(
     setting: Setting, inputs: Inputs, operation: Operation, case: Case, backend: str, about: Row
 ) -> list[Row]:
     tensors, options = inputs.of(operation, case)
-    return _rows(
-        setting, operation, case, partial(operation.timed, backend=backend, **options), tensors, about
-    )
+    run = partial(operation.timed, backend=backend, **options)
+    try:
+        return _rows(setting, operation, case, run, tensors, about)
+    except ValueError as error:
+        if refuses(error):
+            return []
+        raise
 
 
 def _theirs(
@@ -81,7 +86,7 @@ def _rows(
     setting: Setting, operation: Operation, case: Case, run: Callable[..., Any], given: Tensors, about: Row
 ) -> list[Row]:
     """A row for the forward pass without gradients, and one for both passes."""
-    cost = partial(operation.cost, case, itemsize=DTYPE.itemsize)
+    cost = partial(operation.cost, case, itemsize=operation.timed_dtype.itemsize)
     with torch.no_grad():
         ms = setting.clock.median_ms(lambda: run(*given))
     rows = [_row(about, "forward", ms, cost(), operation)]

@@ -133,11 +133,31 @@ def layers_that_fit(model: ModelConfig, batch: Batch, memory: float) -> int:
 
 
 def _train(setting: Setting, way: Way) -> list[Row]:
-    """Steps over the same random tokens again and again, so that the loss must fall."""
+    """With as many layers as fit: fewer, where what was left free was too little."""
+    _free(setting.device)
     cfg = _config(setting, way)
+    while True:
+        try:
+            return [
+                {**way._asdict(), "layers_of_model": MODELS[way.model].n_layers, **_measured(setting, cfg)}
+            ]
+        except torch.OutOfMemoryError:
+            if cfg.model.n_layers < 4:
+                raise
+        _free(setting.device)  # only now: the error keeps what its frames hold
+        model = dataclasses.replace(cfg.model, n_layers=cfg.model.n_layers * 3 // 4)
+        cfg = dataclasses.replace(cfg, model=model)
+
+
+def _free(device: torch.device) -> None:
+    torch._dynamo.reset()  # else what it has compiled counts against the next model
     gc.collect()
-    if setting.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _measured(setting: Setting, cfg: Config) -> Row:
+    """Steps over the same random tokens again and again, so that the loss must fall."""
     reset_peak_memory(setting.device)
     state = build_state(cfg, setting.device)
     batch = random_batch(cfg, seed=0)
@@ -155,10 +175,8 @@ def _train(setting: Setting, way: Way) -> list[Row]:
         peak=peak_flops(setting.device, COMPUTE_DTYPE[cfg.train.precision]),
         devices=1,
     )
-    row = {
-        **way._asdict(),
+    return {
         "layers": cfg.model.n_layers,
-        "layers_of_model": MODELS[way.model].n_layers,
         "parameters": n_params(cfg.model),
         "seq_len": cfg.seq_len,
         "micro": cfg.micro_batch_size,
@@ -171,4 +189,3 @@ def _train(setting: Setting, way: Way) -> list[Row]:
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
-    return [row]

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--start", nargs=2, required=True, metavar=("PART", "INDEX"))
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    setting = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.small)
+    setting = Setting(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), options.small)
     journal = Journal(options.journal)
     journal.write(machine=facts(setting))
     parts = list(options.deadlines)

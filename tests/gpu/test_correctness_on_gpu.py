@@ -13,7 +13,7 @@ pytestmark = [
 
 STEPS = {
     " ".join(map(str, step.about.values())): step
-    for step in steps(Setting(torch.device("cuda"), small=False))
+    for step in steps(Setting(torch.device("cuda:0"), small=False))
 }
 
 

@@ -27,8 +27,8 @@ def make_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Tensor, None], dict[str, Any]]:
     """Logits of normal numbers, no bias, and the options of the call."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(case.sizes["tokens"], case.sizes["experts"], generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    logits = torch.randn(case.sizes["tokens"], case.sizes["experts"], generator=generator, device=device)
     return (logits.to(device, dtype), None), {"top_k": case.sizes["top_k"], **case.options}
 
 
