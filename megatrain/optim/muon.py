@@ -5,6 +5,8 @@ sizes of updates and weight decay after Moonlight (arXiv 2502.16982, section 2.2
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from megatrain.optim.config import MuonConfig
-from megatrain.parallel.shards import local_part, part_like, whole_tensor
+from megatrain.parallel.shards import cut_of, local_part, part_like, whole_tensor
 from megatrain_kernels import orthogonalize
+
+# Matrices of one shape are made orthogonal together, up to this many elements: small ones are short of work for a
+# device, large ones are gathered whole, and only so many at a time.
+TOGETHER = 2**24
 
 
 def update_scale(shape: torch.Size, scaling: str) -> float:
@@ -44,20 +50,27 @@ class Muon(Optimizer):
             if not group["orthogonal"]:
                 self._adamw(held, group)
                 continue
-            for parameter in held:
-                self._muon(parameter, lr=group["lr"], decay=group["weight_decay"])
+            for alike in _of_one_shape(held):
+                self._muon(alike, lr=group["lr"], decay=group["weight_decay"])
 
-    def _muon(self, parameter: nn.Parameter, *, lr: float, decay: float) -> None:
+    def _muon(self, alike: list[nn.Parameter], *, lr: float, decay: float) -> None:
+        wanted = [self._momentum(parameter) for parameter in alike]
+        stacked = alike[0].ndim - 2  # a matrix must be whole, a stack of them need not be
+        whole = torch.stack([whole_tensor(update, first=stacked) for update in wanted])
+        made = orthogonalize(whole, steps=self.cfg.ns_steps)
+        weights = [local_part(parameter) for parameter in alike]
+        directions = [
+            part_like(full, update, first=stacked) for full, update in zip(made, wanted, strict=True)
+        ]
+        torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_add_(weights, directions, alpha=-lr * update_scale(alike[0].shape, self.cfg.scaling))
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        """The update before it is made orthogonal, as the parameter is cut."""
         buffer, gradient = self.state[parameter]["momentum_buffer"], parameter.grad
         assert gradient is not None
         buffer.lerp_(gradient, 1 - self.cfg.momentum)
-        wanted = gradient.lerp(buffer, self.cfg.momentum) if self.cfg.nesterov else buffer
-        stacked = wanted.ndim - 2  # a matrix must be whole, a stack of them need not be
-        made = orthogonalize(whole_tensor(wanted, first=stacked), steps=self.cfg.ns_steps)
-        direction = part_like(made, wanted, first=stacked)
-        weight = local_part(parameter)
-        weight.mul_(1 - lr * decay)
-        weight.add_(direction, alpha=-lr * update_scale(parameter.shape, self.cfg.scaling))
+        return gradient.lerp(buffer, self.cfg.momentum) if self.cfg.nesterov else buffer
 
     def _adamw(self, held: list[nn.Parameter], group: dict[str, Any]) -> None:
         def states(key: str) -> list[Tensor]:
@@ -79,3 +92,13 @@ class Muon(Optimizer):
             beta2=self.cfg.beta2,
             eps=self.cfg.eps,
         )
+
+
+def _of_one_shape(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """`parameters` by shape and cut, in the same order on all ranks; each list of `TOGETHER` elements at most."""
+    alike: dict[tuple[torch.Size, Hashable], list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        alike[parameter.shape, cut_of(parameter)].append(parameter)
+    for (shape, _), found in alike.items():
+        count = max(1, TOGETHER // max(1, shape.numel()))
+        yield from (found[start : start + count] for start in range(0, len(found), count))

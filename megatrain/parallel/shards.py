@@ -3,6 +3,8 @@
 Plain tensors are whole already. Of a DTensor any cut is taken, even or not, over one axis of the mesh or several.
 """
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -15,6 +17,11 @@ from megatrain.nn.init import Shard, whole
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds (no copy)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_of(tensor: Tensor) -> Hashable:
+    """How `tensor` is cut and over which mesh: the same on every rank that holds a part of it."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def shard_of(tensor: Tensor) -> Shard:
