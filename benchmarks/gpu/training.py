@@ -121,7 +121,7 @@ def layers_that_fit(model: ModelConfig, batch: Batch, memory: float) -> int:
     queries, keys and values before and after their rotation, attention's output, and three tensors as wide as the
     feed-forward block.
     """
-    heads = model.n_heads * model.head_size + 2 * model.kv_heads * model.head_size
+    heads = model.n_heads * model.qk_head_dim + 2 * model.kv_heads * model.qk_head_dim
     numbers = 6 * model.hidden_size + 2 * heads + 3 * model.ffn_size
     kept = 2 * batch.micro * batch.seq_len * numbers
 

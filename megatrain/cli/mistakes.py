@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from megatrain.config.load import keys
+from megatrain.config.load import keys, unknown_key
 from megatrain.config.nearest import nearest
 from megatrain.config.schema import ABSENT, Problem
 from megatrain.train.config import Config
@@ -51,7 +51,7 @@ def in_words(error: BaseException) -> str:
 
 
 def _no_such_key(path: str, value: object, *groups: str) -> Problem:
-    return Problem(path, value, "there is no such key", nearest(path, [*keys(Config), *groups]))
+    return unknown_key(Config, path, value, groups)
 
 
 def _not_here(path: str, value: object, tree: DictConfig) -> Problem | None:

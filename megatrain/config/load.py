@@ -9,7 +9,7 @@ used: a run reads its frozen config on machines without a validation library, an
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -144,6 +144,38 @@ def expected(hint: Any) -> str:
     return NAMES[hint]
 
 
+def unknown_key(root: type, path: str, value: object, also: Iterable[str] = ()) -> Problem:
+    """Explain a key that configs of type `root` do not have: renamed, removed, or perhaps misspelt.
+
+    `also` holds further names that the user may have meant, such as config groups.
+    """
+    renamed: Mapping[str, str | None] = getattr(root, "RENAMED", {})
+    if path not in renamed:
+        return Problem(path, value, "there is no such key", nearest(path, [*keys(root), *also]))
+    new = renamed[path]
+    return Problem(path, value, "this key was removed" if new is None else f"this key is now {new}")
+
+
+def upgrade(root: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data` with the present key names (`root.RENAMED`) if an earlier `schema_version` wrote it."""
+    newest = getattr(root(), "schema_version", None)
+    written = data.get("schema_version")
+    if not isinstance(written, int) or newest is None or written >= newest:
+        return dict(data)
+    renamed: Mapping[str, str | None] = getattr(root, "RENAMED", {})
+
+    def moved(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.items():
+            new = renamed.get(prefix + key, prefix + key)
+            if new is not None:
+                name = new.rpartition(".")[2]
+                found[name] = moved(value, f"{new}.") if isinstance(value, Mapping) else value
+        return found
+
+    return moved(data, "") | {"schema_version": newest}
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return dump(value)
@@ -162,12 +194,7 @@ class _Walk:
         known = hints(cls)  # type: ignore[arg-type]
         for key in data:
             if key not in known:
-                self.report(
-                    f"{prefix}{key}",
-                    data[key],
-                    "there is no such key",
-                    nearest(f"{prefix}{key}", keys(self.root)),
-                )
+                self.broken.append(unknown_key(self.root, f"{prefix}{key}", data[key]))
         values: dict[str, Any] = {}
         for name, hint in known.items():
             if name in data:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from megatrain.config.errors import UserError
-from megatrain.config.load import dump, load
+from megatrain.config.load import dump, load, upgrade
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def to_yaml(cfg: Any) -> str:
 
 
 def from_yaml(cls: type[T], text: str) -> T:
-    """Load a config from YAML.
+    """Load a config from YAML; key names of earlier versions are taken for the present ones.
 
     Raises:
         UserError: the text is not YAML, or not a mapping.
@@ -33,7 +33,7 @@ def from_yaml(cls: type[T], text: str) -> T:
         raise UserError(f"This config is not valid YAML: {error}") from error
     if not isinstance(data, Mapping):
         raise UserError("This config is not a mapping of keys to values.")
-    return load(cls, data)
+    return load(cls, upgrade(cls, data))
 
 
 def _with_plain_exponents(base: Any) -> Any:

@@ -11,26 +11,26 @@ from megatrain.nn.config import GATED, DecoderConfig
 
 def _attention_parameters(cfg: DecoderConfig) -> int:
     """Weights of one layer's attention that take part in matrix products."""
-    latent = cfg.latent
-    if latent is not None:
-        q_size, o_size = cfg.n_heads * cfg.head_size, cfg.n_heads * latent.v_head_dim
+    mla = cfg.mla
+    if mla is not None:
+        q_size, o_size = cfg.n_heads * cfg.qk_head_dim, cfg.n_heads * mla.v_head_dim
         queries = cfg.hidden_size * q_size
-        if latent.q_lora_rank is not None:
-            queries = latent.q_lora_rank * (cfg.hidden_size + q_size)
-        keys_values = cfg.n_heads * (latent.qk_nope_head_dim + latent.v_head_dim) * latent.kv_lora_rank
-        down = cfg.hidden_size * (latent.kv_lora_rank + latent.qk_rope_head_dim)
+        if mla.q_lora_rank is not None:
+            queries = mla.q_lora_rank * (cfg.hidden_size + q_size)
+        keys_values = cfg.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
+        down = cfg.hidden_size * (mla.kv_lora_rank + mla.qk_rope_head_dim)
         return queries + keys_values + down + o_size * cfg.hidden_size
-    q_size, kv_size = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
+    q_size, kv_size = cfg.n_heads * cfg.qk_head_dim, cfg.kv_heads * cfg.qk_head_dim
     return cfg.hidden_size * (2 * q_size + 2 * kv_size)
 
 
 def _feed_forward_parameters(cfg: DecoderConfig, layer: int, *, active: bool) -> int:
     """The same of layer number `layer`'s feed-forward block; `active`: only those that one token meets."""
     matrices = 3 if cfg.activation in GATED else 2
-    if cfg.moe is None or not cfg.has_experts(layer):
+    if cfg.experts is None or not cfg.has_experts(layer):
         return matrices * cfg.hidden_size * cfg.ffn_size
-    experts = (cfg.moe.top_k if active else cfg.moe.n_experts) + cfg.moe.n_shared_experts
-    router = cfg.moe.n_experts * cfg.hidden_size
+    experts = (cfg.experts.top_k if active else cfg.experts.n_experts) + cfg.experts.n_shared_experts
+    router = cfg.experts.n_experts * cfg.hidden_size
     return matrices * cfg.hidden_size * cfg.expert_ffn_size * experts + router
 
 
@@ -42,11 +42,11 @@ def _matrix_parameters(cfg: DecoderConfig, *, active: bool) -> int:
 
 def _vector_parameters(cfg: DecoderConfig) -> int:
     """Norms and biases of one layer."""
-    q_size, kv_size = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
-    norms = 2 * _norm_parameters(cfg) + (2 * cfg.head_size if cfg.qk_norm else 0)
+    q_size, kv_size = cfg.n_heads * cfg.qk_head_dim, cfg.kv_heads * cfg.qk_head_dim
+    norms = 2 * _norm_parameters(cfg) + (2 * cfg.qk_head_dim if cfg.qk_norm else 0)
     attention = (q_size + 2 * kv_size) * cfg.attention_bias + cfg.hidden_size * cfg.output_bias
-    if cfg.latent is not None:
-        attention = (cfg.latent.q_lora_rank or 0) + cfg.latent.kv_lora_rank  # norms
+    if cfg.mla is not None:
+        attention = (cfg.mla.q_lora_rank or 0) + cfg.mla.kv_lora_rank  # norms
     inner = 2 if cfg.activation in GATED else 1
     return norms + attention + (inner * cfg.ffn_size + cfg.hidden_size) * cfg.mlp_bias
 
@@ -82,6 +82,6 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
     Of experts only those that a token meets count.
     """
     matrices = _matrix_parameters(cfg, active=True) + cfg.vocab_size * cfg.hidden_size
-    pairs = attention_pairs(seq_len, causal=causal, window=cfg.window)
-    attention = 2 * cfg.n_layers * cfg.n_heads * (cfg.head_size + cfg.v_head_size) * pairs / seq_len
+    pairs = attention_pairs(seq_len, causal=causal, window=cfg.sliding_window)
+    attention = 2 * cfg.n_layers * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * pairs / seq_len
     return 3 * (2 * matrices + attention)

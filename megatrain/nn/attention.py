@@ -9,7 +9,7 @@ from megatrain.nn.norm import RMSNorm
 from megatrain_kernels import attention, rotary
 
 
-class Layout(NamedTuple):
+class SequenceInfo(NamedTuple):
     """Where the tokens of a batch stand, computed once and shared by all layers."""
 
     cos: Tensor | None
@@ -22,15 +22,15 @@ class Layout(NamedTuple):
 class AttentionCore(nn.Module):
     """The part of attention that mixes tokens: a seam that context parallelism may replace."""
 
-    def __init__(self, window: int | None, scale: float | None = None) -> None:
+    def __init__(self, sliding_window: int | None, scale: float | None = None) -> None:
         super().__init__()
-        self.window = window
+        self.sliding_window = sliding_window
         self.scale = scale
         """Factor on the scores; None: head_dim^(-1/2)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         """q `(batch, seq, heads, head_dim)`, k and v with as many or fewer heads; `(batch, seq, heads, v_dim)`."""
-        out = attention(q, k, v, scale=self.scale, window=self.window, doc_ids=doc_ids)
+        out = attention(q, k, v, scale=self.scale, window=self.sliding_window, doc_ids=doc_ids)
         assert isinstance(out, Tensor)
         return out
 
@@ -40,22 +40,22 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
-        self.head_size = cfg.head_size
-        q_size, kv_size = cfg.n_heads * cfg.head_size, cfg.kv_heads * cfg.head_size
+        self.qk_head_dim = cfg.qk_head_dim
+        q_size, kv_size = cfg.n_heads * cfg.qk_head_dim, cfg.kv_heads * cfg.qk_head_dim
         self.wq = nn.Linear(cfg.hidden_size, q_size, bias=cfg.attention_bias)
         self.wk = nn.Linear(cfg.hidden_size, kv_size, bias=cfg.attention_bias)
         self.wv = nn.Linear(cfg.hidden_size, kv_size, bias=cfg.attention_bias)
         self.wo = nn.Linear(q_size, cfg.hidden_size, bias=cfg.output_bias)
-        self.q_norm = RMSNorm(cfg.head_size, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.head_size, cfg.norm_eps) if cfg.qk_norm else None
-        self.core = AttentionCore(cfg.window)
+        self.q_norm = RMSNorm(cfg.qk_head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.qk_head_dim, cfg.norm_eps) if cfg.qk_norm else None
+        self.core = AttentionCore(cfg.sliding_window)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        heads = (-1, self.head_size)
+    def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
+        heads = (-1, self.qk_head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if layout.cos is not None and layout.sin is not None:
-            q, k = rotary(q, k, layout.cos, layout.sin)
-        out: Tensor = self.wo(self.core(q, k, v, layout.doc_ids).flatten(-2))
+        if sequence.cos is not None and sequence.sin is not None:
+            q, k = rotary(q, k, sequence.cos, sequence.sin)
+        out: Tensor = self.wo(self.core(q, k, v, sequence.doc_ids).flatten(-2))
         return out

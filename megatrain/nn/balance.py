@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
 
 
 class BalancePoint(nn.Module):
@@ -21,7 +21,7 @@ class BalancePoint(nn.Module):
     where activations are recomputed.
     """
 
-    def __init__(self, cfg: MoEConfig) -> None:
+    def __init__(self, cfg: ExpertsConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.scale = 1.0
@@ -96,8 +96,8 @@ def take_expert_counts(models: Iterable[nn.Module], cfg: DecoderConfig, device: 
 
     `models` are parts of one model. Sums over ranks that each count their own tokens are the global counts.
     """
-    assert cfg.moe is not None
-    found = torch.zeros(cfg.n_layers, cfg.moe.n_experts, dtype=torch.int64, device=device)
+    assert cfg.experts is not None
+    found = torch.zeros(cfg.n_layers, cfg.experts.n_experts, dtype=torch.int64, device=device)
     for index, moe in _points(models):
         point: BalancePoint = moe.balance
         if point.counts is not None:
@@ -123,7 +123,7 @@ def balance_experts(
 ) -> None:
     """After a step: move the biases by its global counts; `total` sums over the ranks."""
     parts = list(models)
-    if cfg.moe is None or cfg.moe.bias_rate is None:
+    if cfg.experts is None or cfg.experts.bias_rate is None:
         return
     device = next(p.device for part in parts for p in part.parameters())
-    update_expert_bias(parts, total(take_expert_counts(parts, cfg, device)), cfg.moe.bias_rate)
+    update_expert_bias(parts, total(take_expert_counts(parts, cfg, device)), cfg.experts.bias_rate)

@@ -45,7 +45,7 @@ class RopeScaling:
 
 
 @config
-class LatentConfig:
+class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): sizes of its vectors and heads."""
 
     q_lora_rank: int | None = 1536
@@ -69,7 +69,7 @@ class LatentConfig:
 
 
 @config
-class MoEConfig:
+class ExpertsConfig:
     """A mixture of experts in place of the feed-forward block; no token is dropped."""
 
     n_experts: int = 8
@@ -127,7 +127,7 @@ class MoEConfig:
 
 
 @config
-class ExpertsConfig:
+class MoEBackendConfig:
     """How the products of experts are computed; the result is the same up to rounding."""
 
     backend: Literal["auto", "loop", "grouped_mm", "triton", "megablocks"] = "auto"
@@ -162,16 +162,16 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
-    window: int | None = None
-    """Sliding window: a token sees itself and the `window - 1` tokens before it; None: all."""
+    sliding_window: int | None = None
+    """Sliding window: a token sees itself and the `sliding_window - 1` tokens before it; None: all."""
     attention_bias: bool = False
     """Bias in the query, key and value projections."""
     output_bias: bool = False
     """Bias in the attention's output projection."""
     mlp_bias: bool = False
-    latent: LatentConfig | None = None
+    mla: MLAConfig | None = None
     """Latent attention in place of heads with keys of their own; null: not."""
-    moe: MoEConfig | None = None
+    experts: ExpertsConfig | None = None
     """Experts in place of the feed-forward blocks; null: none."""
     tie_embeddings: bool = True
     """The output head is the embedding."""
@@ -191,44 +191,46 @@ class DecoderConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def head_size(self) -> int:
+    def qk_head_dim(self) -> int:
         """Of queries and keys."""
-        if self.latent is not None:
-            return self.latent.qk_nope_head_dim + self.latent.qk_rope_head_dim
+        if self.mla is not None:
+            return self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
         return self.hidden_size // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def rope_size(self) -> int:
         """The part of a head that is turned."""
-        return self.head_size if self.latent is None else self.latent.qk_rope_head_dim
+        return self.qk_head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
-    def v_head_size(self) -> int:
-        return self.head_size if self.latent is None else self.latent.v_head_dim
+    def v_head_dim(self) -> int:
+        return self.qk_head_dim if self.mla is None else self.mla.v_head_dim
 
     @property
     def expert_ffn_size(self) -> int:
         """Width inside one expert."""
-        return self.ffn_size if self.moe is None or self.moe.ffn_size is None else self.moe.ffn_size
+        return (
+            self.ffn_size if self.experts is None or self.experts.ffn_size is None else self.experts.ffn_size
+        )
 
     def has_experts(self, layer: int) -> bool:
         """Is the feed-forward block of layer number `layer` a mixture of experts?"""
-        moe = self.moe
+        moe = self.experts
         return moe is not None and layer >= moe.first_k_dense and layer % moe.layer_frequency == 0
 
     def problems(self) -> Iterator[Problem]:
         sizes = ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "vocab_size")
         broken = [
-            *at_least(self, 1, *sizes, "max_seq_len", "window"),
+            *at_least(self, 1, *sizes, "max_seq_len", "sliding_window"),
             *at_least(self, 0, "init_std", "norm_eps"),
         ]
         yield from broken
         if broken:
             return
-        yield from self._head_problems() if self.latent is None else self._latent_problems()
+        yield from self._head_problems() if self.mla is None else self._latent_problems()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             yield Problem("logit_softcap", self.logit_softcap, "must be positive, or null for none")
-        if self.moe is not None:
+        if self.experts is not None:
             for option, value in (("activation", "swiglu"), ("mlp_bias", False)):
                 if getattr(self, option) != value:
                     rule = "experts are gated (swiglu) and have no biases"
@@ -239,9 +241,9 @@ class DecoderConfig:
             legal = nearest_divisors(self.hidden_size, self.n_heads)
             rule = f"must divide hidden_size ({self.hidden_size}) when head_dim is not set"
             yield Problem("n_heads", self.n_heads, rule, legal)
-        elif self.positions == "rope" and self.head_size % 2:
+        elif self.positions == "rope" and self.qk_head_dim % 2:
             rule = "rotary positions turn pairs of dimensions, so the head size must be even"
-            yield Problem("head_dim", self.head_size, rule, (self.head_size - 1, self.head_size + 1))
+            yield Problem("head_dim", self.qk_head_dim, rule, (self.qk_head_dim - 1, self.qk_head_dim + 1))
         if self.n_heads % self.kv_heads:
             legal = nearest_divisors(self.n_heads, self.kv_heads)
             rule = f"must divide n_heads ({self.n_heads}): each key head serves an equal group of query heads"

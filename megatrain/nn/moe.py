@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from megatrain.config.errors import UserError
 from megatrain.nn.balance import BalancePoint
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
 from megatrain.nn.megablocks import check_megablocks, megablocks_product
 from megatrain.nn.mlp import GatedMLP
 from megatrain_kernels import grouped_gemm, moe_gate, permute, swiglu, unpermute
@@ -33,7 +33,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores tokens against experts, in float32 at least: near ties should not depend on bf16's rounding."""
 
-    def __init__(self, hidden_size: int, cfg: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, cfg: ExpertsConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.n_experts, hidden_size))
@@ -90,7 +90,7 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
-        moe = cfg.moe
+        moe = cfg.experts
         assert moe is not None
         self.router = Router(cfg.hidden_size, moe)
         self.experts = Experts(moe.n_experts, cfg.hidden_size, cfg.expert_ffn_size)

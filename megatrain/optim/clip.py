@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megatrain.parallel.shards import local_part
+from megatrain.parallel.shards import local_tensor
 
 
 @torch.no_grad()
@@ -16,4 +16,4 @@ def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float | 
     """
     if max_norm is not None:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
+        torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], scale)

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from megatrain.optim.config import LionConfig
-from megatrain.parallel.shards import local_part
+from megatrain.parallel.shards import local_tensor
 
 
 class Lion(Optimizer):
@@ -24,8 +24,8 @@ class Lion(Optimizer):
             held = [p for p in group["params"] if p.grad is not None]
             if not held:
                 continue
-            weights, gradients = [local_part(p) for p in held], [local_part(p.grad) for p in held]
-            averages = [local_part(self.state[p]["exp_avg"]) for p in held]
+            weights, gradients = [local_tensor(p) for p in held], [local_tensor(p.grad) for p in held]
+            averages = [local_tensor(self.state[p]["exp_avg"]) for p in held]
             updates = torch._foreach_lerp(averages, gradients, 1 - self.cfg.beta1)
             torch._foreach_sign_(updates)
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

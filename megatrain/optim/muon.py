@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from megatrain.optim.config import MuonConfig
-from megatrain.parallel.shards import cut_of, local_part, part_like, whole_tensor
+from megatrain.parallel.shards import cut_of, full_tensor, local_tensor, part_like
 from megatrain_kernels import orthogonalize
 
 # Matrices of one shape are made orthogonal together, up to this many elements: small ones are short of work for a
@@ -56,9 +56,9 @@ class Muon(Optimizer):
     def _muon(self, alike: list[nn.Parameter], *, lr: float, decay: float) -> None:
         wanted = [self._momentum(parameter) for parameter in alike]
         stacked = alike[0].ndim - 2  # a matrix must be whole, a stack of them need not be
-        whole = torch.stack([whole_tensor(update, first=stacked) for update in wanted])
+        whole = torch.stack([full_tensor(update, first=stacked) for update in wanted])
         made = orthogonalize(whole, steps=self.cfg.ns_steps)
-        weights = [local_part(parameter) for parameter in alike]
+        weights = [local_tensor(parameter) for parameter in alike]
         directions = [
             part_like(full, update, first=stacked) for full, update in zip(made, wanted, strict=True)
         ]
@@ -74,11 +74,11 @@ class Muon(Optimizer):
 
     def _adamw(self, held: list[nn.Parameter], group: dict[str, Any]) -> None:
         def states(key: str) -> list[Tensor]:
-            return [local_part(self.state[p][key]) for p in held]
+            return [local_tensor(self.state[p][key]) for p in held]
 
         adamw(
-            [local_part(p) for p in held],
-            [local_part(p.grad) for p in held if p.grad is not None],
+            [local_tensor(p) for p in held],
+            [local_tensor(p.grad) for p in held if p.grad is not None],
             states("exp_avg"),
             states("exp_avg_sq"),
             [],

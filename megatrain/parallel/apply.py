@@ -22,7 +22,7 @@ from megatrain.parallel.tensor import tensor_parallel
 
 
 @dataclass(frozen=True)
-class CutModel:
+class ParallelModel:
     """What one rank holds of a model. In a run of one process `mesh` is None, and it is the model itself."""
 
     cfg: ParallelConfig
@@ -43,7 +43,7 @@ class CutModel:
                 found.setdefault(name, parameter)
         return found
 
-    def cut_batch(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def shard_batch(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """This rank's positions of `(rows, seq)` tensors; doc_ids stay whole, since keys come from all ranks."""
         if self.mesh is None or self.cfg.cp == 1:
             return dict(tensors)
@@ -53,14 +53,14 @@ class CutModel:
             for name, t in tensors.items()
         }
 
-    def counts_loss(self) -> bool:
+    def owns_loss(self) -> bool:
         """Is this the one rank of its tp group whose loss counts? (All of them have the same.)"""
         return self.mesh is None or self.mesh.coordinate("tp") == 0
 
-    def counts_balance(self) -> bool:
+    def owns_balance_loss(self) -> bool:
         """Does the balance loss count on this rank? Not if another of its tp group has the same tokens at the experts;
         in expert parallelism each has its own."""
-        return self.counts_loss() or self.cfg.ep > 1
+        return self.owns_loss() or self.cfg.ep > 1
 
     def total(self, local: Tensor) -> Tensor:
         """The sum of all ranks' `local`."""
@@ -105,7 +105,7 @@ def parallelize(
     *,
     compute_dtype: torch.dtype,
     float8: Scaling | None = None,
-) -> CutModel:
+) -> ParallelModel:
     """This rank's part of the model that `make_model` makes on the meta device.
 
     The order: pipeline stages, expert, tensor, context, fp8, recomputation, compilation, ZeRO. `float8` is the scaling
@@ -114,7 +114,7 @@ def parallelize(
     if mesh is None:
         model = make_model()
         wrap_blocks(model, cfg, float8)
-        return CutModel(cfg, [model])
+        return ParallelModel(cfg, [model])
     models = list(_stages(make_model, cfg, mesh))
     is_tied = make_model().head is None
     for model in models:
@@ -134,9 +134,11 @@ def parallelize(
             reduce_dtype=torch.promote_types(compute_dtype, torch.float32),
         )
     if cfg.pp == 1:
-        return CutModel(cfg, models, mesh)
+        return ParallelModel(cfg, models, mesh)
     hidden: int = models[0].cfg.hidden_size  # type: ignore[union-attr, assignment]
-    return CutModel(cfg, models, mesh, Pipeline(cfg, mesh, models, hidden, compute_dtype, is_tied=is_tied))
+    return ParallelModel(
+        cfg, models, mesh, Pipeline(cfg, mesh, models, hidden, compute_dtype, is_tied=is_tied)
+    )
 
 
 def _stages(make_model: Callable[[], nn.Module], cfg: ParallelConfig, mesh: Mesh) -> Iterator[nn.Module]:
@@ -145,7 +147,7 @@ def _stages(make_model: Callable[[], nn.Module], cfg: ParallelConfig, mesh: Mesh
         return
     for stage in own_stages(mesh.coordinate("pp"), cfg):
         model = make_model()
-        firsts = [0, *cfg.first_layers] if cfg.first_layers else balanced(layer_costs(model), cfg.stages)
+        firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(model), cfg.stages)
         keep_stage(model, stage, firsts)
         yield model
 
@@ -154,6 +156,6 @@ def wrap_blocks(model: nn.Module, cfg: ParallelConfig, float8: Scaling | None = 
     """Quantize, recompute and compile the blocks of `model`."""
     if float8 is not None:
         float8_linears(model, float8)
-    recompute_blocks(model, cfg.recompute)
+    recompute_blocks(model, cfg.activation_checkpointing)
     if cfg.compile:
         compile_blocks(model)

@@ -5,7 +5,9 @@ from typing import Literal
 
 from megatrain.config.schema import Problem, at_least, config
 
-Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v"]
+PipelineSchedule = Literal[
+    "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v"
+]
 MULTI_STAGE = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v")
 """Schedules in which a rank has several stages."""
 V_SHAPED = ("zbv", "dualpipe_v")
@@ -35,16 +37,16 @@ class ParallelConfig:
     zero_stage: int = 3
     """What is cut over dp_shard: 0 nothing, 1 optimizer states and masters, 2 gradients as well, 3 parameters as well
     (ZeRO, arXiv 1910.02054)."""
-    schedule: Schedule = "1f1b"
+    pp_schedule: PipelineSchedule = "1f1b"
     """Order of micro-batches in the pipeline."""
     stages_per_rank: int = 2
     """Stages of each rank in the interleaved schedules; the V-shaped ones always have two."""
-    first_layers: tuple[int, ...] = ()
+    pp_split: tuple[int, ...] = ()
     """First layer of each stage but the first, set by hand; empty: stages of about equal cost."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How queries meet the keys of other ranks: all keys are gathered; keys go round; or heads are exchanged for
     positions (arXiv 2309.14509)."""
-    recompute: Literal["none", "full", "selective"] = "none"
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Activations made again in the backward pass: none; full: each block's; selective: all but the outputs of
     linear layers and fused attention."""
     compile: bool = False
@@ -53,9 +55,9 @@ class ParallelConfig:
     @property
     def stages(self) -> int:
         """Pipeline stages of the whole model."""
-        if self.schedule in V_SHAPED:
+        if self.pp_schedule in V_SHAPED:
             return 2 * self.pp
-        return self.pp * (self.stages_per_rank if self.schedule in MULTI_STAGE else 1)
+        return self.pp * (self.stages_per_rank if self.pp_schedule in MULTI_STAGE else 1)
 
     def problems(self) -> Iterator[Problem]:
         axes = ("pp", "dp_replicate", "cp", "tp", "ep", "stages_per_rank")

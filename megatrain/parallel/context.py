@@ -52,7 +52,7 @@ class _Core(nn.Module):
 
     def __init__(self, whole: Any, group: Group) -> None:
         super().__init__()
-        self.window, self.scale, self.group = whole.window, whole.scale, group
+        self.sliding_window, self.scale, self.group = whole.sliding_window, whole.scale, group
 
 
 class GatheredCore(_Core):
@@ -73,7 +73,7 @@ class GatheredCore(_Core):
                     keys[:, :end],
                     values[:, :end],
                     scale=self.scale,
-                    window=self.window,
+                    window=self.sliding_window,
                     doc_ids=docs,
                     q_offset=chunk * length,
                 )
@@ -86,7 +86,7 @@ class UlyssesCore(_Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         q, k, v = (self._to_heads(t) for t in (q, k, v))
-        out = attention(q, k, v, scale=self.scale, window=self.window, doc_ids=doc_ids)
+        out = attention(q, k, v, scale=self.scale, window=self.sliding_window, doc_ids=doc_ids)
         assert isinstance(out, Tensor)
         return self._to_positions(out)
 
@@ -128,7 +128,7 @@ class RingCore(_Core):
         """Can any query of `chunk` see a key of chunk `place`?"""
         if place > chunk:
             return False
-        return self.window is None or (chunk - place - 1) * length + 1 < self.window
+        return self.sliding_window is None or (chunk - place - 1) * length + 1 < self.sliding_window
 
     def _block(
         self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, chunk: int, place: int
@@ -138,7 +138,14 @@ class RingCore(_Core):
         docs = None if doc_ids is None else doc_ids[:, place * length : (chunk + 1) * length]
         offset = (chunk - place) * length
         out, lse = attention(
-            q, k, v, scale=self.scale, window=self.window, doc_ids=docs, q_offset=offset, return_lse=True
+            q,
+            k,
+            v,
+            scale=self.scale,
+            window=self.sliding_window,
+            doc_ids=docs,
+            q_offset=offset,
+            return_lse=True,
         )
         return out, lse.transpose(1, 2).unsqueeze(-1)
 

@@ -55,7 +55,7 @@ def fill(cfg: ParallelConfig, processes: int) -> ParallelConfig:
 
 def stage_rank(stage: int, cfg: ParallelConfig) -> int:
     """Which of the pipeline's ranks has `stage`: round and round, or down and up again in the V-shaped schedules."""
-    if cfg.schedule in V_SHAPED:
+    if cfg.pp_schedule in V_SHAPED:
         return min(stage, 2 * cfg.pp - 1 - stage)
     return stage % cfg.pp
 
@@ -71,8 +71,8 @@ def problems(
     yield from _divisions(cfg, model, seq_len)
     if cfg.pp > 1:
         yield from _pipeline(cfg, model, rows // max(1, data_ranks(cfg) * micro_batch))
-    if cfg.pp == 1 and cfg.first_layers:
-        yield Problem("parallel.first_layers", cfg.first_layers, "stages belong to parallel.pp > 1", ((),))
+    if cfg.pp == 1 and cfg.pp_split:
+        yield Problem("parallel.pp_split", cfg.pp_split, "stages belong to parallel.pp > 1", ((),))
     if cfg.ep > 1:
         yield from _experts(cfg, model)
 
@@ -81,10 +81,10 @@ def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Itera
     """Sizes that an axis must divide."""
     heads = {"model.n_heads": model.n_heads, "model.n_kv_heads": model.kv_heads}
     sizes = {"tp": {**heads, "model.ffn_size": model.ffn_size, "model.vocab_size": model.vocab_size}}
-    if model.moe is not None and cfg.ep == 1:
+    if model.experts is not None and cfg.ep == 1:
         sizes["tp"]["the experts' ffn_size"] = model.expert_ffn_size
-    elif model.moe is not None and model.moe.n_shared_experts:
-        sizes["tp"]["the shared experts' ffn_size"] = model.moe.n_shared_experts * model.expert_ffn_size
+    elif model.experts is not None and model.experts.n_shared_experts:
+        sizes["tp"]["the shared experts' ffn_size"] = model.experts.n_shared_experts * model.expert_ffn_size
     if cfg.cp_kind == "ulysses":
         heads = {f"{name} / tp": size // cfg.tp for name, size in heads.items()}
         sizes["cp"] = {**heads, "seq_len / 2": seq_len // 2}
@@ -103,41 +103,45 @@ def _divisions(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Itera
 
 
 def _experts(cfg: ParallelConfig, model: DecoderConfig) -> Iterator[Problem]:
-    if model.moe is None:
+    if model.experts is None:
         yield Problem("parallel.ep", cfg.ep, "the model has no experts to cut", (1,))
         return
     ranks = cfg.dp_shard * cfg.cp * cfg.tp
-    parts = {"parallel.dp_shard · cp · tp": ranks, "moe.n_experts": model.moe.n_experts}
+    parts = {"parallel.dp_shard · cp · tp": ranks, "moe.n_experts": model.experts.n_experts}
     broken = [f"{name} ({size})" for name, size in parts.items() if size % cfg.ep]
     if broken:
         legal = nearest_divisors(math.gcd(*parts.values()), cfg.ep)
         yield Problem("parallel.ep", cfg.ep, f"must divide {' and '.join(broken)}", legal)
-    if cfg.recompute == "selective":
+    if cfg.activation_checkpointing == "selective":
         rule = (
             "selective recomputation does not bear that experts' weights are gathered inside a block (ep > 1)"
         )
-        yield Problem("parallel.recompute", cfg.recompute, rule, ("none", "full"))
+        yield Problem(
+            "parallel.activation_checkpointing", cfg.activation_checkpointing, rule, ("none", "full")
+        )
 
 
 def _pipeline(cfg: ParallelConfig, model: DecoderConfig, micro_batches: int) -> Iterator[Problem]:
     if cfg.stages > model.n_layers:
         rule = f"{cfg.stages} stages need as many layers, and the model has {model.n_layers}"
         yield Problem("parallel.pp", cfg.pp, rule, (max(1, model.n_layers * cfg.pp // cfg.stages),))
-    if cfg.first_layers:
-        firsts = (0, *cfg.first_layers, model.n_layers)
+    if cfg.pp_split:
+        firsts = (0, *cfg.pp_split, model.n_layers)
         if len(firsts) != cfg.stages + 1 or any(a >= b for a, b in pairwise(firsts)):
             rule = f"must be {cfg.stages - 1} rising numbers between 0 and model.n_layers ({model.n_layers})"
-            yield Problem("parallel.first_layers", cfg.first_layers, rule)
-    if cfg.schedule in SPLIT_BACKWARD and cfg.zero_stage == 3:
-        rule = f"{cfg.schedule} computes weights' gradients later, when ZeRO stage 3 has freed the weights"
+            yield Problem("parallel.pp_split", cfg.pp_split, rule)
+    if cfg.pp_schedule in SPLIT_BACKWARD and cfg.zero_stage == 3:
+        rule = f"{cfg.pp_schedule} computes weights' gradients later, when ZeRO stage 3 has freed the weights"
         yield Problem("parallel.zero_stage", cfg.zero_stage, rule, (1, 2))
-    if cfg.schedule in SPLIT_BACKWARD and cfg.tp > 1:
-        rule = f"{cfg.schedule} computes weights' gradients apart, which collectives between them do not bear"
+    if cfg.pp_schedule in SPLIT_BACKWARD and cfg.tp > 1:
+        rule = (
+            f"{cfg.pp_schedule} computes weights' gradients apart, which collectives between them do not bear"
+        )
         yield Problem("parallel.tp", cfg.tp, rule, (1,))
-    needed = 2 * cfg.pp if cfg.schedule == "dualpipe_v" else cfg.pp
-    if cfg.schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
-        rule = f"{cfg.schedule} needs a multiple of pp and at least {needed} micro-batches a step, not {micro_batches}"
-        yield Problem("parallel.schedule", cfg.schedule, rule, ("1f1b", "gpipe"))
+    needed = 2 * cfg.pp if cfg.pp_schedule == "dualpipe_v" else cfg.pp
+    if cfg.pp_schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
+        rule = f"{cfg.pp_schedule} needs a multiple of pp and at least {needed} micro-batches, not {micro_batches}"
+        yield Problem("parallel.pp_schedule", cfg.pp_schedule, rule, ("1f1b", "gpipe"))
 
 
 def float8_problems(
@@ -167,17 +171,17 @@ def _blocks(cfg: ParallelConfig, model: DecoderConfig, seq_len: int) -> Iterator
         yield Problem("seq_len", seq_len, rule, (below, below + unit)[below == 0 :])
     if cfg.tp == 1:
         return
-    latent = model.latent
+    mla = model.mla
     widths = {
-        "queries": model.n_heads * model.head_size,
-        "values": model.n_heads * model.v_head_size,
-        "keys": model.kv_heads * model.head_size
-        if latent is None
-        else model.n_heads * (latent.qk_nope_head_dim + latent.v_head_dim),
+        "queries": model.n_heads * model.qk_head_dim,
+        "values": model.n_heads * model.v_head_dim,
+        "keys": model.kv_heads * model.qk_head_dim
+        if mla is None
+        else model.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
         "model.ffn_size": model.ffn_size,
     }
-    if model.moe is not None and model.moe.n_shared_experts:
-        widths["the shared experts"] = model.moe.n_shared_experts * model.expert_ffn_size
+    if model.experts is not None and model.experts.n_shared_experts:
+        widths["the shared experts"] = model.experts.n_shared_experts * model.expert_ffn_size
     broken = [f"{name} ({width})" for name, width in widths.items() if width % (FLOAT8_GROUP * cfg.tp)]
     if broken:
         rule = (

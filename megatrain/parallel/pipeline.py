@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import (
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import stage_rank
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.shards import local_part
+from megatrain.parallel.shards import local_tensor
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -157,7 +157,7 @@ class Pipeline:
         rows, seq = tensors["tokens"].shape  # type: ignore[union-attr]
         key = (rows, seq, micro_batch_size)
         if key not in self._schedules:
-            kind = get_schedule_class(SCHEDULES[self.cfg.schedule])
+            kind = get_schedule_class(SCHEDULES[self.cfg.pp_schedule])
             stages = self._make_stages(micro_batch_size, seq)
             options = {
                 "n_microbatches": rows // micro_batch_size,
@@ -204,7 +204,7 @@ class Pipeline:
         copies = self.tables()
         if not copies:
             return
-        grads = [local_part(copy.grad) for copy in copies if copy.grad is not None]
+        grads = [local_tensor(copy.grad) for copy in copies if copy.grad is not None]
         if len(grads) == 2:  # a V-shaped schedule: both are here, and the second only follows the first
             grads[0].add_(grads[1])
             copies[1].grad = None

@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megatrain.nn.init import Shard, whole
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds (no copy)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -33,7 +33,7 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 @torch.no_grad()
-def whole_tensor(tensor: Tensor, *, first: int = 0) -> Tensor:
+def full_tensor(tensor: Tensor, *, first: int = 0) -> Tensor:
     """`tensor` in full, bit for bit, on every rank that holds a part of it; all of them must call this.
 
     Dimensions before `first` stay cut: of stacked matrices a rank gets those whole that it has a part of.
@@ -54,7 +54,7 @@ def whole_tensor(tensor: Tensor, *, first: int = 0) -> Tensor:
 
 
 def part_like(full: Tensor, like: Tensor, *, first: int = 0) -> Tensor:
-    """The part of `full` that this rank holds of `like`, a view; `first` as in `whole_tensor`."""
+    """The part of `full` that this rank holds of `like`, a view; `first` as in `full_tensor`."""
     if not isinstance(like, DTensor):
         return full
     values, _, offsets = shard_of(like)

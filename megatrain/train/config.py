@@ -3,22 +3,23 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.config.schema import Problem, at_least, between, config, nearest_divisors
 from megatrain.data.config import DataConfig
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
-from megatrain.nn.config import ExpertsConfig
+from megatrain.nn.config import MoEBackendConfig
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: the keys of `Config.RENAMED` got their present names."""
 
 
 @config
@@ -78,6 +79,17 @@ class TrainConfig:
 class Config:
     """One run. The same config and seed give the same run in every layout."""
 
+    RENAMED: ClassVar[Mapping[str, str | None]] = {
+        "parallel.recompute": "parallel.activation_checkpointing",
+        "parallel.schedule": "parallel.pp_schedule",
+        "parallel.first_layers": "parallel.pp_split",
+        "model.window": "model.sliding_window",
+        "model.latent": "model.mla",
+        "model.moe": "model.experts",
+        "engine": None,
+    }
+    """Key of an earlier version -> its present name; None: removed."""
+
     schema_version: int = SCHEMA_VERSION
     run: RunConfig = RunConfig()
     model: ModelConfig = Qwen3Config(vocab_size=4096)
@@ -88,8 +100,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    moe: ExpertsConfig = ExpertsConfig()
-    engine: Literal["native"] = "native"
+    moe: MoEBackendConfig = MoEBackendConfig()
     seq_len: int = 256
     """Tokens of a training sequence."""
     global_batch_size: int = 16

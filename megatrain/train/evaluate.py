@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatrain.data.loader import Batch, ignored_batch
-from megatrain.parallel.apply import CutModel
+from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.step import evaluation_loss
 
@@ -21,7 +21,7 @@ class Evaluation:
     """Total nats / (ln 2 · bytes of text that the predicted tokens stand for); None where tokens have no text."""
 
 
-def evaluate(cut: CutModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
+def evaluate(cut: ParallelModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
     """Mean loss over every valid token of `batches`; the model's mode and weights are left as they were.
 
     Ranks that read different data take turns; each computes equally many batches, since they compute together.

@@ -32,7 +32,7 @@ class Hook(Protocol):
 
 
 @dataclass(frozen=True)
-class Timetable:
+class IntervalTriggers:
     """The requests that the config fixes in advance."""
 
     cfg: Config

@@ -17,7 +17,7 @@ from megatrain.runtime.device import Peak
 from megatrain.train.build import Parts
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
-from megatrain.train.hooks import EarlyStop, Request, StepFacts, StopOnSignal, Timetable, ask
+from megatrain.train.hooks import EarlyStop, IntervalTriggers, Request, StepFacts, StopOnSignal, ask
 from megatrain.train.step import StepStats, train_step
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ def train_loop(run: Run) -> str:
         DivergedError: the loss or the gradient norm is not finite; nothing of that step was saved.
     """
     cfg, state = run.cfg, run.parts.state
-    hooks = (Timetable(cfg), StopOnSignal(), EarlyStop())
+    hooks = (IntervalTriggers(cfg), StopOnSignal(), EarlyStop())
     reset_peak_memory(next(state.model.parameters()).device)
     ended = time.perf_counter()
     batches = run.parts.loader.batches(state.step)

@@ -12,7 +12,7 @@ from megatrain.data.loader import Loader, StepBatch, ignored_batch, validation_b
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
-from megatrain.parallel.shards import whole_tensor
+from megatrain.parallel.shards import full_tensor
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
@@ -106,7 +106,7 @@ def _loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
 
 def whole_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None) -> Arrays:
     """`tensors` in full (float64), on the first rank of each pipeline stage; nothing on the others."""
-    wholes = {name: whole_tensor(t) for name, t in tensors.items()}
+    wholes = {name: full_tensor(t) for name, t in tensors.items()}
     if mesh is not None and any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
         return {}
     return {name: t.detach().to(torch.float64).numpy().copy() for name, t in wholes.items()}

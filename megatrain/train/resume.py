@@ -13,7 +13,6 @@ FREE = (
     "checkpoint.*",
     "parallel.*",
     "micro_batch_size",
-    "engine",
     "moe.*",
     "train.stop_at",
     "train.resume",

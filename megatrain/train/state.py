@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from megatrain.optim.build import optimizer_tensors
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
-from megatrain.parallel.apply import CutModel
+from megatrain.parallel.apply import ParallelModel
 
 
 @dataclass
@@ -19,7 +19,7 @@ class TrainState:
     The data loader has no state of its own: the samples of a step are a function of the config and `step`.
     """
 
-    cut: CutModel
+    cut: ParallelModel
     weights: MasterWeights
     optimizer: Optimizer
     average: WeightAverage | None

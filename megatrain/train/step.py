@@ -10,7 +10,7 @@ from torch import Tensor
 from megatrain.data.loader import Batch, StepBatch
 from megatrain.nn.balance import balance_experts, begin_balance
 from megatrain.optim.clip import clip_gradients
-from megatrain.parallel.apply import CutModel
+from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import before_micro_batch
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
@@ -28,17 +28,17 @@ class StepStats:
     """How many ranks asked to stop."""
 
 
-def loss_sum(cut: CutModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
+def loss_sum(cut: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
     """Loss in nats, summed over this rank's valid tokens of `batch` (float32 scalar on the model's device)."""
     tensors = _on_device(cut, batch)
     loss: Tensor = cut.models[0](tensors.pop("tokens"), **tensors, z_loss=z_loss)
     return loss
 
 
-def _on_device(cut: CutModel, batch: Batch) -> dict[str, Tensor | None]:
+def _on_device(cut: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
     """This rank's part of `batch` by the names of the model's arguments."""
     names = ("tokens", "targets", "positions", "doc_ids")
-    tensors = cut.cut_batch({name: getattr(batch, name) for name in names})
+    tensors = cut.shard_batch({name: getattr(batch, name) for name in names})
     device = cut.device
     return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
@@ -81,9 +81,9 @@ def train_step(
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Leave the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
     cut = state.cut
-    begin_balance(cut.models, cut.counts_balance() / max(batch.valid_tokens, 1))
+    begin_balance(cut.models, cut.owns_balance_loss() / max(batch.valid_tokens, 1))
     loss = (_accumulate if cut.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
-    return loss if cut.counts_loss() else torch.zeros_like(loss)
+    return loss if cut.owns_loss() else torch.zeros_like(loss)
 
 
 def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
@@ -113,14 +113,12 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
 
 
 @torch.no_grad()
-def evaluation_loss(cut: CutModel, batch: Batch) -> Tensor:
+def evaluation_loss(cut: ParallelModel, batch: Batch) -> Tensor:
     """Loss in nats summed over this rank's valid tokens of `batch`, once in each tp group."""
     if cut.pipeline is None:
         loss = loss_sum(cut, batch)
     else:
         loss = cut.pipeline.forward(_on_device(cut, batch))
     return (
-        loss.to(torch.float64)
-        if cut.counts_loss()
-        else torch.zeros((), dtype=torch.float64, device=cut.device)
+        loss.to(torch.float64) if cut.owns_loss() else torch.zeros((), dtype=torch.float64, device=cut.device)
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatrain.data.store import SyntheticStore
 from megatrain.models.config import ModelConfig
-from megatrain.nn.config import MoEConfig
+from megatrain.nn.config import ExpertsConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import AXES, world_size
 from megatrain.runtime.workers import WorkerPool
@@ -24,8 +24,8 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"tp": 2},
     *({"cp": 2, "cp_kind": kind} for kind in ("all_gather", "ring", "ulysses")),
     {"pp": 2},
-    {"pp": 2, "schedule": "interleaved_1f1b"},
-    {"pp": 2, "schedule": "zbv", "zero_stage": 2},
+    {"pp": 2, "pp_schedule": "interleaved_1f1b"},
+    {"pp": 2, "pp_schedule": "zbv", "zero_stage": 2},
     {"dp_shard": 2, "tp": 2},
     {"pp": 2, "dp_shard": 2},
     {"cp": 2, "tp": 2},
@@ -76,14 +76,14 @@ def shrink(cfg: Config) -> Config:
         ffn_size=96,
         vocab_size=128,
         max_seq_len=max(SEQ_LEN, 128),
-        window=None if model.window is None else SEQ_LEN // 3,
+        sliding_window=None if model.sliding_window is None else SEQ_LEN // 3,
         init_std=0.1,
-        moe=None if model.moe is None else _shrink_experts(model.moe),
-        latent=None
-        if model.latent is None
+        experts=None if model.experts is None else _shrink_experts(model.experts),
+        mla=None
+        if model.mla is None
         else dataclasses.replace(
-            model.latent,
-            q_lora_rank=None if model.latent.q_lora_rank is None else 24,
+            model.mla,
+            q_lora_rank=None if model.mla.q_lora_rank is None else 24,
             kv_lora_rank=16,
             qk_nope_head_dim=8,
             qk_rope_head_dim=4,
@@ -102,7 +102,7 @@ def shrink(cfg: Config) -> Config:
     )
 
 
-def _shrink_experts(moe: MoEConfig) -> MoEConfig:
+def _shrink_experts(moe: ExpertsConfig) -> ExpertsConfig:
     groups = min(2, moe.n_groups)
     return dataclasses.replace(
         moe,
@@ -117,9 +117,9 @@ def _shrink_experts(moe: MoEConfig) -> MoEConfig:
 
 def layouts(cfg: Config) -> list[ParallelConfig]:
     """The config's own layout, if it has several processes and this machine can hold them, and `LAYOUTS` or more."""
-    own = dataclasses.replace(cfg.parallel, dp_shard=max(1, cfg.parallel.dp_shard), first_layers=())
+    own = dataclasses.replace(cfg.parallel, dp_shard=max(1, cfg.parallel.dp_shard), pp_split=())
     chosen = [own] if 1 < world_size(own) <= MOST_PROCESSES else []
-    tried = LAYOUTS if cfg.model.moe is None else LAYOUTS + EXPERT_LAYOUTS
+    tried = LAYOUTS if cfg.model.experts is None else LAYOUTS + EXPERT_LAYOUTS
     return chosen + [ParallelConfig(**layout) for layout in tried if ParallelConfig(**layout) != own]
 
 
@@ -145,7 +145,7 @@ def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], N
 def describe(layout: ParallelConfig) -> str:
     """What of a layout differs from one process."""
     plain = ParallelConfig()
-    names = (*AXES, "ep", "zero_stage", "schedule", "cp_kind")
+    names = (*AXES, "ep", "zero_stage", "pp_schedule", "cp_kind")
     changed = [
         f"{name}={getattr(layout, name)}" for name in names if getattr(layout, name) != getattr(plain, name)
     ]

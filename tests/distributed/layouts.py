@@ -9,10 +9,10 @@ from megatrain.data.store import SyntheticStore
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
-from megatrain.nn.config import LatentConfig, MoEConfig
+from megatrain.nn.config import ExpertsConfig, MLAConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import world_size
+from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config, TrainConfig
 from megatrain.train.parity import Trace, merged, trace
@@ -22,7 +22,7 @@ STORE = SyntheticStore(64, n_tokens=1 << 14, documents=700)  # about 23 tokens e
 SIZES = {"n_layers": 4, "hidden_size": 32, "n_heads": 8, "ffn_size": 48, "vocab_size": 64, "init_std": 0.2}
 
 CFG = Config(
-    model=Qwen3Config(**SIZES, n_kv_heads=4, head_dim=8, tie_embeddings=False, window=20),
+    model=Qwen3Config(**SIZES, n_kv_heads=4, head_dim=8, tie_embeddings=False, sliding_window=20),
     data=DataConfig(kind="synthetic", mask_documents=True),
     optim=AdamWConfig(lr=1e-2, clip_norm=0.5),  # the norm is about 4: every step is clipped
     train=TrainConfig(precision="fp64", z_loss=1e-3, seed=3),
@@ -34,19 +34,17 @@ TIED = replace(CFG, model=replace(CFG.model, tie_embeddings=True))
 GPT2 = replace(CFG, model=GPT2Config(**SIZES, max_seq_len=64))
 """Biases, LayerNorm, learned positions, a tied head."""
 MUON = replace(CFG, optim=MuonConfig(lr=1e-2, clip_norm=0.5))
-MOE = MoEConfig(
+MOE = ExpertsConfig(
     n_experts=4, top_k=2, ffn_size=24, n_shared_experts=1, aux_loss=0.01, bias_rate=1e-3, first_k_dense=1
 )
-EXPERTS = replace(CFG, model=replace(CFG.model, moe=MOE))
+EXPERTS = replace(CFG, model=replace(CFG.model, experts=MOE))
 LATENT = replace(
     CFG,
     model=DeepseekV3Config(
         **SIZES,
         max_seq_len=64,
-        latent=LatentConfig(
-            q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-        ),
-        moe=replace(MOE, routing="sigmoid", n_groups=2, top_groups=1),
+        mla=MLAConfig(q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+        experts=replace(MOE, routing="sigmoid", n_groups=2, top_groups=1),
     ),
 )
 RUNS = {
@@ -74,6 +72,14 @@ def in_layout(workers: WorkerPool, name: str, layout: dict[str, Any], precision:
 
 
 def _with(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
-    changed = replace(cfg, train=replace(cfg.train, precision=precision), parallel=ParallelConfig(**layout))
+    """`cfg` in `layout`, where a rank has two micro-batches a step (a pipeline four, if it has so many rows)."""
+    parallel = ParallelConfig(**layout)
+    rows = cfg.global_batch_size // data_ranks(parallel)
+    changed = replace(
+        cfg,
+        train=replace(cfg.train, precision=precision),
+        parallel=parallel,
+        micro_batch_size=max(1, rows // (4 if parallel.pp > 1 else 2)),
+    )
     assert not list(changed.problems()), list(map(str, changed.problems()))
     return changed

@@ -13,7 +13,7 @@ from megatrain.data.loader import Loader
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import data_ranks
 from megatrain.parallel.mesh import Mesh, make_mesh
-from megatrain.parallel.shards import local_part
+from megatrain.parallel.shards import local_tensor
 from megatrain.train import step
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
@@ -87,7 +87,7 @@ def bytes_of_states(cfg: Config) -> int:
 
 def _of_states(state: TrainState) -> int:
     return sum(
-        local_part(t).nbytes
+        local_tensor(t).nbytes
         for p in state.weights.parameters.values()
         for name, t in state.optimizer.state[p].items()
         if name != "step"
@@ -117,7 +117,7 @@ def _live_bytes(more: list[Tensor]) -> int:
     found = {}
     # type(), not isinstance(): that would ask deprecated objects of torch, which warn
     for tensor in [*(each for each in gc.get_objects() if issubclass(type(each), Tensor)), *more]:
-        part = local_part(tensor.detach()) if not tensor.is_meta else tensor
+        part = local_tensor(tensor.detach()) if not tensor.is_meta else tensor
         if part.device.type == "cpu":
             storage = part.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

@@ -85,7 +85,7 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
         *[{"cp": 2, "cp_kind": kind} for kind in ("all_gather", "ring", "ulysses")],
         {"cp": 4, "cp_kind": "ring", "zero_stage": 1},
         {"dp_shard": 2, "tp": 2},
-        {"pp": 2, "schedule": "1f1b"},
+        {"pp": 2, "pp_schedule": "1f1b"},
         {"dp_shard": 4, "ep": 2},
         {"cp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
     ],

@@ -51,7 +51,7 @@ def one_sided_gradients(cfg: Config) -> Arrays:
     "layout",
     [
         {"dp_shard": 2, "ep": 2},
-        {"dp_shard": 2, "ep": 2, "recompute": "full"},
+        {"dp_shard": 2, "ep": 2, "activation_checkpointing": "full"},
         {"dp_shard": 2, "tp": 2, "ep": 4},
     ],
     ids=str,

@@ -40,7 +40,7 @@ MODEL = Qwen3Config(
 BASE = replace(CFG, model=MODEL, seq_len=128, global_batch_size=4)
 RUNS = {
     "dense": BASE,
-    "experts": replace(BASE, model=replace(MODEL, moe=replace(MOE, first_k_dense=0, ffn_size=256))),
+    "experts": replace(BASE, model=replace(MODEL, experts=replace(MOE, first_k_dense=0, ffn_size=256))),
 }
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("block", "dense", {"pp": 2}),

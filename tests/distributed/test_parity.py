@@ -25,14 +25,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *[("untied", {"cp": 2, "cp_kind": kind}) for kind in ("all_gather", "ring", "ulysses")],
     ("gpt2", {"cp": 2}),
     # each schedule; the embedding's two copies wherever the head is tied
-    *[("tied", {"pp": 2, "schedule": schedule}) for schedule in ("gpipe", "1f1b", "interleaved_1f1b")],
+    *[("tied", {"pp": 2, "pp_schedule": schedule}) for schedule in ("gpipe", "1f1b", "interleaved_1f1b")],
     *[
-        (name, {"pp": 2, "schedule": schedule, "zero_stage": 2})
+        (name, {"pp": 2, "pp_schedule": schedule, "zero_stage": 2})
         for schedule in ("interleaved_zero_bubble", "zbv", "dualpipe_v")
         for name in ("untied", "tied")
     ],
     ("gpt2", {"pp": 2}),
-    ("untied", {"pp": 2, "first_layers": (3,)}),
+    ("untied", {"pp": 2, "pp_split": (3,)}),
     # pairs
     ("untied", {"dp_replicate": 2, "dp_shard": 2}),
     ("tied", {"dp_shard": 2, "tp": 2}),
@@ -63,8 +63,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("experts", {"cp": 2, "tp": 2, "ep": 4}),
     ("experts", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
     ("latent", {"pp": 2, "dp_shard": 2, "ep": 2}),
-    ("experts", {"pp": 2, "tp": 2, "ep": 2, "schedule": "interleaved_1f1b"}),
-    ("latent", {"pp": 2, "dp_shard": 2, "ep": 2, "schedule": "zbv", "zero_stage": 2}),
+    ("experts", {"pp": 2, "tp": 2, "ep": 2, "pp_schedule": "interleaved_1f1b"}),
+    ("latent", {"pp": 2, "dp_shard": 2, "ep": 2, "pp_schedule": "zbv", "zero_stage": 2}),
     (
         "experts",
         {"dp_shard": 4, "tp": 2, "ep": 4},
@@ -78,7 +78,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     # triples on eight ranks
     ("tied", {"pp": 2, "dp_shard": 2, "tp": 2}),
     ("untied", {"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
-    ("tied", {"pp": 2, "cp": 2, "tp": 2, "schedule": "interleaved_1f1b"}),
+    ("tied", {"pp": 2, "cp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
     ("gpt2", {"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
     ("untied", {"dp_replicate": 2, "dp_shard": 2, "pp": 2, "zero_stage": 0}),
     ("untied", {"dp_shard": 4, "tp": 2}),

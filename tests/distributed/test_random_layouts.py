@@ -27,7 +27,7 @@ def cases(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     axes = [axis for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep") if axis in HINTS]
     layout: dict[str, Any] = {axis: draw(degrees) for axis in axes}
     layout["zero_stage"] = draw(st.integers(0, 3))
-    for choice in ("schedule", "cp_kind", "recompute"):
+    for choice in ("pp_schedule", "cp_kind", "activation_checkpointing"):
         layout[choice] = draw(st.sampled_from(get_args(HINTS[choice])))
     return name, layout
 

@@ -27,7 +27,7 @@ def test_planted_faults_are_caught(workers: WorkerPool, fault: str | None) -> No
 def test_a_shrunk_config_fits_every_layout(model: ModelConfig) -> None:
     cfg = replace(CFG, model=model)
     tried = layouts(cfg)
-    assert any(layout.ep > 1 for layout in tried) == (model.moe is not None)
+    assert any(layout.ep > 1 for layout in tried) == (model.experts is not None)
     for layout in tried:
         each = replace(shrink(cfg), parallel=layout)
         assert not list(each.problems()), layout

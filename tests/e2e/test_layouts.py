@@ -79,7 +79,7 @@ def test_layouts_follow_each_other_in_one_run(workplace: Workplace) -> None:
 
 
 def test_experts_move_between_ranks_in_one_run(workplace: Workplace) -> None:
-    experts = ("model=mixtral_debug", "model.moe.n_experts=4", "model.moe.ffn_size=24", *EXACT)
+    experts = ("model=mixtral_debug", "model.experts.n_experts=4", "model.experts.ffn_size=24", *EXACT)
     workplace.run(workplace.tiny("run.name=one", *experts))
     changing = (
         ("train.stop_at=4", "parallel.dp_shard=2", "parallel.tp=2", "parallel.ep=4"),

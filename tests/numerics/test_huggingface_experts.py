@@ -15,11 +15,11 @@ from megatrain.config.errors import UserError
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.mixtral.config import MixtralConfig
 from megatrain.models.registry import config_from_hf, get_spec
-from megatrain.nn.config import LatentConfig, MoEConfig, RopeScaling
+from megatrain.nn.config import ExpertsConfig, MLAConfig, RopeScaling
 
 TINY: dict[str, Any] = {"hidden_size": 48, "n_heads": 4, "ffn_size": 80, "vocab_size": 67, "max_seq_len": 64}
-LATENT = LatentConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14)
-MOE = MoEConfig(
+LATENT = MLAConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14)
+MOE = ExpertsConfig(
     n_experts=8,
     top_k=3,
     ffn_size=20,
@@ -32,25 +32,25 @@ MOE = MoEConfig(
     first_k_dense=1,
 )
 YARN = RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=16, mscale=0.7)
-DEEPSEEK = DeepseekV3Config(**TINY, n_layers=3, latent=LATENT, moe=MOE)
+DEEPSEEK = DeepseekV3Config(**TINY, n_layers=3, mla=LATENT, experts=MOE)
 MODELS: dict[str, MixtralConfig | DeepseekV3Config] = {
     "mixtral": MixtralConfig(
-        **TINY, n_layers=2, n_kv_heads=2, head_dim=12, moe=MoEConfig(n_experts=5, top_k=2)
+        **TINY, n_layers=2, n_kv_heads=2, head_dim=12, experts=ExpertsConfig(n_experts=5, top_k=2)
     ),
     "mixtral, window, tied": MixtralConfig(
         **TINY,
         n_layers=1,
         n_kv_heads=1,
         head_dim=16,
-        window=9,
+        sliding_window=9,
         tie_embeddings=True,
-        moe=MoEConfig(n_experts=3, top_k=1),
+        experts=ExpertsConfig(n_experts=3, top_k=1),
     ),
     "deepseek": DEEPSEEK,
     "deepseek, plain queries, own scores": replace(
         DEEPSEEK,
-        latent=replace(LATENT, q_lora_rank=None),
-        moe=replace(MOE, normalize_top_k=False, n_groups=1, top_groups=1, n_shared_experts=1),
+        mla=replace(LATENT, q_lora_rank=None),
+        experts=replace(MOE, normalize_top_k=False, n_groups=1, top_groups=1, n_shared_experts=1),
     ),
     "deepseek, yarn": replace(DEEPSEEK, rope_scaling=YARN),
     "deepseek, yarn on cos and sin": replace(DEEPSEEK, rope_scaling=replace(YARN, mscale=None)),
@@ -150,14 +150,14 @@ def test_a_missing_and_a_misshapen_expert_are_named(tmp_path: Path) -> None:
 MIXTRAL = MODELS["mixtral"]
 REFUSED = {
     "model.qk_norm": replace(MIXTRAL, qk_norm=True),
-    "model.moe": replace(MIXTRAL, moe=None),
-    "model.moe.routing": replace(MIXTRAL, moe=MoEConfig(routing="sigmoid")),
-    "model.moe.first_k_dense": replace(MIXTRAL, moe=MoEConfig(first_k_dense=1)),
+    "model.experts": replace(MIXTRAL, experts=None),
+    "model.experts.routing": replace(MIXTRAL, experts=ExpertsConfig(routing="sigmoid")),
+    "model.experts.first_k_dense": replace(MIXTRAL, experts=ExpertsConfig(first_k_dense=1)),
     "model.norm_eps": replace(DEEPSEEK, norm_eps=1e-5),
-    "model.latent": replace(DEEPSEEK, latent=None),
-    "model.moe.bias_rate": replace(DEEPSEEK, moe=replace(MOE, bias_rate=None)),
-    "model.moe.n_shared_experts": replace(DEEPSEEK, moe=replace(MOE, n_shared_experts=0)),
-    "model.moe.layer_frequency": replace(DEEPSEEK, moe=replace(MOE, layer_frequency=2)),
+    "model.mla": replace(DEEPSEEK, mla=None),
+    "model.experts.bias_rate": replace(DEEPSEEK, experts=replace(MOE, bias_rate=None)),
+    "model.experts.n_shared_experts": replace(DEEPSEEK, experts=replace(MOE, n_shared_experts=0)),
+    "model.experts.layer_frequency": replace(DEEPSEEK, experts=replace(MOE, layer_frequency=2)),
 }
 
 

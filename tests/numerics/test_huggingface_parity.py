@@ -43,7 +43,9 @@ MODELS: dict[str, ModelConfig] = {
     "llama, yarn": Llama3Config(**TINY, rope_scaling=YARN),
     "llama, yarn, own factor": Llama3Config(**TINY, rope_scaling=replace(YARN, attention_factor=0.9)),
     "qwen3": Qwen3Config(**TINY, n_kv_heads=2, head_dim=16),
-    "qwen3, untied, window": Qwen3Config(**TINY, n_kv_heads=4, head_dim=12, tie_embeddings=False, window=9),
+    "qwen3, untied, window": Qwen3Config(
+        **TINY, n_kv_heads=4, head_dim=12, tie_embeddings=False, sliding_window=9
+    ),
     "qwen3, biases": Qwen3Config(**TINY, **BIASES),
 }
 
@@ -95,7 +97,7 @@ def test_the_map_and_back_is_the_identity(name: str) -> None:
 def test_the_config_comes_back_from_both_forms_of_config_json(name: str) -> None:
     cfg = MODELS[name]
     if cfg.kind != "gpt2":  # config.json spells both out
-        cfg = replace(cfg, n_kv_heads=cfg.kv_heads, head_dim=cfg.head_size)
+        cfg = replace(cfg, n_kv_heads=cfg.kv_heads, head_dim=cfg.qk_head_dim)
     written = json.loads(json.dumps(get_spec(cfg.kind).hf_config(cfg)))
     assert config_from_hf(written) == cfg
     by_transformers = json.loads(AutoConfig.for_model(**written).to_json_string())
@@ -161,7 +163,7 @@ def test_a_wrong_shape_is_named(name: str, tensor: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "window": ("llama3", {"window": 8}),
+    "sliding_window": ("llama3", {"sliding_window": 8}),
     "qk_norm": ("llama3", {"qk_norm": True}),
     "norm": ("qwen3", {"norm": "layer"}),
     "mlp_bias": ("qwen3", {"mlp_bias": True}),
@@ -169,7 +171,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "activation": ("gpt2", {"activation": "relu2"}),
     "positions": ("gpt2", {"positions": "rope"}),
     "kv_heads": ("gpt2", {"n_kv_heads": 1}),
-    "head_size": ("gpt2", {"head_dim": 16}),
+    "qk_head_dim": ("gpt2", {"head_dim": 16}),
     "logit_softcap": ("qwen3", {"logit_softcap": 30.0}),
     "residual_scale": ("llama3", {"residual_scale": 0.5}),
     "embedding_scale": ("gpt2", {"embedding_scale": 2.0}),
@@ -222,8 +224,10 @@ def test_the_oldest_form_of_rotary_scaling() -> None:
 def test_a_window_is_read_without_layer_types() -> None:
     hf = get_spec("qwen3").hf_config(MODELS["qwen3, untied, window"])
     del hf["layer_types"]
-    assert config_from_hf(hf).window == 9
-    assert config_from_hf(hf | {"max_window_layers": 2}).window is None  # it would begin after the last layer
+    assert config_from_hf(hf).sliding_window == 9
+    assert (
+        config_from_hf(hf | {"max_window_layers": 2}).sliding_window is None
+    )  # it would begin after the last layer
 
 
 def test_an_unknown_family_is_named() -> None:

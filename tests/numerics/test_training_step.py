@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from megatrain.data.loader import Loader
 from megatrain.data.store import SyntheticStore
 from megatrain.models.qwen3.config import Qwen3Config
-from megatrain.nn.config import MoEConfig
+from megatrain.nn.config import ExpertsConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.train.build import build_state
@@ -93,10 +93,10 @@ def test_equals_a_plain_loop_however_it_is_cut(micro_batch_size: int) -> None:
 @pytest.mark.parametrize("micro_batch_size", [4, 2])
 def test_experts_train_alike_however_the_batch_is_cut(micro_batch_size: int) -> None:
     """With a balance loss, and with biases that follow the counts of the whole batch."""
-    moe = MoEConfig(n_experts=4, top_k=2, ffn_size=24, routing="sigmoid", aux_loss=0.1, bias_rate=0.01)
+    moe = ExpertsConfig(n_experts=4, top_k=2, ffn_size=24, routing="sigmoid", aux_loss=0.1, bias_rate=0.01)
     results = []
     for rows in (8, micro_batch_size):
-        cfg = replace(CFG, model=replace(CFG.model, moe=moe), micro_batch_size=rows)
+        cfg = replace(CFG, model=replace(CFG.model, experts=moe), micro_batch_size=rows)
         state = build_state(cfg, torch.device("cpu"))
         losses = []
         for number in range(STEPS):
@@ -113,8 +113,8 @@ def test_experts_train_alike_however_the_batch_is_cut(micro_batch_size: int) -> 
 
 
 def test_experts_go_on_from_the_tensors_of_a_checkpoint() -> None:
-    moe = MoEConfig(n_experts=4, top_k=2, ffn_size=24, bias_rate=0.05)
-    cfg = replace(CFG, model=replace(CFG.model, moe=moe))
+    moe = ExpertsConfig(n_experts=4, top_k=2, ffn_size=24, bias_rate=0.05)
+    cfg = replace(CFG, model=replace(CFG.model, experts=moe))
     states = [build_state(cfg, torch.device("cpu")) for _ in range(2)]
     for number in range(STEPS):
         if number == 2:  # the second takes up what the first has, and only that
@@ -130,7 +130,7 @@ def test_experts_go_on_from_the_tensors_of_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_changes_nothing(recompute: str) -> None:
-    changed = replace(CFG, parallel=ParallelConfig(recompute=recompute))  # type: ignore[arg-type]
+    changed = replace(CFG, parallel=ParallelConfig(activation_checkpointing=recompute))  # type: ignore[arg-type]
     assert ours(changed)[0] == ours(CFG)[0]
 
 

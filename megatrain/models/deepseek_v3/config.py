@@ -3,7 +3,7 @@
 from typing import Literal
 
 from megatrain.config.schema import config
-from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig, MLAConfig
 
 
 @config
@@ -13,8 +13,8 @@ class DeepseekV3Config(DecoderConfig):
     max_seq_len: int = 163840
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    latent: LatentConfig | None = LatentConfig()
-    moe: MoEConfig | None = MoEConfig(
+    mla: MLAConfig | None = MLAConfig()
+    experts: ExpertsConfig | None = ExpertsConfig(
         n_experts=256,
         top_k=8,
         ffn_size=2048,

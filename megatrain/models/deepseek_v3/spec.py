@@ -1,8 +1,8 @@
 """The family DeepSeek-V3."""
 
-from megatrain.models.decoder import Decoder
 from megatrain.models.deepseek_v3.weights import config_from_hf, hf_config, weight_map
 from megatrain.models.spec import ModelSpec
+from megatrain.nn.decoder import Decoder
 
 SPEC = ModelSpec(
     kind="deepseek_v3",

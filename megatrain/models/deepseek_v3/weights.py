@@ -53,12 +53,12 @@ def weight_map(cfg: DeepseekV3Config) -> WeightMap:
 
 
 def _layer_rules(cfg: DeepseekV3Config, layer: int) -> Iterator[Rule]:
-    latent, theirs, ours = cfg.latent, f"model.layers.{layer}.", f"layers.{layer}."
-    assert latent is not None
-    rotary = latent.qk_rope_head_dim
-    heads, key = (cfg.head_size, rotary), (latent.kv_lora_rank + rotary, rotary)
+    mla, theirs, ours = cfg.mla, f"model.layers.{layer}.", f"layers.{layer}."
+    assert mla is not None
+    rotary = mla.qk_rope_head_dim
+    heads, key = (cfg.qk_head_dim, rotary), (mla.kv_lora_rank + rotary, rotary)
     attention = theirs + "self_attn."
-    if latent.q_lora_rank is None:
+    if mla.q_lora_rank is None:
         yield Rule(f"{attention}q_proj.weight", (f"{ours}attn.wq.weight",), pairs=heads)
     else:
         yield Rule(f"{attention}q_a_proj.weight", (f"{ours}attn.wq_down.weight",))
@@ -78,15 +78,15 @@ def _layer_rules(cfg: DeepseekV3Config, layer: int) -> Iterator[Rule]:
 
 def check(cfg: DeepseekV3Config) -> None:
     """Refuse what Hugging Face's DeepSeek-V3 does not have."""
-    like = {key: value for key, value in NO_EXPERTS.items() if key != "latent"}
+    like = {key: value for key, value in NO_EXPERTS.items() if key != "mla"}
     # Its norms inside attention have this epsilon whatever config.json says.
-    require(cfg, "DeepSeek-V3", norm_eps=1e-6, window=None, mlp_bias=False, **like)
-    require_part(cfg, "DeepSeek-V3", "latent")
-    moe = require_part(cfg, "DeepSeek-V3", "moe")
-    require(moe, "DeepSeek-V3", prefix="model.moe.", routing="sigmoid", layer_frequency=1)
+    require(cfg, "DeepSeek-V3", norm_eps=1e-6, sliding_window=None, mlp_bias=False, **like)
+    require_part(cfg, "DeepSeek-V3", "mla")
+    moe = require_part(cfg, "DeepSeek-V3", "experts")
+    require(moe, "DeepSeek-V3", prefix="model.experts.", routing="sigmoid", layer_frequency=1)
     if moe.bias_rate is None or not moe.n_shared_experts:
         name, value = ("bias_rate", "null") if moe.bias_rate is None else ("n_shared_experts", 0)
-        raise UserError(f"a Hugging Face DeepSeek-V3 model cannot express: model.moe.{name}={value}")
+        raise UserError(f"a Hugging Face DeepSeek-V3 model cannot express: model.experts.{name}={value}")
 
 
 def hf_config(cfg: DeepseekV3Config) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def hf_config(cfg: DeepseekV3Config) -> dict[str, Any]:
     common = llama_like_config(cfg)
     del common["head_dim"]
     own: dict[str, Any] = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
-    own |= {theirs: getattr(cfg.latent, ours) for ours, theirs in LATENT.items()}
-    own |= {theirs: getattr(cfg.moe, ours) for ours, theirs in MOE.items()}
+    own |= {theirs: getattr(cfg.mla, ours) for ours, theirs in LATENT.items()}
+    own |= {theirs: getattr(cfg.experts, ours) for ours, theirs in MOE.items()}
     own |= {
         "moe_intermediate_size": cfg.expert_ffn_size,
         "scoring_func": "sigmoid",
@@ -125,7 +125,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DeepseekV3Config:
         ours: value_of(hf, theirs) for ours, theirs in MOE.items()
     }
     latent = {ours: value_of(hf, theirs) for ours, theirs in LATENT.items()}
-    return load(DeepseekV3Config, data | {"latent": latent, "moe": moe})
+    return load(DeepseekV3Config, data | {"mla": latent, "experts": moe})
 
 
 def _without_mixing(hf: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:

@@ -1,8 +1,8 @@
 """The family Llama 3."""
 
-from megatrain.models.decoder import Decoder
 from megatrain.models.llama3.weights import config_from_hf, hf_config, weight_map
 from megatrain.models.spec import ModelSpec
+from megatrain.nn.decoder import Decoder
 
 SPEC = ModelSpec(
     kind="llama3",

@@ -25,8 +25,8 @@ LLAMA_LIKE: dict[str, Any] = {
     "norm": "rms",
     "activation": "swiglu",
     "positions": "rope",
-    "moe": None,
-    "latent": None,
+    "experts": None,
+    "mla": None,
     "logit_softcap": None,
     "residual_scale": 1.0,
     "embedding_scale": 1.0,
@@ -57,7 +57,7 @@ def weight_map(cfg: Llama3Config) -> WeightMap:
 
 def check(cfg: Llama3Config) -> None:
     """Refuse what Hugging Face's Llama does not have."""
-    require(cfg, "Llama", qk_norm=False, window=None, output_bias=cfg.attention_bias, **LLAMA_LIKE)
+    require(cfg, "Llama", qk_norm=False, sliding_window=None, output_bias=cfg.attention_bias, **LLAMA_LIKE)
 
 
 def hf_config(cfg: Llama3Config) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def llama_like_config(cfg: DecoderConfig) -> dict[str, Any]:
         "hidden_size": cfg.hidden_size,
         "num_attention_heads": cfg.n_heads,
         "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_size,
+        "head_dim": cfg.qk_head_dim,
         "intermediate_size": cfg.ffn_size,
         "vocab_size": cfg.vocab_size,
         "max_position_embeddings": cfg.max_seq_len,

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from megatrain.config.schema import config
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
 
 
 @config
@@ -13,4 +13,4 @@ class MixtralConfig(DecoderConfig):
     max_seq_len: int = 32768
     rope_theta: float = 1000000.0
     tie_embeddings: bool = False
-    moe: MoEConfig | None = MoEConfig()
+    experts: ExpertsConfig | None = ExpertsConfig()

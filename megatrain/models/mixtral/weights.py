@@ -14,7 +14,7 @@ from megatrain.models.llama3.weights import (
 )
 from megatrain.models.mixtral.config import MixtralConfig
 from megatrain.models.spec import Stack, WeightMap, require, require_hf, require_part, value_of
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
 
 MIXTRAL_MODULES = {ours: theirs for ours, theirs in MODULES.items() if not ours.startswith("mlp.")} | {
     "moe.router": "block_sparse_moe.gate"
@@ -25,7 +25,7 @@ EXPERTS = {
     "down": "block_sparse_moe.experts.{}.w2",
 }
 """Matrices of one expert, ours -> theirs with the expert's number."""
-NO_EXPERTS = {key: value for key, value in LLAMA_LIKE.items() if key != "moe"}
+NO_EXPERTS = {key: value for key, value in LLAMA_LIKE.items() if key != "experts"}
 
 
 def weight_map(cfg: MixtralConfig) -> WeightMap:
@@ -36,10 +36,10 @@ def weight_map(cfg: MixtralConfig) -> WeightMap:
 
 def expert_stacks(cfg: DecoderConfig, names: Mapping[str, str]) -> tuple[Stack, ...]:
     """The stacked matrices of all layers' experts; `names` as `EXPERTS`."""
-    assert cfg.moe is not None
+    assert cfg.experts is not None
     return tuple(
         Stack(
-            tuple(f"model.layers.{layer}.{theirs.format(i)}.weight" for i in range(cfg.moe.n_experts)),
+            tuple(f"model.layers.{layer}.{theirs.format(i)}.weight" for i in range(cfg.experts.n_experts)),
             f"layers.{layer}.moe.experts.{ours}",
         )
         for layer in range(cfg.n_layers)
@@ -53,23 +53,23 @@ def check(cfg: MixtralConfig) -> None:
     require(
         cfg, "Mixtral", qk_norm=False, attention_bias=False, output_bias=False, mlp_bias=False, **NO_EXPERTS
     )
-    common = MoEConfig()
+    common = ExpertsConfig()
     fixed = ("routing", "normalize_top_k", "n_shared_experts", "routed_scale", "n_groups", "bias_rate")
     wanted = {key: getattr(common, key) for key in (*fixed, "first_k_dense", "layer_frequency")}
-    require(require_part(cfg, "Mixtral", "moe"), "Mixtral", prefix="model.moe.", **wanted)
+    require(require_part(cfg, "Mixtral", "experts"), "Mixtral", prefix="model.experts.", **wanted)
 
 
 def hf_config(cfg: MixtralConfig) -> dict[str, Any]:
     """config.json of `MixtralForCausalLM`."""
     check(cfg)
-    assert cfg.moe is not None
+    assert cfg.experts is not None
     own = {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
         "intermediate_size": cfg.expert_ffn_size,
-        "num_local_experts": cfg.moe.n_experts,
-        "num_experts_per_tok": cfg.moe.top_k,
-        "sliding_window": cfg.window,
+        "num_local_experts": cfg.experts.n_experts,
+        "num_experts_per_tok": cfg.experts.top_k,
+        "sliding_window": cfg.sliding_window,
     }
     return llama_like_config(cfg) | own
 
@@ -78,4 +78,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> MixtralConfig:
     """The config of a `MixtralForCausalLM`."""
     require_hf(hf, router_jitter_noise=0.0)
     moe = {"n_experts": value_of(hf, "num_local_experts"), "top_k": value_of(hf, "num_experts_per_tok")}
-    return load(MixtralConfig, llama_like_from_hf(hf) | {"moe": moe, "window": hf.get("sliding_window")})
+    return load(
+        MixtralConfig, llama_like_from_hf(hf) | {"experts": moe, "sliding_window": hf.get("sliding_window")}
+    )

@@ -32,12 +32,12 @@ def check(cfg: Qwen3Config) -> None:
 def hf_config(cfg: Qwen3Config) -> dict[str, Any]:
     """config.json of `Qwen3ForCausalLM`."""
     check(cfg)
-    windowed = cfg.window is not None
+    windowed = cfg.sliding_window is not None
     own = {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
         "use_sliding_window": windowed,
-        "sliding_window": cfg.window,
+        "sliding_window": cfg.sliding_window,
         "max_window_layers": 0 if windowed else cfg.n_layers,  # the window begins at this layer
         "layer_types": ["sliding_attention" if windowed else "full_attention"] * cfg.n_layers,
     }
@@ -46,7 +46,7 @@ def hf_config(cfg: Qwen3Config) -> dict[str, Any]:
 
 def config_from_hf(hf: Mapping[str, Any]) -> Qwen3Config:
     """The config of a `Qwen3ForCausalLM`."""
-    return load(Qwen3Config, llama_like_from_hf(hf) | {"window": _window(hf)})
+    return load(Qwen3Config, llama_like_from_hf(hf) | {"sliding_window": _window(hf)})
 
 
 def _window(hf: Mapping[str, Any]) -> int | None:

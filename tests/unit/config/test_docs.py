@@ -16,7 +16,7 @@ def by_path() -> dict[str, Key]:
 
 def test_every_leaf_of_the_default_config_is_described() -> None:
     described = by_path()
-    assert set(flatten(Config())) - {"model.rope_scaling", "model.moe", "model.latent"} <= set(described)
+    assert set(flatten(Config())) - {"model.rope_scaling", "model.experts", "model.mla"} <= set(described)
     assert "optim.momentum" in described
     assert "model.rope_scaling.factor" in described
 

@@ -80,7 +80,7 @@ def leaf_hints() -> dict[str, Any]:
     return {path: hint_at(Config, path) for path in leaves}
 
 
-OPTIONAL_CONFIGS = ("model.rope_scaling", "model.moe", "model.latent")
+OPTIONAL_CONFIGS = ("model.rope_scaling", "model.experts", "model.mla")
 
 
 @pytest.mark.parametrize("path", [path for path in leaf_hints() if path not in OPTIONAL_CONFIGS])

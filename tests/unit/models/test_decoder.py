@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatrain.models.decoder import Decoder
-from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig, RopeScaling
+from megatrain.nn.config import DecoderConfig, ExpertsConfig, MLAConfig, RopeScaling
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.nn.rope import rope_frequencies
 
@@ -34,27 +34,27 @@ OPTIONS: dict[str, dict[str, object]] = {
     "wide heads": {"head_dim": 10, "qk_norm": True, "norm_eps": 0.1},
     "relu2": {"activation": "relu2"},
     "learned positions": {"positions": "learned", "max_seq_len": 24},
-    "window": {"window": 3},
+    "window": {"sliding_window": 3},
     "softcap": {"logit_softcap": 2.0},
     "scales": {"residual_scale": 0.5, "embedding_scale": 3.0},
     "scales, layer norm": {"residual_scale": 0.5, "norm": "layer"},
     "biases": {"attention_bias": True, "output_bias": True},
-    "latent attention": {"latent": LatentConfig(**LATENT), "n_kv_heads": None, "norm_eps": 0.1},
+    "latent attention": {"mla": MLAConfig(**LATENT), "n_kv_heads": None, "norm_eps": 0.1},
     "latent attention, queries too, yarn": {
-        "latent": LatentConfig(**LATENT | {"q_lora_rank": 14}),
+        "mla": MLAConfig(**LATENT | {"q_lora_rank": 14}),
         "n_kv_heads": None,
-        "window": 9,
+        "sliding_window": 9,
         "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=16, mscale=0.7),
     },
-    "experts": {"moe": MoEConfig(n_experts=5, top_k=2)},
+    "experts": {"experts": ExpertsConfig(n_experts=5, top_k=2)},
     "all kinds of layers": {
         "n_layers": 4,
-        "moe": MoEConfig(
+        "experts": ExpertsConfig(
             n_experts=3, top_k=1, ffn_size=20, n_shared_experts=2, first_k_dense=1, layer_frequency=2
         ),
     },
     "sigmoid experts in groups": {
-        "moe": MoEConfig(
+        "experts": ExpertsConfig(
             n_experts=6,
             top_k=3,
             routing="sigmoid",
@@ -64,7 +64,7 @@ OPTIONS: dict[str, dict[str, object]] = {
             bias_rate=0.1,
         )
     },
-    "experts with their own scores": {"moe": MoEConfig(n_experts=4, top_k=3, normalize_top_k=False)},
+    "experts with their own scores": {"experts": ExpertsConfig(n_experts=4, top_k=3, normalize_top_k=False)},
 }
 
 
@@ -97,10 +97,10 @@ def written_out(cfg: DecoderConfig, w: dict[str, torch.Tensor], tokens: list[int
         x = x + w["pos_embed.weight"][: len(tokens)]
     for layer in range(cfg.n_layers):
         own = {key.removeprefix(f"layers.{layer}."): value for key, value in w.items()}
-        mix = attention if cfg.latent is None else latent_attention
+        mix = attention if cfg.mla is None else latent_attention
         x = x + cfg.residual_scale * mix(cfg, own, norm(cfg, own, "attn_norm", x))
         y = norm(cfg, own, "mlp_norm", x)
-        moe = cfg.moe
+        moe = cfg.experts
         if moe is None or layer < moe.first_k_dense or layer % moe.layer_frequency:
             x = x + cfg.residual_scale * feed_forward(cfg, own, y)
         else:
@@ -121,7 +121,7 @@ def project(w: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Ten
 
 
 def attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    size, rotate = cfg.head_size, cfg.positions == "rope"
+    size, rotate = cfg.qk_head_dim, cfg.positions == "rope"
     q, k, v = (project(w, f"attn.{name}", x).view(len(x), -1, size) for name in ("wq", "wk", "wv"))
     out = torch.zeros_like(q)
     for head in range(cfg.n_heads):
@@ -133,7 +133,7 @@ def attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -
                 y / (y.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * w[n] for n, y in both
             )
         for i in range(len(x)):
-            first = 0 if cfg.window is None else max(0, i - cfg.window + 1)
+            first = 0 if cfg.sliding_window is None else max(0, i - cfg.sliding_window + 1)
             turned = [turn(cfg, keys[j], j) if rotate else keys[j] for j in range(first, i + 1)]
             query = turn(cfg, queries[i], i) if rotate else queries[i]
             weights = torch.softmax(torch.stack(turned) @ query / math.sqrt(size), 0)
@@ -143,13 +143,13 @@ def attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -
 
 def latent_attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Equations 37 to 47 of DeepSeek-V2, one head and one pair of tokens at a time."""
-    latent = cfg.latent
-    assert latent is not None
-    nope, v_size, size = latent.qk_nope_head_dim, latent.v_head_dim, cfg.head_size
+    mla = cfg.mla
+    assert mla is not None
+    nope, v_size, size = mla.qk_nope_head_dim, mla.v_head_dim, cfg.qk_head_dim
     queries = x
-    if latent.q_lora_rank is not None:
+    if mla.q_lora_rank is not None:
         queries = norm(replace(cfg, norm="rms"), w, "attn.q_norm", project(w, "attn.wq_down", x))
-    q = project(w, "attn.wq" if latent.q_lora_rank is None else "attn.wq_up", queries).view(len(x), -1, size)
+    q = project(w, "attn.wq" if mla.q_lora_rank is None else "attn.wq_up", queries).view(len(x), -1, size)
     compressed = norm(cfg, w, "attn.kv_norm", project(w, "attn.wkv_down", x))
     kv = project(w, "attn.wkv_up", compressed).view(len(x), -1, nope + v_size)
     shared = project(w, "attn.wk_rope", x)
@@ -160,7 +160,7 @@ def latent_attention(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Te
     out = torch.zeros(len(x), cfg.n_heads, v_size, dtype=x.dtype)
     for head in range(cfg.n_heads):
         for i in range(len(x)):
-            first = 0 if cfg.window is None else max(0, i - cfg.window + 1)
+            first = 0 if cfg.sliding_window is None else max(0, i - cfg.sliding_window + 1)
             scores = [
                 kv[j, head, :nope] @ q[i, head, :nope]
                 + turn(cfg, shared[j], j) @ turn(cfg, q[i, head, nope:], i)
@@ -194,7 +194,9 @@ def feed_forward(cfg: DecoderConfig, w: dict[str, torch.Tensor], x: torch.Tensor
     return project(w, "mlp.down", formulas[cfg.activation])
 
 
-def mixture(cfg: DecoderConfig, moe: MoEConfig, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def mixture(
+    cfg: DecoderConfig, moe: ExpertsConfig, w: dict[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     """One token through its experts, chosen by sorting."""
     logits = w["moe.router.weight"] @ x
     scores = 1 / (1 + torch.exp(-logits)) if moe.routing == "sigmoid" else torch.softmax(logits, 0)
@@ -262,7 +264,7 @@ def test_a_packed_document_equals_the_document_alone() -> None:
 
 
 def test_a_window_forgets() -> None:
-    model, _ = make(window=3, n_layers=1)
+    model, _ = make(sliding_window=3, n_layers=1)
     tokens = draw_tokens()[:1]
     changed = tokens.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 61

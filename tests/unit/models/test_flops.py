@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatrain.models.decoder import Decoder
 from megatrain.models.flops import attention_pairs, flops_per_token, n_embedding_parameters, n_params
 from megatrain.models.llama3.config import Llama3Config
-from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig, MLAConfig
+from megatrain.nn.decoder import Decoder
 
 CONFIGS = {
     "gated, grouped heads": DecoderConfig(
@@ -23,13 +23,13 @@ CONFIGS = {
     ),
     "latent attention": DecoderConfig(
         n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=64,
-        latent=LatentConfig(
+        mla=MLAConfig(
             q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=20
         ),
     ),
     "experts": DecoderConfig(
         n_layers=3, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=64,
-        moe=MoEConfig(n_experts=4, top_k=2, ffn_size=24, n_shared_experts=1, first_k_dense=1),
+        experts=ExpertsConfig(n_experts=4, top_k=2, ffn_size=24, n_shared_experts=1, first_k_dense=1),
     ),
 }  # fmt: skip
 

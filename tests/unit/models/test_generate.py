@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from megatrain.models.decoder import Decoder
 from megatrain.models.generate import generate
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 
 CFG = DecoderConfig(n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=61, init_std=0.3)

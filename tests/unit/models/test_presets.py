@@ -190,11 +190,13 @@ def test_config(name: str) -> None:
     if published["model_type"] == "gpt2":
         published = published | {"vocab_size": 50257, "n_positions": 1024, "activation_function": "gelu_new"}
     cfg, expected = compose([f"model={name}", "seq_len=128"]).model, config_from_hf(published)
-    if cfg.moe is not None and expected.moe is not None:  # how a model is balanced in training is not in it
-        cfg = replace(cfg, moe=replace(cfg.moe, aux_loss=0.0, bias_rate=expected.moe.bias_rate))
-    if cfg.latent is not None:
+    if (
+        cfg.experts is not None and expected.experts is not None
+    ):  # how a model is balanced in training is not in it
+        cfg = replace(cfg, experts=replace(cfg.experts, aux_loss=0.0, bias_rate=expected.experts.bias_rate))
+    if cfg.mla is not None:
         assert cfg == expected
         return
     # One may leave out what the other spells out.
-    spelt = replace(cfg, n_kv_heads=cfg.kv_heads, head_dim=cfg.head_size)
-    assert spelt == replace(expected, n_kv_heads=expected.kv_heads, head_dim=expected.head_size)
+    spelt = replace(cfg, n_kv_heads=cfg.kv_heads, head_dim=cfg.qk_head_dim)
+    assert spelt == replace(expected, n_kv_heads=expected.kv_heads, head_dim=expected.qk_head_dim)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatrain.models.decoder import Decoder
-from megatrain.nn.config import DecoderConfig, LatentConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig, MLAConfig
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import Shard, init_weights
 
 CFG = DecoderConfig(
@@ -53,8 +53,8 @@ def test_roles() -> None:
 
 def test_experts_and_latent_attention() -> None:
     """Each matrix of a stack is normal; only what adds to the residual stream is scaled by depth."""
-    moe = MoEConfig(n_experts=3, ffn_size=48, n_shared_experts=1, bias_rate=0.1)
-    latent = LatentConfig(
+    moe = ExpertsConfig(n_experts=3, ffn_size=48, n_shared_experts=1, bias_rate=0.1)
+    latent = MLAConfig(
         q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32
     )
     cfg = DecoderConfig(
@@ -64,8 +64,8 @@ def test_experts_and_latent_attention() -> None:
         ffn_size=96,
         vocab_size=128,
         init_std=0.03,
-        moe=moe,
-        latent=latent,
+        experts=moe,
+        mla=latent,
     )
     model = Decoder(cfg)
     for tensor in model.state_dict().values():

@@ -28,11 +28,11 @@ def test_all_problems_of_a_model_are_reported_at_once() -> None:
 
 
 def test_latent_attention_refuses_options_of_the_other_kind() -> None:
-    data = {"latent": {"qk_rope_head_dim": 5}, "n_kv_heads": 2, "qk_norm": True}
+    data = {"mla": {"qk_rope_head_dim": 5}, "n_kv_heads": 2, "qk_norm": True}
     with pytest.raises(ConfigError) as caught:
         load(Llama3Config, data)
     fields = {problem.field for problem in caught.value.problems}
-    assert fields == {"latent.qk_rope_head_dim", "n_kv_heads", "qk_norm"}
+    assert fields == {"mla.qk_rope_head_dim", "n_kv_heads", "qk_norm"}
 
 
 def test_a_temperature_of_latent_attention_is_refused_elsewhere() -> None:

@@ -9,24 +9,26 @@ from torch import Tensor, nn
 from megatrain.config.errors import UserError
 from megatrain.config.load import load
 from megatrain.config.schema import ConfigError
-from megatrain.models.decoder import Decoder
 from megatrain.nn.balance import (
     balance_experts,
     begin_balance,
     take_expert_counts,
     update_expert_bias,
 )
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.nn.moe import Experts, MoE, use_experts_backend
 from megatrain.parallel.apply import wrap_blocks
 from megatrain.parallel.config import ParallelConfig
 from megatrain_kernels import permute, unpermute
 
-MOE = MoEConfig(
+MOE = ExpertsConfig(
     n_experts=6, top_k=2, ffn_size=10, n_shared_experts=1, aux_loss=0.3, bias_rate=0.01, first_k_dense=1
 )
-CFG = DecoderConfig(n_layers=3, hidden_size=16, n_heads=2, ffn_size=24, vocab_size=31, init_std=0.4, moe=MOE)
+CFG = DecoderConfig(
+    n_layers=3, hidden_size=16, n_heads=2, ffn_size=24, vocab_size=31, init_std=0.4, experts=MOE
+)
 
 
 def make(cfg: DecoderConfig = CFG) -> Decoder:
@@ -35,9 +37,9 @@ def make(cfg: DecoderConfig = CFG) -> Decoder:
     return model
 
 
-def make_block(moe: MoEConfig) -> MoE:
+def make_block(moe: ExpertsConfig) -> MoE:
     generator = torch.Generator().manual_seed(1)
-    block = MoE(replace(CFG, moe=moe)).double()
+    block = MoE(replace(CFG, experts=moe)).double()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
@@ -126,7 +128,7 @@ def test_training_tokens_are_counted_once(recompute: str) -> None:
     tokens = draw_tokens()
     expected = counts_by_hand(model, tokens)  # itself not counted: nothing is trained there
     assert expected.sum(1).tolist() == [0, 72, 72]
-    wrap_blocks(model, ParallelConfig(recompute=recompute))  # type: ignore[arg-type]
+    wrap_blocks(model, ParallelConfig(activation_checkpointing=recompute))  # type: ignore[arg-type]
     for micro_batch in tokens.split(1):
         model(micro_batch, targets=micro_batch).backward()
     with torch.no_grad():
@@ -144,7 +146,7 @@ def test_wrapped_blocks_have_the_same_gradients(how: str) -> None:
         for block in models[1].layers.values():
             block.compile(backend="aot_eager")  # traced as ever, without the time to make code
     else:
-        wrap_blocks(models[1], ParallelConfig(recompute=how))  # type: ignore[arg-type]
+        wrap_blocks(models[1], ParallelConfig(activation_checkpointing=how))  # type: ignore[arg-type]
     for model in models:
         begin_balance([model], 0.1)
         (0.1 * model(tokens, targets=tokens)).backward()
@@ -241,18 +243,18 @@ def test_bf16_keeps_the_choice_in_float32() -> None:
 
 
 WRONG = {
-    "moe.n_groups": {"n_experts": 8, "n_groups": 3},
-    "moe.top_groups": {"n_experts": 8, "n_groups": 2, "top_groups": 3},
-    "moe.top_k": {"n_experts": 8, "n_groups": 4, "top_groups": 1, "top_k": 3},
+    "experts.n_groups": {"n_experts": 8, "n_groups": 3},
+    "experts.top_groups": {"n_experts": 8, "n_groups": 2, "top_groups": 3},
+    "experts.top_k": {"n_experts": 8, "n_groups": 4, "top_groups": 1, "top_k": 3},
 }
 
 
 @pytest.mark.parametrize("field", WRONG)
 def test_impossible_routing_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=rf"{field}="):
-        load(DecoderConfig, {"moe": WRONG[field]})
+        load(DecoderConfig, {"experts": WRONG[field]})
 
 
 def test_experts_need_their_activation() -> None:
     with pytest.raises(ConfigError, match="activation=gelu: experts are gated"):
-        load(DecoderConfig, {"moe": {}, "activation": "gelu"})
+        load(DecoderConfig, {"experts": {}, "activation": "gelu"})

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from megatrain.models.decoder import Decoder
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.parallel.compile import compile_blocks
 from megatrain.parallel.recompute import recompute_blocks

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from megatrain.config.errors import UserError
-from megatrain.models.decoder import Decoder
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.parallel import float8
 from megatrain.parallel.compile import compile_blocks
@@ -144,7 +144,7 @@ def test_blocks_linear_layers_and_nothing_else() -> None:
         n_heads=4,
         vocab_size=61,
         tie_embeddings=False,
-        moe=MoEConfig(n_experts=4, ffn_size=16, n_shared_experts=1, first_k_dense=1),
+        experts=ExpertsConfig(n_experts=4, ffn_size=16, n_shared_experts=1, first_k_dense=1),
     )
     model = Decoder(cfg)
     names = [name for name, _ in model.named_parameters()]

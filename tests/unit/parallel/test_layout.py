@@ -9,7 +9,7 @@ from layouts import EXPERTS
 from megatrain.config.errors import UserError
 from megatrain.models.mixtral.config import MixtralConfig
 from megatrain.models.qwen3.config import Qwen3Config
-from megatrain.nn.config import DecoderConfig, MoEConfig
+from megatrain.nn.config import DecoderConfig, ExpertsConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, fill, problems, require_processes, stage_rank, world_size
 from megatrain.parallel.pipeline import balanced
@@ -38,12 +38,12 @@ def test_sizes() -> None:
         ({"cp": 5}, "parallel.cp", (4, 6)),  # 24 pairs of positions
         ({"cp": 8, "cp_kind": "ulysses"}, "parallel.cp", (2, 4)),
         ({"pp": 8}, "parallel.pp", (6,)),
-        ({"pp": 4, "schedule": "interleaved_1f1b"}, "parallel.pp", (3,)),
-        ({"pp": 2, "first_layers": (3, 4)}, "parallel.first_layers", ()),
-        ({"first_layers": (3,)}, "parallel.first_layers", ((),)),
-        ({"pp": 2, "schedule": "zbv"}, "parallel.zero_stage", (1, 2)),
-        ({"pp": 2, "schedule": "zbv", "zero_stage": 2, "tp": 2}, "parallel.tp", (1,)),
-        ({"pp": 3, "schedule": "dualpipe_v", "zero_stage": 2}, "parallel.schedule", ("1f1b", "gpipe")),
+        ({"pp": 4, "pp_schedule": "interleaved_1f1b"}, "parallel.pp", (3,)),
+        ({"pp": 2, "pp_split": (3, 4)}, "parallel.pp_split", ()),
+        ({"pp_split": (3,)}, "parallel.pp_split", ((),)),
+        ({"pp": 2, "pp_schedule": "zbv"}, "parallel.zero_stage", (1, 2)),
+        ({"pp": 2, "pp_schedule": "zbv", "zero_stage": 2, "tp": 2}, "parallel.tp", (1,)),
+        ({"pp": 3, "pp_schedule": "dualpipe_v", "zero_stage": 2}, "parallel.pp_schedule", ("1f1b", "gpipe")),
         ({"dp_shard": 2, "ep": 2}, "parallel.ep", (1,)),  # no experts
     ],
 )
@@ -57,8 +57,8 @@ def test_legal_layouts_break_nothing() -> None:
     for layout in (
         {},
         {"tp": 4, "cp": 2},
-        {"pp": 2, "schedule": "zbv", "zero_stage": 1},
-        {"pp": 3, "first_layers": (1, 5)},
+        {"pp": 2, "pp_schedule": "zbv", "zero_stage": 1},
+        {"pp": 3, "pp_split": (1, 5)},
     ):
         assert not broken(**layout)  # type: ignore[arg-type]
 
@@ -71,7 +71,7 @@ def test_tensor_parallelism_divides_every_expert() -> None:
         n_kv_heads=4,
         ffn_size=96,
         vocab_size=96,
-        moe=MoEConfig(ffn_size=30),
+        experts=ExpertsConfig(ffn_size=30),
     )
     assert broken(model, tp=4)["parallel.tp"] == (1, 2)
 
@@ -83,19 +83,23 @@ def test_tensor_parallelism_divides_every_expert() -> None:
         ({"dp_replicate": 4, "ep": 2}, "parallel.ep", (1,)),  # copies have their own experts
         ({"dp_shard": 3, "cp": 2, "tp": 2, "ep": 6}, "parallel.ep", (2, 4)),  # 12 ranks, but 8 experts
         ({"dp_shard": 16, "ep": 16}, "parallel.ep", (4, 8)),
-        ({"dp_shard": 2, "ep": 2, "recompute": "selective"}, "parallel.recompute", ("none", "full")),
+        (
+            {"dp_shard": 2, "ep": 2, "activation_checkpointing": "selective"},
+            "parallel.activation_checkpointing",
+            ("none", "full"),
+        ),
         ({"dp_shard": 2, "ep": 2, "tp": 4}, "parallel.tp", (1, 2)),  # the shared expert is 30 wide
     ],
 )
 def test_rules_of_expert_parallelism(
     layout: dict[str, object], field: str, legal: tuple[object, ...]
 ) -> None:
-    moe = MoEConfig(n_experts=8, ffn_size=30, n_shared_experts=1)
-    assert broken(replace(MODEL, moe=moe), **layout)[field][-2:] == legal
+    moe = ExpertsConfig(n_experts=8, ffn_size=30, n_shared_experts=1)
+    assert broken(replace(MODEL, experts=moe), **layout)[field][-2:] == legal
 
 
 def test_whole_experts_may_have_any_width() -> None:
-    model = replace(MODEL, moe=MoEConfig(n_experts=8, ffn_size=30))
+    model = replace(MODEL, experts=ExpertsConfig(n_experts=8, ffn_size=30))
     assert "parallel.tp" in broken(model, tp=4)
     assert not broken(model, tp=4, ep=4)
     assert not broken(model, tp=2, dp_shard=2, ep=2)
@@ -115,13 +119,13 @@ def test_another_number_of_processes_is_refused() -> None:
 
 
 def test_stages_go_round_or_down_and_up() -> None:
-    assert [stage_rank(s, ParallelConfig(pp=2, schedule="interleaved_1f1b")) for s in range(4)] == [
+    assert [stage_rank(s, ParallelConfig(pp=2, pp_schedule="interleaved_1f1b")) for s in range(4)] == [
         0,
         1,
         0,
         1,
     ]
-    assert [stage_rank(s, ParallelConfig(pp=2, schedule="zbv")) for s in range(4)] == [0, 1, 1, 0]
+    assert [stage_rank(s, ParallelConfig(pp=2, pp_schedule="zbv")) for s in range(4)] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("costs", [[1, 1, 1, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6], [1] * 7])

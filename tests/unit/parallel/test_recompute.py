@@ -9,8 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatrain.models.decoder import Decoder
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.parallel.recompute import recompute_blocks
 from megatrain_kernels import attention

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.train.config import Config, TrainConfig
-from megatrain.train.hooks import EarlyStop, Request, StepFacts, StopOnSignal, Timetable, ask
+from megatrain.train.hooks import EarlyStop, IntervalTriggers, Request, StepFacts, StopOnSignal, ask
 
 CFG = Config(train=TrainConfig(steps=10, eval_every=4), checkpoint=CheckpointConfig(every=3))
 
 
 def requests(cfg: Config) -> dict[int, Request]:
-    return {step: Timetable(cfg).after_step(StepFacts(step=step)) for step in range(1, 11)}
+    return {step: IntervalTriggers(cfg).after_step(StepFacts(step=step)) for step in range(1, 11)}
 
 
 def test_the_timetable() -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megatrain.nn.attention import Layout
+from megatrain.nn.attention import SequenceInfo
 from megatrain.nn.block import Block
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.embed import Embedding
@@ -49,9 +49,9 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = tokens if tokens.is_floating_point() else self._embed(tokens, positions)
-        layout = self._layout(positions, doc_ids)
+        sequence = self._sequence_info(positions, doc_ids)
         for block in self.layers.values():
-            hidden = block(hidden, layout)
+            hidden = block(hidden, sequence)
         if self.norm is None:
             return hidden
         hidden = self.norm(hidden)
@@ -67,8 +67,8 @@ class Decoder(nn.Module):
             hidden = hidden * self.cfg.embedding_scale
         return hidden if self.pos_embed is None else hidden + self.pos_embed(positions)
 
-    def _layout(self, positions: Tensor, doc_ids: Tensor | None) -> Layout:
+    def _sequence_info(self, positions: Tensor, doc_ids: Tensor | None) -> SequenceInfo:
         if self.cfg.positions == "learned":
-            return Layout(None, None, doc_ids)
+            return SequenceInfo(None, None, doc_ids)
         cos, sin = rope_angles(positions, self.cfg.rope_size, self.cfg.rope_theta, self.cfg.rope_scaling)
-        return Layout(cos, sin, doc_ids)
+        return SequenceInfo(cos, sin, doc_ids)
