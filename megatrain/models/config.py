@@ -1,4 +1,4 @@
-"""The union of all model families' configs; `kind` tells which one a run uses."""
+"""The union of all model families' configs; `kind` tells which one a run uses. No torch is imported."""
 
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config

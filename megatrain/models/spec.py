@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megatrain.config.errors import UserError
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +134,10 @@ class ModelSpec:
     """One family. Every function but the last takes the family's config."""
 
     kind: str
-    build: Callable[[Any], torch.nn.Module]
-    """The model, on the default device (also meta)."""
+    build: Callable[[Any], Decoder]
+    """Makes the model, on the default device (also meta)."""
+    plan: Callable[[Any], Plan]
+    """Returns the model's weights with their shapes and roles, from its config alone."""
     weights: Callable[[Any], WeightMap]
     """Raises UserError, naming the option, for a config that the Hugging Face form cannot express."""
     hf_config: Callable[[Any], dict[str, Any]]

@@ -1,11 +1,13 @@
-"""Self-attention with grouped key heads, rotary positions and an optional norm of queries and keys."""
+"""Self-attention with grouped key and value heads, rotary positions and an optional norm of queries and keys."""
 
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.layer import Linear
 from megatrain.nn.norm import RMSNorm
+from megatrain.nn.plan import attention_weights
 from megatrain_kernels import attention, rotary
 
 
@@ -20,7 +22,7 @@ class SequenceInfo(NamedTuple):
 
 
 class AttentionCore(nn.Module):
-    """The part of attention that mixes tokens: a seam that context parallelism may replace."""
+    """The part of attention that mixes tokens. Context parallelism replaces it."""
 
     def __init__(self, sliding_window: int | None, scale: float | None = None) -> None:
         super().__init__()
@@ -29,29 +31,37 @@ class AttentionCore(nn.Module):
         """Factor on the scores; None: head_dim^(-1/2)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
-        """q `(batch, seq, heads, head_dim)`, k and v with as many or fewer heads; `(batch, seq, heads, v_dim)`."""
+        """Attend causally; returns `(batch, seq, heads, v_dim)`.
+
+        Args:
+            q: `(batch, seq, heads, head_dim)`.
+            k, v: as many or fewer heads, each of which serves an equal group of query heads.
+            doc_ids: `(batch, seq)`; None: every row is one document.
+        """
         out = attention(q, k, v, scale=self.scale, window=self.sliding_window, doc_ids=doc_ids)
         assert isinstance(out, Tensor)
         return out
 
 
 class Attention(nn.Module):
-    """`(batch, seq, hidden)` to the same. Head counts come from the weights, so a shard of them works alone."""
+    """Grouped-query attention, `(batch, seq, hidden)` to the same.
+
+    Head counts come from the weights, so a shard of the heads works alone.
+    """
+
+    SEAMS = ("core",)
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
-        self.qk_head_dim = cfg.qk_head_dim
-        q_size, kv_size = cfg.n_heads * cfg.qk_head_dim, cfg.kv_heads * cfg.qk_head_dim
-        self.wq = nn.Linear(cfg.hidden_size, q_size, bias=cfg.attention_bias)
-        self.wk = nn.Linear(cfg.hidden_size, kv_size, bias=cfg.attention_bias)
-        self.wv = nn.Linear(cfg.hidden_size, kv_size, bias=cfg.attention_bias)
-        self.wo = nn.Linear(q_size, cfg.hidden_size, bias=cfg.output_bias)
-        self.q_norm = RMSNorm(cfg.qk_head_dim, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.qk_head_dim, cfg.norm_eps) if cfg.qk_norm else None
-        self.core = AttentionCore(cfg.sliding_window)
+        weights = attention_weights(cfg)
+        self.head_dim = cfg.qk_head_dim
+        self.wq, self.wk, self.wv, self.wo = (Linear(weights[name]) for name in ("wq", "wk", "wv", "wo"))
+        self.q_norm = RMSNorm(weights["q_norm"], cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(weights["k_norm"], cfg.norm_eps) if cfg.qk_norm else None
+        self.core: nn.Module = AttentionCore(cfg.sliding_window)
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
-        heads = (-1, self.qk_head_dim)
+        heads = (-1, self.head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -1,30 +1,56 @@
 """One layer of a decoder: attention and feed-forward, each behind a norm and added to the residual stream."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from megatrain.nn.attention import Attention, SequenceInfo
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.mla import MultiHeadLatentAttention
-from megatrain.nn.mlp import make_mlp
+from megatrain.nn.mlp import GatedMLP, PlainMLP, make_mlp
 from megatrain.nn.moe import MoE
 from megatrain.nn.norm import make_norm
+from megatrain.nn.plan import block_weights, part_of
+
+Body = Callable[[Tensor, SequenceInfo], Tensor]
+Run = Callable[[Body, Tensor, SequenceInfo], Tensor]
+
+
+def run_body(body: Body, x: Tensor, sequence: SequenceInfo) -> Tensor:
+    """Call a block's body and keep its activations for the backward pass."""
+    return body(x, sequence)
 
 
 class Block(nn.Module):
-    """`(batch, seq, hidden)` to the same. `layer` is its index in the whole model; it has either `mlp` or `moe`."""
+    """A pre-norm block, `(batch, seq, hidden)` to the same. It has either `mlp` or `moe`.
+
+    `layer` is its index in the whole model.
+    """
+
+    SEAMS = ("run",)
 
     def __init__(self, cfg: DecoderConfig, layer: int) -> None:
         super().__init__()
+        weights = block_weights(cfg, layer)
         self.scale = cfg.residual_scale
-        self.attn_norm = make_norm(cfg)
+        self.attn_norm = make_norm(cfg, weights["attn_norm"])
         self.attn = Attention(cfg) if cfg.mla is None else MultiHeadLatentAttention(cfg)
-        self.mlp_norm = make_norm(cfg)
-        self.mlp = None if cfg.has_experts(layer) else make_mlp(cfg)
-        self.moe = MoE(cfg) if cfg.has_experts(layer) else None
+        self.mlp_norm = make_norm(cfg, weights["mlp_norm"])
+        self.mlp: GatedMLP | PlainMLP | None = None
+        self.moe: MoE | None = None
+        if cfg.has_experts(layer):
+            self.moe = MoE(cfg)
+        else:
+            self.mlp = make_mlp(cfg, part_of(weights, "mlp"))
+        self.run: Run = run_body
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
+        return self.run(self.body, x, sequence)
+
+    def body(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
+        """Add attention's and then the feed-forward block's output to the residual stream `x`."""
         attended = self._scaled(self.attn(self.attn_norm(x), sequence))
-        normed, x = self.mlp_norm(attended, residual=x)  # adds and normalises in one
+        normed, x = self.mlp_norm(attended, residual=x)  # adds and normalizes in one
         feed_forward = self.moe if self.mlp is None else self.mlp
         assert feed_forward is not None
         return x + self._scaled(feed_forward(normed))

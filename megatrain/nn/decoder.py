@@ -1,5 +1,7 @@
 """The decoder Transformer that all families share; a family is a config and a map of names."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -7,26 +9,56 @@ from megatrain.nn.attention import SequenceInfo
 from megatrain.nn.block import Block
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.embed import Embedding
+from megatrain.nn.layer import Linear
 from megatrain.nn.loss import LossHead
-from megatrain.nn.norm import make_norm
+from megatrain.nn.norm import LayerNorm, RMSNorm, make_norm
+from megatrain.nn.plan import decoder_plan
 from megatrain.nn.rope import rope_angles
 
 
 class Decoder(nn.Module):
     """Tokens to logits, or to the summed loss. Layers are keyed by their index in the whole model.
 
-    Parts may be taken out. Without its first layers it takes hidden states for tokens, without `norm` it returns them.
+    A pipeline stage is a decoder that kept a part of its layers (`keep_layers`): without the first layer it takes
+    hidden states instead of tokens, without the last one it returns hidden states.
     """
+
+    SEAMS = ("loss_head",)
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed: nn.Module | None = Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.pos_embed = Embedding(cfg.max_seq_len, cfg.hidden_size) if cfg.positions == "learned" else None
+        ends = decoder_plan(cfg).ends
+        self.embed: Embedding | None = Embedding(ends["embed"])
+        self.pos_embed = Embedding(ends["pos_embed"]) if "pos_embed" in ends else None
         self.layers = nn.ModuleDict({str(index): Block(cfg, index) for index in range(cfg.n_layers)})
-        self.norm: nn.Module | None = make_norm(cfg)
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        self.loss_head = LossHead(cfg.logit_softcap)
+        self.norm: RMSNorm | LayerNorm | None = make_norm(cfg, ends["norm"])
+        self.head = Linear(ends["head"]) if "head" in ends else None
+        self.loss_head: nn.Module = LossHead(cfg.logit_softcap)
+
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """Yield (index in the whole model, block) in order."""
+        for index, block in self.layers.items():
+            assert isinstance(block, Block)
+            yield int(index), block
+
+    def keep_layers(self, layers: range) -> None:
+        """Become the pipeline stage that holds `layers`: delete all parameters that it does not need.
+
+        The stage of the first layer keeps the embeddings, that of the last one the final norm and the head. A tied
+        embedding is kept by both.
+        """
+        for index, _ in list(self.blocks()):
+            if index not in layers:
+                del self.layers[str(index)]
+        is_last = layers.stop == self.cfg.n_layers
+        if layers.start > 0:
+            self.pos_embed = None
+            if not (is_last and self.cfg.tie_embeddings):
+                self.embed = None
+        if not is_last:
+            self.norm = None
+            self.head = None
 
     def forward(
         self,
@@ -37,7 +69,7 @@ class Decoder(nn.Module):
         doc_ids: Tensor | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """Logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
+        """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
 
         Args:
             tokens: `(batch, seq)` int64, or hidden states `(batch, seq, hidden)`. targets: `(batch, seq)`, -100 where
@@ -50,14 +82,14 @@ class Decoder(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = tokens if tokens.is_floating_point() else self._embed(tokens, positions)
         sequence = self._sequence_info(positions, doc_ids)
-        for block in self.layers.values():
+        for _, block in self.blocks():
             hidden = block(hidden, sequence)
         if self.norm is None:
             return hidden
         hidden = self.norm(hidden)
         table = self.embed if self.head is None else self.head
         assert table is not None
-        out: Tensor = self.loss_head(hidden, table.weight, targets, z_loss)
+        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss)
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

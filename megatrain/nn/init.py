@@ -5,53 +5,59 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.contract import Plan, Role
+from megatrain.nn.decoder import Decoder
 from megatrain.runtime.rng import fill_normal_
-
-BLOCK_OUTPUTS = ("attn.wo.weight", "mlp.down.weight", "moe.experts.down", "moe.shared.down.weight")
 
 
 class Shard(NamedTuple):
-    """The rectangular part of a parameter that is at hand."""
+    """The rectangular part of a parameter that is held here."""
 
     values: Tensor
-    """What to fill."""
+    """The part itself."""
     shape: Sequence[int]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     offsets: Sequence[int]
-    """Where `values` begins in it."""
+    """Index in the whole parameter at which `values` begins."""
 
 
 def whole(parameter: Tensor) -> Shard:
-    """All of a parameter."""
+    """Return all of a parameter as its shard."""
     return Shard(parameter.data, parameter.shape, (0,) * parameter.ndim)
 
 
-def parameter_std(name: str, cfg: DecoderConfig) -> float:
-    """Standard deviation of a matrix at initialization."""
-    if cfg.init_scaling == "depth" and name.endswith(BLOCK_OUTPUTS):
+def initial_std(role: Role, cfg: DecoderConfig) -> float:
+    """Return the standard deviation of a matrix of that role at initialization."""
+    if cfg.init_scaling == "depth" and role & Role.BRANCH_OUTPUT:
         return cfg.init_std / math.sqrt(2 * cfg.n_layers)
     return cfg.init_std
 
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, cfg: DecoderConfig, *, seed: int, shard_of: Callable[[Tensor], Shard] = whole
+    model: Decoder, plan: Plan, *, seed: int, shard_of: Callable[[Tensor], Shard] = whole
 ) -> None:
-    """Fill all of `model`, each on the device where it is: matrices normal, norms 1, biases and buffers 0.
+    """Fill all of `model`, each part on the device where it is: matrices normal, norms 1, biases and buffers 0.
 
-    `shard_of` tells which part of a parameter is held here, when it is not the whole.
+    Args:
+        plan: that of the whole model, of which `model` may be a stage.
+        shard_of: returns the part of a parameter that is held here, where it is not the whole.
+
+    Raises:
+        KeyError: the plan has no parameter of a name that the model has.
     """
     for buffer in model.buffers():
         buffer.zero_()
     for name, parameter in model.named_parameters():
         values, shape, offsets = shard_of(parameter)
+        role = plan.roles[name]
         if name.endswith("bias"):
             values.zero_()
-        elif name.endswith("norm.weight"):
+        elif role & Role.NORM:
             values.fill_(1.0)
         else:
-            std = parameter_std(name, cfg)
+            std = initial_std(role, model.cfg)
             fill_normal_(values, seed=seed, name=name, std=std, shape=shape, offsets=offsets)

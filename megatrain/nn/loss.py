@@ -1,4 +1,4 @@
-"""The loss head: a seam that vocabulary parallelism may replace."""
+"""The loss head. Tensor parallelism replaces it by one over a sharded vocabulary."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from megatrain_kernels import linear_cross_entropy
 
 
 class LossHead(nn.Module):
-    """From hidden states to logits, or to the loss without holding the logits; the matrix is the caller's."""
+    """Hidden states to logits, or to the loss without materializing the logits; the matrix is the caller's."""
 
     def __init__(self, softcap: float | None) -> None:
         super().__init__()
@@ -17,10 +17,13 @@ class LossHead(nn.Module):
     def forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
     ) -> Tensor:
-        """hidden `(batch, seq, hidden)`, weight `(vocab, hidden)`, targets `(batch, seq)`.
+        """Return logits `(batch, seq, vocab)`, or with `targets` their loss summed over valid ones (float32 scalar).
 
-        Without targets the logits `(batch, seq, vocab)`; else the sum over valid targets (not -100), a float32
-        scalar.
+        Args:
+            hidden: `(batch, seq, hidden)`.
+            weight: `(vocab, hidden)`.
+            targets: `(batch, seq)` int64, -100 where there is none.
+            z_loss: factor on the squared log-partition (PaLM, arXiv 2204.02311).
         """
         if targets is not None:
             return linear_cross_entropy(

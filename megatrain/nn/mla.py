@@ -5,17 +5,22 @@ from torch import Tensor, nn
 
 from megatrain.nn.attention import AttentionCore, SequenceInfo
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.layer import Linear
 from megatrain.nn.norm import RMSNorm
+from megatrain.nn.plan import attention_weights
 from megatrain.nn.rope import rope_score_factor
 from megatrain_kernels import rotary
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """`(batch, seq, hidden)` to the same. Head counts come from the weights, so a shard of them works alone.
+    """Multi-head latent attention, `(batch, seq, hidden)` to the same.
 
+    Head counts come from the weights, so a shard of the heads works alone.
     Of each query and key head the first `qk_nope_head_dim` numbers have no position; the rest are turned, and those of
     the key are shared by all heads.
     """
+
+    SEAMS = ("core",)
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
@@ -24,19 +29,15 @@ class MultiHeadLatentAttention(nn.Module):
         self.sizes = [mla.qk_nope_head_dim, mla.qk_rope_head_dim]
         self.v_size = mla.v_head_dim
         self.is_q_compressed = mla.q_lora_rank is not None
-        q_size = cfg.n_heads * cfg.qk_head_dim
+        weights = attention_weights(cfg)
         if mla.q_lora_rank is None:
-            self.wq = nn.Linear(cfg.hidden_size, q_size, bias=False)
+            self.wq = Linear(weights["wq"])
         else:
-            self.wq_down = nn.Linear(cfg.hidden_size, mla.q_lora_rank, bias=False)
-            self.q_norm = RMSNorm(mla.q_lora_rank, cfg.norm_eps)
-            self.wq_up = nn.Linear(mla.q_lora_rank, q_size, bias=False)
-        self.wkv_down = nn.Linear(cfg.hidden_size, mla.kv_lora_rank, bias=False)
-        self.kv_norm = RMSNorm(mla.kv_lora_rank, cfg.norm_eps)
-        kv_size = cfg.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        self.wkv_up = nn.Linear(mla.kv_lora_rank, kv_size, bias=False)
-        self.wk_rope = nn.Linear(cfg.hidden_size, mla.qk_rope_head_dim, bias=False)
-        self.wo = nn.Linear(cfg.n_heads * mla.v_head_dim, cfg.hidden_size, bias=False)
+            self.wq_down, self.wq_up = Linear(weights["wq_down"]), Linear(weights["wq_up"])
+            self.q_norm = RMSNorm(weights["q_norm"], cfg.norm_eps)
+        self.wkv_down, self.wkv_up = Linear(weights["wkv_down"]), Linear(weights["wkv_up"])
+        self.kv_norm = RMSNorm(weights["kv_norm"], cfg.norm_eps)
+        self.wk_rope, self.wo = Linear(weights["wk_rope"]), Linear(weights["wo"])
         self.core = AttentionCore(
             cfg.sliding_window, rope_score_factor(cfg.rope_scaling) * cfg.qk_head_dim**-0.5
         )

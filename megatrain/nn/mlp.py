@@ -1,23 +1,25 @@
 """The feed-forward block: gated (SwiGLU, GeGLU) or plain."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatrain.nn.config import GATED, DecoderConfig
+from megatrain.nn.contract import Weight
+from megatrain.nn.layer import Linear
 from megatrain_kernels import geglu, swiglu
 
-JOIN = {"swiglu": swiglu, "geglu": geglu}
+GATES = {"swiglu": swiglu, "geglu": geglu}
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) · up(x)); silu by default, else tanh GELU."""
+    """down(activation(gate(x)) · up(x)), `(..., hidden)` to the same."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool, activation: str = "swiglu") -> None:
+    def __init__(self, weights: Mapping[str, Weight], activation: str = "swiglu") -> None:
         super().__init__()
-        self.join = JOIN[activation]
-        self.gate = nn.Linear(hidden_size, ffn_size, bias=bias)
-        self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=bias)
+        self.join = GATES[activation]
+        self.gate, self.up, self.down = (Linear(weights[name]) for name in ("gate", "up", "down"))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.join(self.gate(x), self.up(x)))
@@ -25,13 +27,12 @@ class GatedMLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """down(activation(up(x)))."""
+    """down(activation(up(x))), `(..., hidden)` to the same."""
 
-    def __init__(self, cfg: DecoderConfig) -> None:
+    def __init__(self, weights: Mapping[str, Weight], activation: str) -> None:
         super().__init__()
-        self.activation = cfg.activation
-        self.up = nn.Linear(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias)
-        self.down = nn.Linear(cfg.ffn_size, cfg.hidden_size, bias=cfg.mlp_bias)
+        self.activation = activation
+        self.up, self.down = Linear(weights["up"]), Linear(weights["down"])
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self._activate(self.up(x)))
@@ -43,8 +44,7 @@ class PlainMLP(nn.Module):
         return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
 
-def make_mlp(cfg: DecoderConfig) -> nn.Module:
-    """The feed-forward block that `cfg.activation` asks for."""
-    if cfg.activation in GATED:
-        return GatedMLP(cfg.hidden_size, cfg.ffn_size, bias=cfg.mlp_bias, activation=cfg.activation)
-    return PlainMLP(cfg)
+def make_mlp(cfg: DecoderConfig, weights: Mapping[str, Weight]) -> GatedMLP | PlainMLP:
+    """Return the feed-forward block that `cfg.activation` asks for."""
+    kind = GatedMLP if cfg.activation in GATED else PlainMLP
+    return kind(weights, cfg.activation)

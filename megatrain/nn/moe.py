@@ -1,4 +1,4 @@
-"""Mixture of experts without dropped tokens: router, experts, and the seam where tokens are sent to them."""
+"""Mixture of experts without dropped tokens: router, experts, and the dispatch of tokens to them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from megatrain.config.errors import UserError
-from megatrain.nn.balance import BalancePoint
+from megatrain.nn.balance_point import BalancePoint
 from megatrain.nn.config import DecoderConfig, ExpertsConfig
+from megatrain.nn.contract import Weight
+from megatrain.nn.layer import Layer, replace_seam
 from megatrain.nn.megablocks import check_megablocks, megablocks_product
 from megatrain.nn.mlp import GatedMLP
+from megatrain.nn.plan import experts_weights, part_of
 from megatrain_kernels import grouped_gemm, moe_gate, permute, swiglu, unpermute
 from megatrain_kernels.backend import triton_runs_on
 
@@ -30,18 +33,18 @@ class Routing(NamedTuple):
     """`(tokens, n_experts)`: of all experts, without bias; float32 at least."""
 
 
-class Router(nn.Module):
+class Router(Layer):
     """Scores tokens against experts, in float32 at least: near ties should not depend on bf16's rounding."""
 
-    def __init__(self, hidden_size: int, cfg: ExpertsConfig) -> None:
+    def __init__(self, weight: Weight, cfg: ExpertsConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.weight = nn.Parameter(torch.empty(cfg.n_experts, hidden_size))
+        self.weight = nn.Parameter(torch.empty(weight.shape))
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Routing:
-        """x `(tokens, hidden)`; bias `(n_experts,)` takes part in the choice only, not in the weights."""
+        """Choose experts for `x` `(tokens, hidden)`; `bias` `(n_experts,)` enters the choice, not the weights."""
         compute = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(x.to(compute), self.weight.to(compute))
+        logits = linear(x.to(compute), self.tensor("weight").to(compute))
         cfg = self.cfg
         indices, weights, scores = moe_gate(
             logits,
@@ -56,27 +59,32 @@ class Router(nn.Module):
         return Routing(indices, weights, scores)
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """Gated feed-forward blocks, stacked; each one's matrices are laid out as nn.Linear's."""
 
-    def __init__(self, n_experts: int, hidden_size: int, ffn_size: int) -> None:
+    SEAMS = ("parameter_view", "product")
+
+    def __init__(self, gate: Weight, up: Weight, down: Weight) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(n_experts, ffn_size, hidden_size))
-        self.up = nn.Parameter(torch.empty(n_experts, ffn_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(n_experts, hidden_size, ffn_size))
+        self.gate, self.up, self.down = (nn.Parameter(torch.empty(w.shape)) for w in (gate, up, down))
         self.product: GroupedProduct = grouped_gemm
 
     def forward(self, rows: Tensor, group_sizes: Tensor) -> Tensor:
-        """rows `(rows, hidden)` sorted by expert, group_sizes `(experts,)` int64; as rows."""
-        gate, up = (self.product(rows, weight, group_sizes) for weight in (self.gate, self.up))
-        return self.product(swiglu(gate, up), self.down, group_sizes)
+        """Apply each expert to its rows; returns `(rows, hidden)`.
+
+        Args:
+            rows: `(rows, hidden)` sorted by expert.
+            group_sizes: `(experts,)` int64, the number of rows of each.
+        """
+        gate, up = (self.product(rows, self.tensor(name), group_sizes) for name in ("gate", "up"))
+        return self.product(swiglu(gate, up), self.tensor("down"), group_sizes)
 
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
 
 def dispatch(tokens: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-    """Send tokens to experts that are all here: the weighted sum of what a token's experts return.
+    """Send tokens to experts that are all here and return the weighted sum of their outputs, `(tokens, hidden)`.
 
     Args:
         tokens: `(tokens, hidden)`. indices, weights: `(tokens, top_k)`.
@@ -86,16 +94,19 @@ def dispatch(tokens: Tensor, indices: Tensor, weights: Tensor, experts: Experts)
 
 
 class MoE(nn.Module):
-    """`(batch, seq, hidden)` to the same. `dispatch` is the seam that expert parallelism replaces."""
+    """A mixture of experts, `(batch, seq, hidden)` to the same. Expert parallelism replaces `dispatch`."""
+
+    SEAMS = ("dispatch",)
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
         moe = cfg.experts
         assert moe is not None
-        self.router = Router(cfg.hidden_size, moe)
-        self.experts = Experts(moe.n_experts, cfg.hidden_size, cfg.expert_ffn_size)
-        shared_size = moe.n_shared_experts * cfg.expert_ffn_size
-        self.shared = GatedMLP(cfg.hidden_size, shared_size, bias=False) if shared_size else None
+        weights = experts_weights(cfg)
+        self.router = Router(weights["router"], moe)
+        self.experts = Experts(*(weights[f"experts.{name}"] for name in ("gate", "up", "down")))
+        shared = part_of(weights, "shared")
+        self.shared = GatedMLP(shared) if shared else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", None if moe.bias_rate is None else torch.zeros(moe.n_experts))
         self.balance = BalancePoint(moe)
@@ -116,7 +127,7 @@ KERNELS = {"auto": "auto", "loop": "reference", "grouped_mm": "torch", "triton":
 
 
 def use_experts_backend(model: nn.Module, backend: str) -> None:
-    """Let all experts of `model`, which is where it will compute, use the `moe.backend` of that name.
+    """Let all experts of `model`, which is already on its device, multiply by the `moe.backend` of that name.
 
     Raises:
         UserError: it is not installed, or cannot run on the model's device.
@@ -124,10 +135,10 @@ def use_experts_backend(model: nn.Module, backend: str) -> None:
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         if backend == "megablocks":
             check_megablocks()
-            experts.product = megablocks_product
+            replace_seam(experts, "product", megablocks_product)
             continue
         if backend == "triton" and not triton_runs_on(experts.gate):
             raise UserError(
                 "moe.backend=triton needs a GPU with tensor cores and the package triton: set auto"
             )
-        experts.product = partial(grouped_gemm, backend=KERNELS[backend])
+        replace_seam(experts, "product", partial(grouped_gemm, backend=KERNELS[backend]))

@@ -7,39 +7,41 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.contract import Weight
+from megatrain.nn.layer import Layer
 from megatrain_kernels import layer_norm, rms_norm
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension."""
+class RMSNorm(Layer):
+    """RMSNorm over the last dimension (arXiv 1910.07467)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, weight: Weight, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(weight.shape))
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x and residual `(..., size)`."""
-        return rms_norm(x, self.weight, self.eps, residual)
+        """Normalize `x` `(..., size)`; `residual` has its shape."""
+        return rms_norm(x, self.tensor("weight"), self.eps, residual)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, with bias."""
+class LayerNorm(Layer):
+    """LayerNorm over the last dimension, with bias (arXiv 1607.06450)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, weight: Weight, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.ones(weight.shape))
+        self.bias = nn.Parameter(torch.zeros(weight.shape))
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x and residual `(..., size)`."""
+        """Normalize `x` `(..., size)`; `residual` has its shape."""
         total = x if residual is None else x + residual
-        out = layer_norm(total, self.weight, self.bias, self.eps)
+        out = layer_norm(total, self.tensor("weight"), self.tensor("bias"), self.eps)
         return out if residual is None else (out, total)
 
 
-def make_norm(cfg: DecoderConfig) -> nn.Module:
-    """The norm of a block."""
+def make_norm(cfg: DecoderConfig, weight: Weight) -> RMSNorm | LayerNorm:
+    """Return a norm over the residual stream, of the kind that `cfg.norm` names."""
     kind = RMSNorm if cfg.norm == "rms" else LayerNorm
-    return kind(cfg.hidden_size, cfg.norm_eps)
+    return kind(weight, cfg.norm_eps)

@@ -1,39 +1,43 @@
-"""Which parameters are decayed, and which are Muon's: rules on names and shapes."""
+"""Which parameters are decayed, and which are Muon's: rules on roles and shapes."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from megatrain.optim.config import MuonConfig, OptimConfig
-
-EMBEDDINGS = ("embed.weight", "pos_embed.weight")
-HEAD = "head.weight"
+from megatrain.nn.contract import Role
+from megatrain.optim.config import OptimizerConfig
 
 
-def is_decayed(name: str, parameter: nn.Parameter, cfg: OptimConfig) -> bool:
-    """Matrices are decayed; vectors (norms, biases) never; embeddings if the config says so."""
-    if name in EMBEDDINGS and not cfg.decay_embeddings:
+def is_decayed(role: Role, parameter: nn.Parameter, cfg: OptimizerConfig) -> bool:
+    """Tell whether weight decay applies: to matrices, never to vectors, to embeddings if the config says so."""
+    if role & Role.EMBEDDING and not cfg.decay_embeddings:
         return False
     return parameter.ndim >= 2
 
 
-def is_orthogonalized(name: str, parameter: nn.Parameter, cfg: OptimConfig) -> bool:
-    """Muon takes the matrices between embedding and head, stacked ones `(experts, out, in)` too."""
-    return isinstance(cfg, MuonConfig) and parameter.ndim >= 2 and name not in (*EMBEDDINGS, HEAD)
+def is_hidden_matrix(role: Role, parameter: nn.Parameter) -> bool:
+    """Tell whether this is a matrix between embedding and head, or a stack `(experts, out, in)` of them."""
+    return parameter.ndim >= 2 and not role & (Role.EMBEDDING | Role.HEAD)
 
 
-def parameter_groups(parameters: Mapping[str, nn.Parameter], cfg: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, each in the order given.
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], roles: Mapping[str, Role], cfg: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Return groups for a torch optimizer, each in the order given.
 
-    A group's keys: `params`; `weight_decay`; `lr_ratio`, its learning rate as a share of the config's; and
-    `orthogonal`, whether Muon's rule is its rule.
+    A group's keys: `params`; `weight_decay`; `lr_ratio`, its learning rate as a share of the config's; and `use_muon`,
+    true for the hidden matrices if the optimizer has a rule of its own for them.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        orthogonal, decayed = is_orthogonalized(name, parameter, cfg), is_decayed(name, parameter, cfg)
-        ratio = cfg.adamw_lr_ratio if isinstance(cfg, MuonConfig) and not orthogonal else 1.0
-        decay = cfg.weight_decay if decayed else 0.0
-        empty = {"params": [], "weight_decay": decay, "lr_ratio": ratio, "orthogonal": orthogonal}
-        groups.setdefault((orthogonal, decayed), empty)["params"].append(parameter)
+        use_muon = cfg.splits_hidden_matrices and is_hidden_matrix(roles[name], parameter)
+        decayed = is_decayed(roles[name], parameter, cfg)
+        empty = {
+            "params": [],
+            "weight_decay": cfg.weight_decay if decayed else 0.0,
+            "lr_ratio": cfg.lr_ratio(hidden_matrix=use_muon),
+            "use_muon": use_muon,
+        }
+        groups.setdefault((use_muon, decayed), empty)["params"].append(parameter)
     return list(groups.values())

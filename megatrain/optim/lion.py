@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatrain.optim.config import LionConfig
+from megatrain.optim.rule import OptimizerRule
 from megatrain.parallel.shards import local_tensor
 
 
 class Lion(Optimizer):
-    """weight -= lr · (sign(beta1 · m + (1 - beta1) · gradient) + weight_decay · weight), then
+    """Lion: weight -= lr · (sign(beta1 · m + (1 - beta1) · gradient) + weight_decay · weight), then
     m = beta2 · m + (1 - beta2) · gradient. State: `exp_avg`, which is m."""
 
     def __init__(self, groups: list[dict[str, Any]], cfg: LionConfig) -> None:
@@ -31,3 +33,11 @@ class Lion(Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, updates, alpha=-group["lr"])
             torch._foreach_lerp_(averages, gradients, 1 - self.cfg.beta2)
+
+
+def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: LionConfig) -> dict[str, Tensor]:
+    """Return a zero momentum, sharded as the parameter is."""
+    return {"exp_avg": torch.zeros_like(parameter)}
+
+
+RULE = OptimizerRule(Lion, initial_state)

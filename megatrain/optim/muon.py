@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from megatrain.optim import adamw as adamw_rule
 from megatrain.optim.config import MuonConfig
-from megatrain.parallel.shards import cut_of, full_tensor, local_tensor, part_like
+from megatrain.optim.rule import OptimizerRule
+from megatrain.parallel.shards import full_tensor, local_tensor, shard_like, sharding_of
 from megatrain_kernels import orthogonalize
 
-# Matrices of one shape are made orthogonal together, up to this many elements: small ones are short of work for a
-# device, large ones are gathered whole, and only so many at a time.
+# Matrices of one shape are orthogonalized together, up to this many elements: small ones alone do not fill a device;
+# large ones are gathered in full, so only so many at a time.
 TOGETHER = 2**24
 
 
 def update_scale(shape: torch.Size, scaling: str) -> float:
-    """Factor on the orthogonal update of a matrix `(..., out, in)`: see `MuonConfig.scaling`."""
+    """Return the factor on the orthogonal update of a matrix `(..., out, in)`: see `MuonConfig.scaling`."""
     out_size, in_size = shape[-2:]
     if scaling == "match_rms_adamw":
         return 0.2 * math.sqrt(max(out_size, in_size))
@@ -32,7 +34,7 @@ def update_scale(shape: torch.Size, scaling: str) -> float:
 
 
 class Muon(Optimizer):
-    """Groups with `orthogonal` go by Muon (state: `momentum_buffer`), the others by AdamW.
+    """Groups with `use_muon` go by Muon (state: `momentum_buffer`), the others by AdamW.
 
     m = momentum · m + (1 - momentum) · gradient; the update is made orthogonal from m, or with Nesterov's step from
     momentum · m + (1 - momentum) · gradient. Stacked matrices `(experts, out, in)` are taken one by one.
@@ -47,7 +49,7 @@ class Muon(Optimizer):
         """Update all parameters that have a gradient. Ranks that share a matrix must call this together."""
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None]
-            if not group["orthogonal"]:
+            if not group["use_muon"]:
                 self._adamw(held, group)
                 continue
             for alike in _of_one_shape(held):
@@ -60,13 +62,13 @@ class Muon(Optimizer):
         made = orthogonalize(whole, steps=self.cfg.ns_steps)
         weights = [local_tensor(parameter) for parameter in alike]
         directions = [
-            part_like(full, update, first=stacked) for full, update in zip(made, wanted, strict=True)
+            shard_like(full, update, first=stacked) for full, update in zip(made, wanted, strict=True)
         ]
         torch._foreach_mul_(weights, 1 - lr * decay)
         torch._foreach_add_(weights, directions, alpha=-lr * update_scale(alike[0].shape, self.cfg.scaling))
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        """The update before it is made orthogonal, as the parameter is cut."""
+        """Return the update before it is orthogonalized, sharded as the parameter is."""
         buffer, gradient = self.state[parameter]["momentum_buffer"], parameter.grad
         assert gradient is not None
         buffer.lerp_(gradient, 1 - self.cfg.momentum)
@@ -95,10 +97,20 @@ class Muon(Optimizer):
 
 
 def _of_one_shape(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """`parameters` by shape and cut, in the same order on all ranks; each list of `TOGETHER` elements at most."""
+    """Group `parameters` by shape and sharding, in the same order on all ranks, up to `TOGETHER` elements a group."""
     alike: dict[tuple[torch.Size, Hashable], list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        alike[parameter.shape, cut_of(parameter)].append(parameter)
+        alike[parameter.shape, sharding_of(parameter)].append(parameter)
     for (shape, _), found in alike.items():
         count = max(1, TOGETHER // max(1, shape.numel()))
         yield from (found[start : start + count] for start in range(0, len(found), count))
+
+
+def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: MuonConfig) -> dict[str, Tensor]:
+    """Return a zero momentum buffer for Muon's matrices, AdamW's state for the rest."""
+    if group["use_muon"]:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    return adamw_rule.initial_state(parameter, group, cfg)
+
+
+RULE = OptimizerRule(Muon, initial_state)

@@ -8,16 +8,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
+from megatrain.parallel.activation_checkpointing import checkpoint_activations
 from megatrain.parallel.compile import compile_blocks
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.context import context_parallel, cut_sequence
+from megatrain.parallel.context import context_parallel, shard_sequence
 from megatrain.parallel.expert import expert_parallel
 from megatrain.parallel.float8 import Scaling, float8_linears
-from megatrain.parallel.fsdp import shard_data_parallel
+from megatrain.parallel.fsdp import fully_shard_blocks
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.pipeline import TABLE, Pipeline, balanced, keep_stage, layer_costs, own_stages
-from megatrain.parallel.recompute import recompute_blocks
-from megatrain.parallel.sharding import Role
+from megatrain.parallel.pipeline import Pipeline, own_stages, stage_layers
+from megatrain.parallel.shards import local_tensor
 from megatrain.parallel.tensor import tensor_parallel
 
 
@@ -26,8 +28,9 @@ class ParallelModel:
     """What one rank holds of a model. In a run of one process `mesh` is None, and it is the model itself."""
 
     cfg: ParallelConfig
-    models: list[nn.Module]
-    """The stages of this rank; one without a pipeline."""
+    plan: Plan
+    models: list[Decoder]
+    """The pipeline stages of this rank; one without a pipeline."""
     mesh: Mesh | None = None
     pipeline: Pipeline | None = None
 
@@ -36,7 +39,7 @@ class ParallelModel:
         return next(self.models[0].parameters()).device
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By canonical name; of two copies of a table on one rank the first."""
+        """Return the rank's parameters by canonical name; of two copies of a tied embedding the first."""
         found: dict[str, nn.Parameter] = {}
         for model in self.models:
             for name, parameter in model.named_parameters():
@@ -44,118 +47,133 @@ class ParallelModel:
         return found
 
     def shard_batch(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """This rank's positions of `(rows, seq)` tensors; doc_ids stay whole, since keys come from all ranks."""
+        """Return this rank's positions of `(rows, seq)` tensors; doc_ids stay whole: keys come from all ranks."""
         if self.mesh is None or self.cfg.cp == 1:
             return dict(tensors)
         rank, size = self.mesh.coordinate("cp"), self.cfg.cp
         return {
-            name: t if t is None or name == "doc_ids" else cut_sequence(t, rank, size)
+            name: t if t is None or name == "doc_ids" else shard_sequence(t, rank, size)
             for name, t in tensors.items()
         }
 
     def owns_loss(self) -> bool:
-        """Is this the one rank of its tp group whose loss counts? (All of them have the same.)"""
+        """Tell whether this is the one rank of its tp group whose loss counts: all of them compute the same."""
         return self.mesh is None or self.mesh.coordinate("tp") == 0
 
     def owns_balance_loss(self) -> bool:
-        """Does the balance loss count on this rank? Not if another of its tp group has the same tokens at the experts;
-        in expert parallelism each has its own."""
+        """Tell whether the balance loss counts on this rank.
+
+        It does not if another rank of its tp group sends the same tokens to the experts; with expert parallelism each
+        rank sends its own.
+        """
         return self.owns_loss() or self.cfg.ep > 1
 
     def total(self, local: Tensor) -> Tensor:
-        """The sum of all ranks' `local`."""
+        """Sum `local` over all ranks, in place."""
         if self.mesh is not None:
             dist.all_reduce(local)
         return local
 
-    def squared_norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """This rank's share of the squared 2-norm of the whole model's `tensors` (float64).
+    @torch.no_grad()
+    def sum_replicated_gradients(self) -> None:
+        """Sum the gradients of tp-replicated parameters over the tp ranks, in one all-reduce.
 
-        Each element of the model counts on one rank.
+        Each rank has the share of its own tokens or heads (see `sharding.local_view`). Call once a step, after the last
+        backward pass.
         """
-        own = [local for name, t in tensors.items() if (local := self._counted(name, t)) is not None]
+        if self.mesh is None or self.cfg.tp == 1:
+            return
+        shares = [
+            local_tensor(p.grad)
+            for p in self.parameters().values()
+            if p.grad is not None and _is_replicated(p)
+        ]
+        if not shares:
+            return
+        flat = torch.cat([share.reshape(-1) for share in shares])
+        dist.all_reduce(flat, group=self.mesh.tp.get_group())
+        for share, part in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
+            share.copy_(part.view_as(share))
+
+    def squared_norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return this rank's share of the squared 2-norm of the whole model's `tensors` (float64 scalar).
+
+        Each element of the model counts on one rank, so the sum over ranks is that of the whole model.
+        """
+        own = [local for name, t in tensors.items() if (local := self._owned(name, t)) is not None]
         if not own:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack(torch._foreach_norm(own)).to(torch.float64).square().sum()
 
-    def _counted(self, name: str, t: Tensor) -> Tensor | None:
-        """The local part, if this rank is the first of those that hold it."""
+    def _owned(self, name: str, t: Tensor) -> Tensor | None:
+        """Return the local shard if this rank is the first of those that hold it, else None."""
         if not isinstance(t, DTensor):
             return t
-        if name == TABLE and self._follows_table():
-            return None
+        if name == self.plan.tied_embedding and self.mesh is not None and self.mesh.coordinate("pp") > 0:
+            return None  # a copy of the first stage's
         coordinate = t.device_mesh.get_coordinate()
         assert coordinate is not None
         copies = (
-            place for place, how in zip(coordinate, t.placements, strict=True) if isinstance(how, Replicate)
+            index for index, how in zip(coordinate, t.placements, strict=True) if isinstance(how, Replicate)
         )
         return None if any(copies) else t.to_local()
 
-    def _follows_table(self) -> bool:
-        """Is the embedding here a copy of the first stage's?"""
-        tied = self.pipeline is not None and self.pipeline.is_tied
-        return tied and self.mesh is not None and self.mesh.coordinate("pp") > 0
-
 
 def parallelize(
-    make_model: Callable[[], nn.Module],
-    cfg: ParallelConfig,
+    make_model: Callable[[], Decoder],
+    plan: Plan,
     mesh: Mesh | None,
-    plan: Mapping[str, Role],
+    cfg: ParallelConfig,
     *,
     compute_dtype: torch.dtype,
     float8: Scaling | None = None,
 ) -> ParallelModel:
-    """This rank's part of the model that `make_model` makes on the meta device.
+    """Apply pipeline, expert, tensor and context parallelism, fp8, activation checkpointing, compilation and FSDP.
 
-    The order: pipeline stages, expert, tensor, context, fp8, recomputation, compilation, ZeRO. `float8` is the scaling
-    of linear layers in fp8; None: they compute in `compute_dtype`.
+    In this order: what splits the model comes first; fp8 sees the shards that it will multiply; checkpointing wraps
+    what compilation sees; FSDP shards last, what the others left.
+
+    Args:
+        make_model: returns the whole model on the meta device.
+        plan: the model's weights and their roles.
+        mesh: None in a run of one process.
+        compute_dtype: in which FSDP gathers parameters.
+        float8: how linear layers are scaled in fp8; None: they compute in `compute_dtype`.
     """
-    if mesh is None:
-        model = make_model()
-        wrap_blocks(model, cfg, float8)
-        return ParallelModel(cfg, [model])
-    models = list(_stages(make_model, cfg, mesh))
-    is_tied = make_model().head is None
+    models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg))
     for model in models:
-        if mesh.experts is not None:
-            expert_parallel(model, mesh.experts["ep"])
-        if mesh.tp is not None:
-            tensor_parallel(model, mesh.data["tp"], plan)
-        if mesh.cp is not None:
-            context_parallel(model, mesh.cp.get_group(), cfg.cp_kind)
-        wrap_blocks(model, cfg, float8)
-        shard_data_parallel(
-            model,
-            mesh.data["replicate", "shard"],
-            experts_mesh=None if mesh.experts is None else mesh.experts["replicate", "shard"],
-            zero_stage=cfg.zero_stage,
-            compute_dtype=compute_dtype,
-            reduce_dtype=torch.promote_types(compute_dtype, torch.float32),
-        )
-    if cfg.pp == 1:
-        return ParallelModel(cfg, models, mesh)
-    hidden: int = models[0].cfg.hidden_size  # type: ignore[union-attr, assignment]
-    return ParallelModel(
-        cfg, models, mesh, Pipeline(cfg, mesh, models, hidden, compute_dtype, is_tied=is_tied)
-    )
+        if mesh is not None and cfg.ep > 1:
+            expert_parallel(model, plan, mesh, cfg)
+        if mesh is not None and cfg.tp > 1:
+            tensor_parallel(model, plan, mesh, cfg)
+        if mesh is not None and cfg.cp > 1:
+            context_parallel(model, plan, mesh, cfg)
+        if float8 is not None:
+            float8_linears(model, plan, mesh, cfg, scaling=float8)
+        checkpoint_activations(model, plan, mesh, cfg)
+        compile_blocks(model, plan, mesh, cfg)
+        if mesh is not None:
+            fully_shard_blocks(model, plan, mesh, cfg, compute_dtype=compute_dtype)
+    pipeline = None if mesh is None or cfg.pp == 1 else Pipeline(cfg, plan, mesh, models, compute_dtype)
+    return ParallelModel(cfg, plan, models, mesh, pipeline)
 
 
-def _stages(make_model: Callable[[], nn.Module], cfg: ParallelConfig, mesh: Mesh) -> Iterator[nn.Module]:
+def _stages(
+    make_model: Callable[[], Decoder], plan: Plan, mesh: Mesh, cfg: ParallelConfig
+) -> Iterator[Decoder]:
+    """Yield the pipeline stages of this rank, or the whole model without a pipeline."""
     if cfg.pp == 1:
         yield make_model()
         return
     for stage in own_stages(mesh.coordinate("pp"), cfg):
         model = make_model()
-        firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(model), cfg.stages)
-        keep_stage(model, stage, firsts)
+        model.keep_layers(stage_layers(stage, plan, cfg))
         yield model
 
 
-def wrap_blocks(model: nn.Module, cfg: ParallelConfig, float8: Scaling | None = None) -> None:
-    """Quantize, recompute and compile the blocks of `model`."""
-    if float8 is not None:
-        float8_linears(model, float8)
-    recompute_blocks(model, cfg.activation_checkpointing)
-    if cfg.compile:
-        compile_blocks(model)
+def _is_replicated(parameter: Tensor) -> bool:
+    """Tell whether the tp ranks hold the same `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return False
+    placements = dict(zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True))
+    return isinstance(placements.get("tp"), Replicate)

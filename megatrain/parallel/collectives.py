@@ -1,11 +1,10 @@
-"""Collectives with a derivative: each is the other's backward pass.
+"""Differentiable collectives: each is the other's backward pass.
 
 A rank's gradients are those of the loss that all ranks of the group share, so a sum in the forward pass is a copy in
 the backward pass, and the other way round (Megatron-LM's f and g, arXiv 1909.08053, section 3; with sequence
 parallelism gather and scatter, arXiv 2205.05198, section 4.2).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Every rank's `x` along `dim`, in the order of ranks."""
+    """Concatenate every rank's `x` along `dim`, in the order of ranks."""
     size = group.size()
     whole = x.new_empty(size, *x.shape)
     _all_gather(whole.view(size * x.shape[0], *x.shape[1:]), x.contiguous(), group=group)
@@ -27,7 +26,7 @@ def gather(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part along `dim` of the sum of all ranks' `x`."""
+    """Sum all ranks' `x` and return this rank's part along `dim`."""
     size = group.size()
     stacked = torch.stack(x.chunk(size, dim)) if dim else x.contiguous().unflatten(0, (size, -1))
     part = torch.empty_like(stacked[0])
@@ -36,12 +35,12 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def own_part(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part of `x` along `dim`."""
+    """Return this rank's part of `x` along `dim`."""
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
 
 class _Gather(torch.autograd.Function):
-    """Forward gathers. Of the gradient each rank has a part of the sum, or (`shared`) the whole sum already."""
+    """All-gather in forward; in backward reduce-scatter, or the own part of a gradient that is `shared` already."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group, shared: bool) -> Tensor:
@@ -55,7 +54,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
-    """Forward sums and scatters; the gradient is gathered."""
+    """Reduce-scatter in forward; all-gather of the gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
@@ -67,25 +66,8 @@ class _ReduceScatter(torch.autograd.Function):
         return gather(grads[0], ctx.dim, ctx.group), None, None
 
 
-class _SumGradients(torch.autograd.Function):
-    """Forward changes nothing; the gradients of all the tensors are summed over the group in one all-reduce."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wide = torch.promote_types(grads[0].dtype, torch.float32)
-        flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads])
-        dist.all_reduce(flat, group=ctx.group)
-        parts = flat.split([grad.numel() for grad in grads])
-        return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
-
-
 class _Sum(torch.autograd.Function):
-    """Forward sums; every rank computes with the sum, and takes the gradient of its own part."""
+    """All-reduce in forward; identity in backward (Megatron-LM's g)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -99,7 +81,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all along a leading dimension of the group's size; the gradient goes back the same way."""
+    """All-to-all along a leading dimension of the group's size, in forward and in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -116,7 +98,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _ExchangeRows(torch.autograd.Function):
-    """All-to-all of uneven runs of rows; the gradients of rows go back to where they came from."""
+    """All-to-all of uneven runs of rows; in backward the gradients of rows return to where they came from."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
@@ -135,7 +117,7 @@ def _send_rows(x: Tensor, sent: list[int], received: list[int], group: Group) ->
 
 
 class _Shift(torch.autograd.Function):
-    """Send to the next rank of the ring and take from the one before; the gradient goes the other way round."""
+    """Send to the next rank of the ring and receive from the previous one; the other way round in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -160,43 +142,37 @@ def _send_around(x: Tensor, step: int, group: Group) -> Tensor:
 
 
 def gather_from(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Every rank's `x` along `dim`; each rank's gradient of it is a part of the whole's."""
+    """All-gather `x` along `dim`; each rank's gradient of the result is its share, so they are reduce-scattered."""
     out: Tensor = _Gather.apply(x, dim, group, False)
     return out
 
 
 def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Every rank's `x` along `dim`, for a computation whose gradient is already summed over the group."""
+    """All-gather `x` along `dim`, for a computation whose gradient is already summed over the group."""
     out: Tensor = _Gather.apply(x, dim, group, True)
     return out
 
 
 def scatter_sum(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part along `dim` of the sum of all ranks' `x`."""
+    """Reduce-scatter `x` along `dim`: return this rank's part of the sum of all ranks' `x`."""
     out: Tensor = _ReduceScatter.apply(x, dim, group)
     return out
 
 
-def sum_gradients(tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
-    """`tensors`, which each rank uses for a part of the work."""
-    out: tuple[Tensor, ...] = _SumGradients.apply(group, *tensors)
-    return out
-
-
 def sum_over(x: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' `x`, of which each rank computes the same."""
+    """All-reduce `x`; every rank computes the same from the sum, so the gradient passes through unchanged."""
     out: Tensor = _Sum.apply(x, group)
     return out
 
 
 def exchange(x: Tensor, group: Group) -> Tensor:
-    """`x` `(group size, ...)`: part i goes to rank i; from rank i comes part i."""
+    """Exchange the parts of `x` `(group size, ...)`: part i goes to rank i, and rank i's part comes back at i."""
     out: Tensor = _Exchange.apply(x, group)
     return out
 
 
 def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """All-to-all of rows: the first `sent[0]` of `x` go to rank 0, the next `sent[1]` to rank 1, and so on.
+    """Exchange rows: the first `sent[0]` of `x` go to rank 0, the next `sent[1]` to rank 1, and so on.
 
     Returns `(sum(received), ...)`: the `received[0]` rows from rank 0 first. A rank's `received` is what others send.
     """
@@ -205,6 +181,6 @@ def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: Group)
 
 
 def shift(x: Tensor, group: Group) -> Tensor:
-    """The `x` of the rank before this one in the ring."""
+    """Return the `x` of the previous rank in the ring."""
     out: Tensor = _Shift.apply(x, group)
     return out

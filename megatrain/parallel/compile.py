@@ -1,10 +1,13 @@
 """torch.compile of each repeated block: one compilation serves all of them."""
 
-from torch import nn
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.mesh import Mesh
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile every block of `model.layers` in place; names of parameters stay."""
-    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
-    for block in layers.values():
-        block.compile()
+def compile_blocks(model: Decoder, plan: Plan, mesh: Mesh | None, cfg: ParallelConfig) -> None:
+    """Compile every block of `model` in place if `cfg.compile` says so; names of parameters stay."""
+    if cfg.compile:
+        for _, block in model.blocks():
+            block.compile()

@@ -1,4 +1,4 @@
-"""How the work is cut over devices, and what is recomputed or compiled."""
+"""The parallel layout: degrees of the mesh's axes, and how each technique works."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,52 +9,56 @@ PipelineSchedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v"
 ]
 MULTI_STAGE = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v")
-"""Schedules in which a rank has several stages."""
+"""Schedules in which a rank holds several stages."""
 V_SHAPED = ("zbv", "dualpipe_v")
-"""Of these the first rank has the first and the last stage."""
+"""Of these, the ones in which the first rank holds the first and the last stage."""
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipe_v")
-"""Schedules that compute weights' gradients apart from inputs' (arXiv 2401.10241)."""
+"""Schedules that compute the gradients of weights separately from those of inputs (arXiv 2401.10241)."""
 
 
 @config
 class ParallelConfig:
-    """Degrees of the mesh's axes and what belongs to each. Their product is the number of processes."""
+    """Degrees of the mesh's axes; their product is the number of processes.
+
+    DDP is dp_replicate, FSDP is dp_shard, HSDP is both; ZeRO stages 0 to 3 are zero_stage.
+    """
 
     pp: int = 1
-    """Pipeline stages' ranks: each has a part of the layers."""
+    """Pipeline-parallel degree: the layers are split into stages over so many ranks."""
     dp_replicate: int = 1
-    """Copies of the model that see different data; gradients are summed over them."""
+    """Data-parallel replicas (DDP; with dp_shard > 1 HSDP): ranks that see different data and hold the same state."""
     dp_shard: int = 1
-    """Ranks that see different data and share parameters, gradients or optimizer states as `zero_stage` says; -1:
-    what the other axes leave of the processes."""
+    """Sharded data-parallel degree (FSDP, ZeRO): ranks that see different data and shard parameters, gradients and
+    optimizer state as `zero_stage` says; -1: all processes that the other axes leave."""
     cp: int = 1
-    """Ranks over which a sequence is cut."""
+    """Context-parallel degree: each sequence is sharded over so many ranks."""
     tp: int = 1
-    """Ranks over which matrices are cut, and between them the sequence (sequence parallelism)."""
+    """Tensor-parallel degree: matrices, and between them the sequence (sequence parallelism), are sharded over so many
+    ranks."""
     ep: int = 1
-    """Ranks over which whole experts are spread, and to which tokens travel: neighbours among the dp_shard · cp · tp
-    ranks, so no processes of their own. 1: all ranks have all experts, and tp cuts each."""
+    """Expert-parallel degree: whole experts are distributed over so many neighbours among the dp_shard · cp · tp ranks,
+    and tokens travel to them; needs no processes of its own. 1: every rank has all experts, and tp shards each."""
     zero_stage: int = 3
-    """What is cut over dp_shard: 0 nothing, 1 optimizer states and masters, 2 gradients as well, 3 parameters as well
-    (ZeRO, arXiv 1910.02054)."""
+    """What dp_shard shards: 0 nothing, 1 optimizer state and master weights, 2 gradients as well, 3 parameters as well
+    (ZeRO, arXiv 1910.02054; 3 is FSDP's full sharding)."""
     pp_schedule: PipelineSchedule = "1f1b"
-    """Order of micro-batches in the pipeline."""
+    """Pipeline schedule: the order of the micro-batches' forward and backward passes."""
     stages_per_rank: int = 2
-    """Stages of each rank in the interleaved schedules; the V-shaped ones always have two."""
+    """Pipeline stages of each rank in the interleaved schedules; the V-shaped ones always have two."""
     pp_split: tuple[int, ...] = ()
-    """First layer of each stage but the first, set by hand; empty: stages of about equal cost."""
+    """First layer of each pipeline stage but the first; empty: stages of about equal cost."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
-    """How queries meet the keys of other ranks: all keys are gathered; keys go round; or heads are exchanged for
-    positions (arXiv 2309.14509)."""
+    """Context-parallel attention: all-gather of keys and values; ring attention (arXiv 2310.01889); or Ulysses, which
+    exchanges heads for positions (arXiv 2309.14509)."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Activations made again in the backward pass: none; full: each block's; selective: all but the outputs of
-    linear layers and fused attention."""
+    """Activations recomputed in the backward pass. none: none; full: all of each block's; selective: all but the
+    outputs of linear layers and fused attention."""
     compile: bool = False
     """torch.compile each block."""
 
     @property
     def stages(self) -> int:
-        """Pipeline stages of the whole model."""
+        """Number of pipeline stages of the whole model."""
         if self.pp_schedule in V_SHAPED:
             return 2 * self.pp
         return self.pp * (self.stages_per_rank if self.pp_schedule in MULTI_STAGE else 1)

@@ -1,28 +1,33 @@
-"""Context parallelism: a sequence is cut over the cp axis, and attention is made whole again in one of three ways.
+"""Context parallelism: a sequence is sharded over the cp axis, and attention sees all of it in one of three ways.
 
-The sequence is cut into 2 · cp chunks; rank r has chunks r and 2 · cp - 1 - r, so that under a causal mask all ranks
+The sequence is split into 2 · cp chunks; rank r has chunks r and 2 · cp - 1 - r, so that under a causal mask all ranks
 have equal work (head-tail balance; Llama 3, arXiv 2407.21783, section 3.3.2).
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
+from megatrain.nn.layer import replace_seam
+from megatrain.nn.moe import MoE
 from megatrain.parallel.collectives import Group, exchange, gather_from, shift, sum_over
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.mesh import Mesh
 from megatrain_kernels import attention
 
 SEQ = 1  # dimension of `(batch, seq, ...)`
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """The two of the 2 · `size` chunks of a sequence that `rank` has, in order."""
+    """Return which two of the 2 · `size` chunks of a sequence `rank` holds, in order."""
     return rank, 2 * size - 1 - rank
 
 
-def cut_sequence(x: Tensor, rank: int, size: int) -> Tensor:
-    """This rank's part of `x` `(batch, seq, ...)`."""
+def shard_sequence(x: Tensor, rank: int, size: int) -> Tensor:
+    """Return `rank`'s shard `(batch, seq / size, ...)` of `x` `(batch, seq, ...)`."""
     if size == 1:
         return x
     chunks = x.chunk(2 * size, SEQ)
@@ -30,7 +35,7 @@ def cut_sequence(x: Tensor, rank: int, size: int) -> Tensor:
 
 
 def in_order(gathered: Tensor, size: int) -> Tensor:
-    """All ranks' parts, one after the other along the sequence, put into the order of the sequence."""
+    """Put the shards of all ranks, concatenated along the sequence, into the order of the sequence."""
     chunks = gathered.chunk(2 * size, SEQ)
     where = {
         chunk: 2 * rank + half for rank in range(size) for half, chunk in enumerate(chunks_of(rank, size))
@@ -38,21 +43,28 @@ def in_order(gathered: Tensor, size: int) -> Tensor:
     return torch.cat([chunks[where[chunk]] for chunk in range(2 * size)], SEQ)
 
 
-def context_parallel(model: Any, group: Group, kind: str) -> None:
-    """Replace the attention core of every block of the decoder `model`. Causal attention only."""
-    core = {"all_gather": GatheredCore, "ring": RingCore, "ulysses": UlyssesCore}[kind]
-    for block in model.layers.values():
-        block.attn.core = core(block.attn.core, group)
+def context_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig) -> None:
+    """Replace the attention core of every block by one over a sharded sequence. Causal attention only."""
+    group = mesh.cp.get_group()
+    core = {"all_gather": GatheredCore, "ring": RingCore, "ulysses": UlyssesCore}[cfg.cp_kind]
+    for _, block in model.blocks():
+        replace_seam(block.attn, "core", core(block.attn.core, group))
         if block.moe is not None:
-            block.moe.balance.sum_further(partial(sum_over, group=group))
+            sum_sequences_over(block.moe, group)
+
+
+def sum_sequences_over(moe: MoE, group: Group) -> None:
+    """Let the balance loss, which is of whole sequences, also sum over the shards of a sequence in `group`."""
+    inner = moe.balance.sequence_sum
+    replace_seam(moe.balance, "sequence_sum", lambda part: sum_over(inner(part), group))
 
 
 class _Core(nn.Module):
-    """As `nn.attention.AttentionCore` on this rank's part of a sequence; `doc_ids` are those of the whole sequence."""
+    """As `nn.attention.AttentionCore` on this rank's shard of a sequence; `doc_ids` are those of the whole sequence."""
 
-    def __init__(self, whole: Any, group: Group) -> None:
+    def __init__(self, core: Any, group: Group) -> None:
         super().__init__()
-        self.sliding_window, self.scale, self.group = whole.sliding_window, whole.scale, group
+        self.sliding_window, self.scale, self.group = core.sliding_window, core.scale, group
 
 
 class GatheredCore(_Core):
@@ -91,14 +103,14 @@ class UlyssesCore(_Core):
         return self._to_positions(out)
 
     def _to_heads(self, x: Tensor) -> Tensor:
-        """`(batch, seq / cp, heads, dim)` to `(batch, seq, heads / cp, dim)`."""
+        """Exchange `(batch, seq / cp, heads, dim)` for `(batch, seq, heads / cp, dim)`."""
         size = self.group.size()
         parts = exchange(torch.stack(x.chunk(size, 2)), self.group)
         return in_order(torch.cat(parts.unbind(0), SEQ), size)
 
     def _to_positions(self, x: Tensor) -> Tensor:
         size = self.group.size()
-        parts = torch.stack([cut_sequence(x, rank, size) for rank in range(size)])
+        parts = torch.stack([shard_sequence(x, rank, size) for rank in range(size)])
         return torch.cat(exchange(parts, self.group).unbind(0), 2)
 
 
@@ -125,7 +137,7 @@ class RingCore(_Core):
         return torch.cat([each[0] for each in joined if each is not None], SEQ).to(q.dtype)
 
     def _sees(self, chunk: int, place: int, length: int) -> bool:
-        """Can any query of `chunk` see a key of chunk `place`?"""
+        """Tell whether any query of `chunk` sees a key of chunk `place`."""
         if place > chunk:
             return False
         return self.sliding_window is None or (chunk - place - 1) * length + 1 < self.sliding_window
@@ -151,7 +163,7 @@ class RingCore(_Core):
 
 
 def _join(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two results over different keys as one.
+    """Combine two results of attention over different keys.
 
     Each is an output `(batch, seq, heads, dim)` with its log-sum-exp `(batch, seq, heads, 1)`.
     """

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of the ep axis has an equal share of whole experts, and tokens travel to them and back.
+"""Expert parallelism: each rank of the ep axis holds an equal share of the experts, and tokens travel to them and back.
 
 The all-to-all of GShard (arXiv 2006.16668, section 3.2) without capacities: ranks first tell one another how many rows
 come, then exchange exactly those, so that nothing is dropped and nothing padded (as MegaBlocks, arXiv 2211.15841). A
@@ -6,39 +6,45 @@ rank to which nobody sends a row takes part in every exchange all the same, with
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
+from megatrain.nn.layer import replace_seam
 from megatrain.nn.moe import Experts
 from megatrain.parallel.collectives import Group, exchange, exchange_rows
-from megatrain.parallel.sharding import Role
-from megatrain.parallel.tensor import cut_parameters, use_local
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.sharding import local_view, shard_parameter
 from megatrain_kernels import permute, unpermute, unsort
 
 
-def expert_parallel(model: Any, mesh: DeviceMesh) -> None:
-    """Cut the experts of the decoder `model` (on the meta device) in place over the one-dimensional `mesh`.
+def expert_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig) -> None:
+    """Shard the experts of `model` (on the meta device) in place over the ep axis.
 
-    Rank r has experts r · n to (r + 1) · n - 1 of the whole, n = n_experts / ranks, and each rank routes other tokens.
+    Rank r holds experts r · n to (r + 1) · n - 1 of the whole, n = n_experts / ep, and each rank routes its own tokens.
     Shared experts stay as they are. Comes before tensor parallelism, which leaves these experts alone.
     """
-    group = mesh.get_group()
-    for block in model.layers.values():
-        if block.moe is not None:
-            roles: dict[str, Role] = {name: "experts" for name, _ in block.moe.experts.named_parameters()}
-            cut_parameters(block.moe.experts, mesh, roles)
-            use_local(block.moe.experts, roles, group)
-            block.moe.dispatch = partial(_dispatch, group, block.moe.router.cfg.n_experts // group.size())
+    group = mesh.ep.get_group()
+    for _, block in model.blocks():
+        if block.moe is None:
+            continue
+        experts = block.moe.experts
+        for name, _ in list(experts.named_parameters()):
+            shard_parameter(experts, name, mesh.ep, Shard(0))
+        replace_seam(experts, "parameter_view", local_view)
+        n_here = block.moe.router.cfg.n_experts // cfg.ep
+        replace_seam(block.moe, "dispatch", partial(_dispatch, group, n_here))
 
 
 @torch.compiler.disable  # how many rows go where is known on the host only
 def _dispatch(
     group: Group, n_here: int, tokens: Tensor, indices: Tensor, weights: Tensor, experts: Experts
 ) -> Tensor:
-    """As `nn.moe.dispatch`, for experts of which this rank has `n_here`."""
+    """Do as `nn.moe.dispatch`, for experts of which this rank holds `n_here`."""
     rows, permutation = permute(tokens, indices, n_here * group.size())
     sent = permutation.group_sizes.view(-1, n_here)  # (rank, expert there)
     received = exchange(sent, group)  # (rank, expert here)

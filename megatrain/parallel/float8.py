@@ -1,7 +1,7 @@
-"""Linear layers of the blocks in fp8: quantized operands, sums in float32, master weights and all else as before.
+"""fp8 training: the linear layers of the blocks multiply 8-bit operands; sums and master weights stay float32.
 
 Weights and activations are e4m3, gradients e5m2 (arXiv 2209.05433, section 3.1), each with the scale of its present
-largest number. Every product's operands are quantized along the dimension that it sums over:
+largest magnitude. Every product's operands are quantized along the dimension that it sums over:
 
 | scaling | y = x wᵀ | x's gradient, g w | w's gradient, gᵀ x |
 |---|---|---|---|
@@ -10,16 +10,22 @@ largest number. Every product's operands are quantized along the dimension that 
 | block | groups of 128 in a token; blocks of 128 by 128 | the same | groups of 128 tokens of a channel |
 
 block is DeepSeek-V3's way (arXiv 2412.19437, section 3.3.2). In row and block no number depends on which tokens are
-computed together, or on how the layer is cut along whole groups: `layout.float8_problems` has the rules.
+computed together, or on how the layer is sharded along whole groups: `layout.float8_problems` has the rules.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatrain.config.errors import UserError
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
+from megatrain.nn.layer import Linear, replace_seam
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.mesh import Mesh
 from megatrain_kernels import quantize, scaled_matmul
 from megatrain_kernels.scaled_matmul.op import multiplies_fp8
 
@@ -32,7 +38,7 @@ def check_float8(device: torch.device) -> None:
     """Refuse a GPU that cannot multiply fp8. (A CPU computes with the dequantized numbers: slowly, for tests.)
 
     Raises:
-        UserError: it has no tensor cores for these formats.
+        UserError: `device` has no tensor cores for these formats.
     """
     if device.type != "cpu" and not multiplies_fp8(device):
         raise UserError(
@@ -41,40 +47,35 @@ def check_float8(device: torch.device) -> None:
         )
 
 
-def float8_linears(model: nn.Module, scaling: Scaling) -> None:
+def float8_linears(
+    model: Decoder, plan: Plan, mesh: Mesh | None, cfg: ParallelConfig, *, scaling: Scaling
+) -> None:
     """Let every linear layer inside the blocks of `model` compute in fp8; names and types of parameters stay.
 
-    Routers and stacked experts are no linear layers, and embedding and head no part of a block: they stay as they are.
+    Routers, stacked experts, the embedding and the head stay as they are.
     """
-    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
-    for module in layers.modules():
-        if isinstance(module, nn.Linear):
-            # Another class, not another forward of each: to the compiler all blocks are then alike.
-            module.__class__ = Float8Linear
-            module.scaling = scaling  # type: ignore[assignment]
+    for _, block in model.blocks():
+        for module in block.modules():
+            if isinstance(module, Linear):
+                replace_seam(module, "product", partial(float8_linear, scaling=scaling))
 
 
-class Float8Linear(nn.Linear):
-    """A linear layer that computes in fp8."""
-
-    scaling: Scaling
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `(..., in)` to `(..., out)`."""
-        out: Tensor = _Product.apply(x.flatten(0, -2), self.weight, self.scaling)
-        out = out.unflatten(0, x.shape[:-1])
-        return out if self.bias is None else out + self.bias
+def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, scaling: Scaling) -> Tensor:
+    """Return x wᵀ + bias, computed in fp8: x `(..., in)`, weight `(out, in)`; `(..., out)`."""
+    out: Tensor = _Product.apply(x.flatten(0, -2), weight, scaling)
+    out = out.unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
 
 
 def _product(left: Tensor, right: Tensor, dtype: str, by_left: str, by_right: str) -> Tensor:
-    """left `(m, k)`, quantized to `dtype`, times the transpose of right `(n, k)` in e4m3; in left's type."""
+    """Multiply left `(m, k)`, quantized to `dtype`, with right `(n, k)` transposed, in e4m3, in left's type."""
     a, scale_a = quantize(left, dtype=dtype, scaling=by_left)
     b, scale_b = quantize(right, dtype="e4m3", scaling=by_right)
     return scaled_matmul(a, b.mT, scale_a, scale_b.mT if scale_b.ndim else scale_b, out_dtype=left.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x `(tokens, in)`, weight `(out, in)`; `(tokens, out)`."""
+    """x `(tokens, in)` times weight `(out, in)` transposed: `(tokens, out)`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scaling: Scaling) -> Tensor:

@@ -11,42 +11,52 @@ from megatrain.parallel.layout import AXES
 
 @dataclass(frozen=True)
 class Mesh:
-    """The mesh of all ranks, and the axes that techniques work over."""
+    """The mesh of all ranks, and the submeshes that techniques work over. An axis of degree 1 has one rank."""
 
     cfg: ParallelConfig
     whole: DeviceMesh
     data: DeviceMesh
-    """`(replicate, shard)`: gradients are summed over both, and states are cut over the second, which takes in cp."""
+    """`(pp, replicate, shard, tp)`: FSDP sums gradients over replicate and shard, and shards over the second, which
+    takes in cp."""
     experts: DeviceMesh | None
-    """`(replicate, shard, ep)` if there are ranks of expert parallelism: the same of experts' parameters. Ranks that
-    differ in dp_shard, cp or tp hold other experts (the nearest, on `ep`) or share the same ones."""
+    """`(pp, replicate, shard, ep)` with expert parallelism: the same for experts' parameters. Ranks that differ in
+    dp_shard, cp or tp hold other experts (the nearest, on `ep`) or share the same ones."""
 
     @property
-    def tp(self) -> DeviceMesh | None:
-        return self.whole["tp"] if self.cfg.tp > 1 else None
+    def tp(self) -> DeviceMesh:
+        """The tp axis, of the mesh that FSDP uses: it composes with parameters sharded over the same root only."""
+        return self.data["tp"]
 
     @property
-    def cp(self) -> DeviceMesh | None:
-        return self.whole["cp"] if self.cfg.cp > 1 else None
+    def ep(self) -> DeviceMesh:
+        """The ep axis, of the mesh over which FSDP shards the experts."""
+        assert self.experts is not None
+        return self.experts["ep"]
 
     @property
-    def pp(self) -> DeviceMesh | None:
-        return self.whole["pp"] if self.cfg.pp > 1 else None
+    def cp(self) -> DeviceMesh:
+        """The cp axis."""
+        return self.whole["cp"]
+
+    @property
+    def pp(self) -> DeviceMesh:
+        """The pp axis."""
+        return self.whole["pp"]
 
     def coordinate(self, axis: str) -> int:
-        """This rank's place on `axis`."""
+        """Return this rank's index on `axis`."""
         return int(self.whole.get_local_rank(axis))
 
     @property
     def data_rank(self) -> int:
-        """Which rows of a batch this rank reads."""
+        """Index of this rank among those that read different rows of a batch."""
         return self.coordinate("dp_replicate") * self.cfg.dp_shard + self.coordinate("dp_shard")
 
 
 def make_mesh(cfg: ParallelConfig, device: torch.device) -> Mesh:
-    """The mesh of `cfg`, whose ep divides dp_shard · cp · tp, over the ranks of the default process group.
+    """Make the mesh of `cfg`, whose ep divides dp_shard · cp · tp, over the ranks of the default process group.
 
-    ZeRO stage 0 cuts nothing, so all ranks that read different data are replicas.
+    ZeRO stage 0 shards nothing, so all ranks that read different data are replicas.
     """
     sizes = tuple(getattr(cfg, axis) for axis in AXES)
     whole = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
@@ -55,7 +65,7 @@ def make_mesh(cfg: ParallelConfig, device: torch.device) -> Mesh:
 
 
 def _regrouped(whole: DeviceMesh, cfg: ParallelConfig, inner: str, size: int) -> DeviceMesh:
-    """The same ranks as `(pp, replicate, shard, inner)`, the last of `size`."""
+    """Arrange the same ranks as `(pp, replicate, shard, inner)`, the last of `size`."""
     summed = whole.size() // (cfg.pp * size)
     replicas = summed if cfg.zero_stage == 0 else cfg.dp_replicate
     split = (cfg.pp, replicas, summed // replicas, size)

@@ -1,11 +1,12 @@
 """Pipeline parallelism: stages of a model, and their schedules by `torch.distributed.pipelining`.
 
-A stage is the same model class with the other stages' parts left out, so parameters keep their names. With tied
-embeddings the last stage has a copy of the table; the two gradients are summed, and so the copies stay equal.
+A stage is the same model class without the other stages' parts, so parameters keep their names. With tied embeddings
+the last stage has a copy of the embedding; the two gradients are summed, and so the copies stay equal.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
+from megatrain.nn.contract import Plan
+from megatrain.nn.decoder import Decoder
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import stage_rank
 from megatrain.parallel.mesh import Mesh
@@ -31,21 +34,22 @@ SCHEDULES = {
     "zbv": "ZBVZeroBubble",
     "dualpipe_v": "DualPipeV",
 }
-TABLE = "embed.weight"
 Tensors = Mapping[str, Tensor | None]
 
 
 def balanced(costs: Sequence[float], stages: int) -> list[int]:
-    """First item of each stage when `costs` is cut into `stages` runs, none empty, the dearest as cheap as can be."""
+    """Partition `costs` into contiguous non-empty stages, minimizing the most expensive one.
+
+    Returns the first item of each stage.
+    """
     n = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
+    sums = [0.0, *accumulate(costs)]
     best = {(end, 1): (sums[end], 0) for end in range(1, n + 1)}
     for count in range(2, stages + 1):
         for end in range(count, n + 1):
             best[end, count] = min(
-                (max(best[cut, count - 1][0], sums[end] - sums[cut]), cut) for cut in range(count - 1, end)
+                (max(best[start, count - 1][0], sums[end] - sums[start]), start)
+                for start in range(count - 1, end)
             )
     firsts, end = [], n
     for count in range(stages, 0, -1):
@@ -54,34 +58,21 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
     return firsts[::-1]
 
 
-def layer_costs(model: nn.Module) -> list[float]:
-    """Multiplications a token of each layer; the loss head's count with the last one."""
-    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
-    costs = [float(sum(p.numel() for p in block.parameters() if p.ndim > 1)) for block in layers.values()]
-    table: Tensor = model.embed.weight  # type: ignore[union-attr, assignment]
-    costs[-1] += table.numel()
+def layer_costs(plan: Plan) -> list[float]:
+    """Return the multiplications that one token costs in each layer; the head counts with the last one."""
+    costs = [float(plan.block_products(layer)) for layer in range(len(plan.blocks))]
+    costs[-1] += plan.head_products
     return costs
 
 
-def keep_stage(model: nn.Module, stage: int, firsts: Sequence[int]) -> None:
-    """Remove from the whole `model` what is not in `stage`; `firsts` are all stages' first layers."""
-    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
-    bounds = [*firsts, len(layers)]
-    for index in list(layers):
-        if not bounds[stage] <= int(index) < bounds[stage + 1]:
-            del layers[index]
-    is_last = stage == len(firsts) - 1
-    if stage > 0:
-        model.pos_embed = None  # type: ignore[assignment]
-        if not (is_last and model.head is None):
-            model.embed = None  # type: ignore[assignment]
-    if not is_last:
-        model.norm = None  # type: ignore[assignment]
-        model.head = None  # type: ignore[assignment]
+def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig) -> range:
+    """Return the layers of `stage`: those that `pp_split` names, or stages of about equal cost."""
+    firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(plan), cfg.stages)
+    return range(firsts[stage], [*firsts, len(plan.blocks)][stage + 1])
 
 
 def own_stages(rank: int, cfg: ParallelConfig) -> list[int]:
-    """Stages of the pipeline's rank `rank`, in order."""
+    """Return the stages that the pipeline's rank `rank` holds, in order."""
     return [stage for stage in range(cfg.stages) if stage_rank(stage, cfg) == rank]
 
 
@@ -90,19 +81,19 @@ class Pipeline:
     """This rank's stages, and how a step goes through them."""
 
     cfg: ParallelConfig
+    plan: Plan
     mesh: Mesh
-    models: list[nn.Module]
-    hidden_size: int
+    models: list[Decoder]
     compute_dtype: torch.dtype
-    is_tied: bool = False
-    """Is the loss head the embedding?"""
     _schedules: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _scale: float = 1.0
 
     def forward_backward(
         self, tensors: Tensors, micro_batch_size: int, *, scale: float, z_loss: float
     ) -> Tensor:
-        """Gradients of the loss of all rows, times `scale`; returns the loss (0 but on the last stage's rank).
+        """Accumulate the gradients of the loss of all rows, times `scale`.
+
+        Returns the loss on the rank of the last stage, 0 on the others.
 
         Args:
             tensors: tokens, targets, positions and doc_ids `(rows, seq)` of this rank.
@@ -117,21 +108,20 @@ class Pipeline:
             losses=losses,
             return_outputs=False,
         )
-        self._join_tables()
+        self._sum_tied_gradients()
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else self._zero()
 
     @torch.no_grad()
     def forward(self, tensors: Tensors) -> Tensor:
-        """The summed loss of one micro-batch (0 but on the last stage's rank).
+        """Return the summed loss of one micro-batch on the rank of the last stage, 0 on the others.
 
         A rank is free for the next one as soon as it has sent its outputs on. (The schedules' own `eval` runs
         backward actions in V-shaped ones, which fail: torch 2.13, `get_local_bwd_output`.)
         """
-        assert self.mesh.pp is not None
         assert tensors["tokens"] is not None
         rank, group = self.mesh.coordinate("pp"), self.mesh.pp.get_group()
         x = tensors["tokens"]
-        shape = (x.shape[0], x.shape[1] // self.cfg.tp, self.hidden_size)
+        shape = (x.shape[0], x.shape[1] // self.cfg.tp, self._hidden_size)
         for stage, model in zip(own_stages(rank, self.cfg), self.models, strict=True):
             if stage > 0 and (source := stage_rank(stage - 1, self.cfg)) != rank:
                 x = torch.empty(shape, dtype=self.compute_dtype, device=x.device)
@@ -150,11 +140,12 @@ class Pipeline:
         return (tensors["tokens"],) if self.mesh.coordinate("pp") == 0 else ()
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The last stage returns its loss; `target` went in with its inputs."""
+        """Scale what the last stage returns, which is its loss: `target` went in with its inputs."""
         return output.sum() * self._scale
 
     def _schedule(self, tensors: Tensors, micro_batch_size: int) -> Any:
-        rows, seq = tensors["tokens"].shape  # type: ignore[union-attr]
+        assert tensors["tokens"] is not None
+        rows, seq = tensors["tokens"].shape
         key = (rows, seq, micro_batch_size)
         if key not in self._schedules:
             kind = get_schedule_class(SCHEDULES[self.cfg.pp_schedule])
@@ -172,13 +163,12 @@ class Pipeline:
         return self._schedules[key]
 
     def _make_stages(self, rows: int, seq: int) -> list[PipelineStage]:
-        assert self.mesh.pp is not None
         device = next(self.models[0].parameters()).device
         tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
         hidden = torch.empty(
             rows,
             seq // self.cfg.tp,
-            self.hidden_size,
+            self._hidden_size,
             dtype=self.compute_dtype,
             device="meta",
             requires_grad=True,
@@ -199,9 +189,13 @@ class Pipeline:
             for number, model in zip(numbers, self.models, strict=True)
         ]
 
-    def _join_tables(self) -> None:
-        """Sum the gradients of the two copies of a tied table."""
-        copies = self.tables()
+    @property
+    def _hidden_size(self) -> int:
+        return self.models[0].cfg.hidden_size
+
+    def _sum_tied_gradients(self) -> None:
+        """Sum the gradients of the two copies of a tied embedding."""
+        copies = self.tied_embeddings()
         if not copies:
             return
         grads = [local_tensor(copy.grad) for copy in copies if copy.grad is not None]
@@ -209,7 +203,6 @@ class Pipeline:
             grads[0].add_(grads[1])
             copies[1].grad = None
             return
-        assert self.mesh.pp is not None
         ends = (0, stage_rank(self.cfg.stages - 1, self.cfg))
         other = ends[1] if self.mesh.coordinate("pp") == ends[0] else ends[0]
         group, theirs = self.mesh.pp.get_group(), torch.empty_like(grads[0])
@@ -221,18 +214,19 @@ class Pipeline:
             work.wait()
         grads[0].add_(theirs)
 
-    def tables(self) -> list[nn.Parameter]:
-        """This rank's copies of a table that the first and the last stage share; none if it is not tied."""
-        if not self.is_tied:
+    def tied_embeddings(self) -> list[nn.Parameter]:
+        """Return this rank's copies of the embedding that the first and the last stage share, if it is tied."""
+        tied = self.plan.tied_embedding
+        if tied is None:
             return []
         numbers = own_stages(self.mesh.coordinate("pp"), self.cfg)
         named = [dict(model.named_parameters()) for model in self.models]
         ends = (0, self.cfg.stages - 1)
-        return [parts[TABLE] for number, parts in zip(numbers, named, strict=True) if number in ends]
+        return [parts[tied] for number, parts in zip(numbers, named, strict=True) if number in ends]
 
-    def copy_tables(self) -> None:
-        """Give the second copy of a tied table on this rank the first one's values."""
-        copies = self.tables()
+    def sync_tied_embeddings(self) -> None:
+        """Give the second copy of a tied embedding on this rank the first one's values."""
+        copies = self.tied_embeddings()
         if len(copies) == 2:
             copies[1].data.copy_(copies[0].data)
 

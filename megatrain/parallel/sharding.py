@@ -1,58 +1,56 @@
-"""A model's sharding plan as data: which parameter plays which role when matrices are cut over the tp axis."""
+"""Tensor-parallel placements: from a parameter's role in the model's plan to how it is sharded over the tp axis."""
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Literal
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torch.distributed.tensor import Placement, Replicate, Shard
-
-Role = Literal[
-    "columns", "rows", "row_bias", "expert_columns", "expert_rows", "experts", "vocabulary", "shared"
-]
-"""columns: a linear layer's outputs are cut (and its bias). rows: its inputs are cut, so ranks' results are summed.
-row_bias: the bias of such a layer, added once. expert_*: the same of stacked experts. experts: the stack is cut
-(expert parallelism). vocabulary: rows of a table of tokens are cut. shared: whole on every rank, each of which uses
-it for its own part of the tokens, heads or sums."""
-
-PLACEMENTS: Mapping[Role, Placement] = {
-    "columns": Shard(0),
-    "rows": Shard(1),
-    "row_bias": Replicate(),
-    "expert_columns": Shard(1),
-    "expert_rows": Shard(2),
-    "experts": Shard(0),
-    "vocabulary": Shard(0),
-    "shared": Replicate(),
-}
-
-DECODER_PLAN: Mapping[str, Role] = {
-    r"embed\.weight|head\.weight": "vocabulary",
-    r"pos_embed\.weight|(layers\.\d+\.(attn_|mlp_))?norm\.(weight|bias)": "shared",
-    r"layers\.\d+\.attn\.(w[qkv]|wq_up|wkv_up)\.(weight|bias)": "columns",
-    r"layers\.\d+\.attn\.(q|k|kv)_norm\.weight": "shared",
-    r"layers\.\d+\.attn\.(wq_down|wkv_down|wk_rope)\.weight": "shared",
-    r"layers\.\d+\.(attn\.wo|mlp\.down)\.weight": "rows",
-    r"layers\.\d+\.(attn\.wo|mlp\.down)\.bias": "row_bias",
-    r"layers\.\d+\.mlp\.(gate|up)\.(weight|bias)": "columns",
-    r"layers\.\d+\.moe\.router\.weight": "shared",
-    r"layers\.\d+\.moe\.experts\.(gate|up)": "expert_columns",
-    r"layers\.\d+\.moe\.experts\.down": "expert_rows",
-    r"layers\.\d+\.moe\.shared\.(gate|up)\.weight": "columns",
-    r"layers\.\d+\.moe\.shared\.down\.weight": "rows",
-}
-"""Pattern of canonical names -> role, for every decoder of `megatrain.models`."""
+from megatrain.nn.contract import Role
 
 
-def roles_of(names: Iterable[str], plan: Mapping[str, Role]) -> dict[str, Role]:
-    """The role of each parameter.
+def tensor_placement(role: Role, ndim: int) -> Placement:
+    """Return how a parameter of `ndim` dimensions with that role is sharded over the tp axis.
 
-    Raises:
-        ValueError: a parameter has no role, or two.
+    Products are `(..., out, in)`: a column-parallel one shards its outputs and their bias, a row-parallel one its
+    inputs, and its bias is replicated (arXiv 1909.08053, section 3).
     """
-    found: dict[str, Role] = {}
-    for name in names:
-        fitting = [role for pattern, role in plan.items() if re.fullmatch(pattern, name)]
-        if len(fitting) != 1:
-            raise ValueError(f"{name}: {len(fitting)} rules of the sharding plan fit it; there must be one")
-        found[name] = fitting[0]
-    return found
+    if role & Role.VOCABULARY:
+        return Shard(0)
+    if role & Role.COLUMN:
+        return Shard(max(0, ndim - 2))
+    return Shard(ndim - 1) if role & Role.ROW and ndim > 1 else Replicate()
+
+
+def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    """Replace the parameter `name` of `module` by a DTensor over the one-dimensional `mesh`, without values.
+
+    Each rank keeps an equal part, or all of it where `placement` replicates.
+    """
+    parameter = module.get_parameter(name)
+    local: torch.Tensor = parameter.data
+    if isinstance(placement, Shard):
+        local = local.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].contiguous()
+    shape, stride = parameter.shape, parameter.stride()
+    sharded = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(sharded))
+
+
+def local_view(name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """Return the rank's shard of a DTensor; its gradient is the shard of a DTensor placed alike.
+
+    At the seam `parameter_view` of layers. The gradient of a replicated parameter is a rank's own share only, of its
+    tokens or heads: `ParallelModel.sum_replicated_gradients` adds the shares up, once a step.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=parameter.placements)
+
+
+def local_view_without_bias(name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """As `local_view`, but zero for a bias: of a row-parallel product, on all ranks but the first.
+
+    The ranks' partial outputs are summed, so one rank alone may add the bias.
+    """
+    view = local_view(name, parameter)
+    return view * 0 if name == "bias" else view

@@ -4,13 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
 from megatrain.data.loader import Batch, Loader, validation_batches
 from megatrain.data.prepare import Prepared
 from megatrain.models.registry import get_spec
+from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.nn.moe import use_experts_backend
 from megatrain.optim.build import build_optimizer
@@ -20,7 +20,6 @@ from megatrain.parallel.apply import parallelize
 from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.mesh import Mesh, make_mesh
-from megatrain.parallel.sharding import DECODER_PLAN
 from megatrain.parallel.shards import shard_of
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
@@ -70,23 +69,24 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         check_float8(device)
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
 
-    def make_model() -> nn.Module:
-        with torch.device("meta"):
-            return get_spec(cfg.model.kind).build(cfg.model).to(master_dtype)
+    spec = get_spec(cfg.model.kind)
+    plan = spec.plan(cfg.model)
 
-    cut = parallelize(
-        make_model, cfg.parallel, mesh, DECODER_PLAN, compute_dtype=compute_dtype, float8=float8
-    )
-    for model in cut.models:
+    def make_model() -> Decoder:
+        with torch.device("meta"):
+            return spec.build(cfg.model).to(master_dtype)
+
+    parallel = parallelize(make_model, plan, mesh, cfg.parallel, compute_dtype=compute_dtype, float8=float8)
+    for model in parallel.models:
         model.to_empty(device=device)
-        init_weights(model, cfg.model, seed=cfg.train.seed, shard_of=shard_of)
+        init_weights(model, plan, seed=cfg.train.seed, shard_of=shard_of)
         use_experts_backend(model, cfg.moe.backend)
     # Under a mesh FSDP makes the copies in the compute type.
-    weights = MasterWeights(cut.parameters(), compute_dtype if mesh is None else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.parameters)
+    weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
+    optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles)
     decay = cfg.train.ema_decay
     average = None if decay is None else WeightAverage(weights.parameters, decay)
-    return TrainState(cut=cut, weights=weights, optimizer=optimizer, average=average)
+    return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
 
 
 def build_parts(cfg: Config, data: Prepared, device: torch.device, processes: Processes) -> Parts:

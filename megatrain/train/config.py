@@ -12,6 +12,7 @@ from megatrain.data.config import DataConfig
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEBackendConfig
+from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
@@ -115,7 +116,7 @@ class Config:
             yield Problem(
                 "schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,)
             )
-        if not broken:
+        if not broken and not any(True for _ in self.model.problems()):
             yield from self._layout_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
@@ -155,9 +156,9 @@ class Config:
             legal = nearest_divisors(rows, self.micro_batch_size)
             yield Problem("micro_batch_size", self.micro_batch_size, f"must divide {share} ({rows})", legal)
             return
-        if not any(True for _ in self.model.problems()):
-            yield from layout_problems(
-                parallel, self.model, self.seq_len, self.global_batch_size, self.micro_batch_size
-            )
-            if self.train.precision == "fp8":
-                yield from float8_problems(parallel, self.model, self.seq_len, self.train.fp8_scaling)
+        plan = decoder_plan(self.model)
+        yield from layout_problems(
+            parallel, plan, self.seq_len, self.global_batch_size, self.micro_batch_size
+        )
+        if self.train.precision == "fp8":
+            yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)

@@ -21,7 +21,7 @@ class Evaluation:
     """Total nats / (ln 2 · bytes of text that the predicted tokens stand for); None where tokens have no text."""
 
 
-def evaluate(cut: ParallelModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
+def evaluate(parallel: ParallelModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
     """Mean loss over every valid token of `batches`; the model's mode and weights are left as they were.
 
     Ranks that read different data take turns; each computes equally many batches, since they compute together.
@@ -30,13 +30,13 @@ def evaluate(cut: ParallelModel, batches: Sequence[Batch], token_bytes: np.ndarr
         batches: the same on every rank.
         token_bytes: `(vocab,)` bytes of text of each token, 0 for special tokens.
     """
-    readers = data_ranks(cut.cfg)
-    reader = 0 if cut.mesh is None else cut.mesh.data_rank
-    nats = torch.zeros((), dtype=torch.float64, device=cut.device)
+    readers = data_ranks(parallel.cfg)
+    reader = 0 if parallel.mesh is None else parallel.mesh.data_rank
+    nats = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for first in range(0, len(batches), readers):
         own = batches[first + reader] if first + reader < len(batches) else ignored_batch(batches[0])
-        nats += evaluation_loss(cut, own)
-    total = cut.total(nats).item()
+        nats += evaluation_loss(parallel, own)
+    total = parallel.total(nats).item()
     targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in batches])
     text_bytes = 0 if token_bytes is None else int(token_bytes[targets].sum())
     bits_per_byte = total / (math.log(2) * text_bytes) if text_bytes else None

@@ -101,7 +101,7 @@ def _speed(run: Run, step_time: float, data_time: float) -> Row:
         peak=run.peak,
         devices=run.processes,
     )
-    row["memory/peak_gib"] = peak_memory_gib(run.parts.state.cut.device)
+    row["memory/peak_gib"] = peak_memory_gib(run.parts.state.parallel.device)
     return row
 
 
@@ -110,7 +110,7 @@ def _evaluate(run: Run, row: Row) -> Row:
     if not run.parts.eval_batches:
         return {}
     state = run.parts.state
-    result = evaluate(state.cut, run.parts.eval_batches, run.token_bytes)
+    result = evaluate(state.parallel, run.parts.eval_batches, run.token_bytes)
     state.watch, notice = watch_update(
         state.watch, step=state.step, train_loss=row["train/loss"], eval_loss=result.loss
     )

@@ -235,5 +235,5 @@ def _make_run(attempt: Attempt, observer: Observer, signals: StopSignals) -> Run
         flops_full=flops_per_token(cfg.model, cfg.seq_len, causal=False),
         flops_causal=flops_per_token(cfg.model, cfg.seq_len, causal=True),
         processes=attempt.checkpointer.processes.size,
-        peak=peak_flops(state.cut.device, COMPUTE_DTYPE[cfg.train.precision]),
+        peak=peak_flops(state.parallel.device, COMPUTE_DTYPE[cfg.train.precision]),
     )

@@ -73,7 +73,7 @@ def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
         micro_batch_size=1,
         mask_documents=cfg.data.mask_documents,
     )
-    return evaluate(state.cut, list(batches), None).loss
+    return evaluate(state.parallel, list(batches), None).loss
 
 
 def _broken(batch: StepBatch, fault: str | None, mesh: Mesh | None) -> StepBatch:

@@ -19,7 +19,7 @@ class TrainState:
     The data loader has no state of its own: the samples of a step are a function of the config and `step`.
     """
 
-    cut: ParallelModel
+    parallel: ParallelModel
     weights: MasterWeights
     optimizer: Optimizer
     average: WeightAverage | None
@@ -33,14 +33,14 @@ class TrainState:
     @property
     def model(self) -> nn.Module:
         """The whole model of a run of one process; else the rank's (first) stage."""
-        return self.cut.models[0]
+        return self.parallel.models[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint by its key (no copies: loading writes into them)."""
         found: dict[str, Tensor] = {
             f"model.{name}": p.detach() for name, p in self.weights.parameters.items()
         }
-        for model in self.cut.models:
+        for model in self.parallel.models:
             found |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
         for key, value in optimizer_tensors(self.optimizer, self.weights.parameters).items():
             found[f"optim.{key}"] = value
@@ -60,5 +60,5 @@ class TrainState:
     def publish(self) -> None:
         """Let the model compute with the weights' present values."""
         self.weights.publish()
-        if self.cut.pipeline is not None:
-            self.cut.pipeline.copy_tables()
+        if self.parallel.pipeline is not None:
+            self.parallel.pipeline.sync_tied_embeddings()

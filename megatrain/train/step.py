@@ -28,18 +28,18 @@ class StepStats:
     """How many ranks asked to stop."""
 
 
-def loss_sum(cut: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
+def loss_sum(parallel: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
     """Loss in nats, summed over this rank's valid tokens of `batch` (float32 scalar on the model's device)."""
-    tensors = _on_device(cut, batch)
-    loss: Tensor = cut.models[0](tensors.pop("tokens"), **tensors, z_loss=z_loss)
+    tensors = _on_device(parallel, batch)
+    loss: Tensor = parallel.models[0](tensors.pop("tokens"), **tensors, z_loss=z_loss)
     return loss
 
 
-def _on_device(cut: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
+def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
     """This rank's part of `batch` by the names of the model's arguments."""
     names = ("tokens", "targets", "positions", "doc_ids")
-    tensors = cut.shard_batch({name: getattr(batch, name) for name in names})
-    device = cut.device
+    tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
+    device = parallel.device
     return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
@@ -58,11 +58,11 @@ def train_step(
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
     batch, so the cut into micro-batches and over ranks changes nothing but rounding.
     """
-    cut, weights = state.cut, state.weights.parameters
+    parallel, weights = state.parallel, state.weights.parameters
     loss = accumulate_gradients(state, batch, cfg)
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
     stop = torch.full_like(loss, float(wants_stop()))
-    sums = cut.total(torch.stack([loss, cut.squared_norm(gradients), stop]))
+    sums = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
     grad_norm = sums[1].sqrt()
     clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
     for group in state.optimizer.param_groups:
@@ -70,7 +70,7 @@ def train_step(
     state.optimizer.step()
     state.weights.zero_gradients()
     state.publish()
-    balance_experts(cut.models, cfg.model, cut.total)
+    balance_experts(parallel.models, cfg.model, parallel.total)
     if state.average is not None:
         state.average.update(weights)
     state.step += 1
@@ -80,20 +80,21 @@ def train_step(
 
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Leave the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
-    cut = state.cut
-    begin_balance(cut.models, cut.owns_balance_loss() / max(batch.valid_tokens, 1))
-    loss = (_accumulate if cut.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
-    return loss if cut.owns_loss() else torch.zeros_like(loss)
+    parallel = state.parallel
+    begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
+    loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
+    parallel.sum_replicated_gradients()
+    return loss if parallel.owns_loss() else torch.zeros_like(loss)
 
 
 def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Gradients of this rank's micro-batches, one after the other; returns its share of the loss (float64)."""
-    cut = state.cut
-    total = torch.zeros((), dtype=torch.float64, device=cut.device)  # a long sum of small parts
+    parallel = state.parallel
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)  # a long sum of small parts
     for n, part in enumerate(batch.micro_batches):
         is_last = n == len(batch.micro_batches) - 1
-        before_micro_batch(cut.models[0], is_last=is_last, zero_stage=cut.cfg.zero_stage)
-        loss = loss_sum(cut, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
+        before_micro_batch(parallel.models[0], is_last=is_last, zero_stage=parallel.cfg.zero_stage)
+        loss = loss_sum(parallel, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
         loss.backward()
         state.weights.collect_gradients()
         total += loss.detach()
@@ -102,23 +103,27 @@ def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
 
 def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """As `_accumulate`, all micro-batches at once through the pipeline's schedule."""
-    cut = state.cut
-    assert cut.pipeline is not None
-    parts = [_on_device(cut, part) for part in batch.micro_batches]
+    parallel = state.parallel
+    assert parallel.pipeline is not None
+    parts = [_on_device(parallel, part) for part in batch.micro_batches]
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     whole = {name: None if t[0] is None else torch.cat(cast(list[Tensor], t)) for name, t in columns.items()}
     scale = 1 / max(batch.valid_tokens, 1)
-    loss = cut.pipeline.forward_backward(whole, cfg.micro_batch_size, scale=scale, z_loss=cfg.train.z_loss)
+    loss = parallel.pipeline.forward_backward(
+        whole, cfg.micro_batch_size, scale=scale, z_loss=cfg.train.z_loss
+    )
     return loss.to(torch.float64)
 
 
 @torch.no_grad()
-def evaluation_loss(cut: ParallelModel, batch: Batch) -> Tensor:
+def evaluation_loss(parallel: ParallelModel, batch: Batch) -> Tensor:
     """Loss in nats summed over this rank's valid tokens of `batch`, once in each tp group."""
-    if cut.pipeline is None:
-        loss = loss_sum(cut, batch)
+    if parallel.pipeline is None:
+        loss = loss_sum(parallel, batch)
     else:
-        loss = cut.pipeline.forward(_on_device(cut, batch))
+        loss = parallel.pipeline.forward(_on_device(parallel, batch))
     return (
-        loss.to(torch.float64) if cut.owns_loss() else torch.zeros((), dtype=torch.float64, device=cut.device)
+        loss.to(torch.float64)
+        if parallel.owns_loss()
+        else torch.zeros((), dtype=torch.float64, device=parallel.device)
     )

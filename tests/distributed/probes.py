@@ -68,14 +68,14 @@ def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
     before = _live_bytes([])
     state, batches, mesh = _start(cfg, store)
     batch = next(batches)
-    cut = state.cut
-    step.before_micro_batch(cut.models[0], is_last=False, zero_stage=cut.cfg.zero_stage)
-    step.loss_sum(cut, batch.micro_batches[0]).backward()
+    parallel = state.parallel
+    step.before_micro_batch(parallel.models[0], is_last=False, zero_stage=parallel.cfg.zero_stage)
+    step.loss_sum(parallel, batch.micro_batches[0]).backward()
     state.weights.collect_gradients()
     batches.close()
     del batch, batches
     gc.collect()
-    held = _live_bytes([p.grad for p in cut.parameters().values() if p.grad is not None])
+    held = _live_bytes([p.grad for p in parallel.parameters().values() if p.grad is not None])
     assert mesh is not None
     return {"states": _of_states(state), "all": held - before}
 

@@ -15,7 +15,7 @@ from probes import Traffic, bytes_held, bytes_of_states, traffic
 from megatrain.models.flops import n_params
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
-from megatrain.parallel.sharding import DECODER_PLAN, roles_of
+from megatrain.parallel.sharding import tensor_placement
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
@@ -51,8 +51,8 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
     # Sequence parallelism: two each way in a block, one in the embedding, one (forward only) before the loss.
     add("all_gather", cfg.tp, m * (4 * blocks + 2))
     add("reduce_scatter", cfg.tp, m * (4 * blocks + 1))
-    # Gradients of what all tp ranks share, a block at once. (The loss's three are inside an operator, unheard.)
-    add("all_reduce", cfg.tp, m * (blocks + 1))
+    # Gradients of what all tp ranks replicate, at once. (The loss's three are inside an operator, unheard.)
+    add("all_reduce", cfg.tp, 1)
     if cfg.cp_kind == "all_gather":
         add("all_gather", cfg.cp, m * blocks)
         add("reduce_scatter", cfg.cp, m * blocks)
@@ -147,8 +147,12 @@ def test_all_ranks_together_hold_each_state_once(workers: WorkerPool, layout: di
     """But for replicas, and what tensor parallelism shares (norms): a copy on each of its ranks."""
     cfg = in_layout(layout)
     names = build_state(replace(cfg, parallel=ParallelConfig()), torch.device("cpu"))
-    roles = roles_of(names.weights.parameters, DECODER_PLAN)
-    shared = sum(p.numel() for name, p in names.weights.parameters.items() if roles[name] == "shared")
-    size = n_params(cfg.model) + (cfg.parallel.tp - 1) * shared
+    roles = names.parallel.plan.roles
+    replicated = sum(
+        p.numel()
+        for name, p in names.weights.parameters.items()
+        if tensor_placement(roles[name], p.ndim).is_replicate()
+    )
+    size = n_params(cfg.model) + (cfg.parallel.tp - 1) * replicated
     held = workers.run(bytes_of_states, world_size(cfg.parallel), cfg)
     assert sum(held) == 16 * size * cfg.parallel.dp_replicate

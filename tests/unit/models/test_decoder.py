@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from megatrain.nn.config import DecoderConfig, ExpertsConfig, MLAConfig, RopeScaling
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
+from megatrain.nn.plan import decoder_plan
 from megatrain.nn.rope import rope_frequencies
 
 BASE = DecoderConfig(
@@ -71,7 +72,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 def make(**options: object) -> tuple[Decoder, DecoderConfig]:
     cfg = replace(BASE, **options)  # type: ignore[arg-type]
     model = Decoder(cfg).double()
-    init_weights(model, cfg, seed=1)
+    init_weights(model, decoder_plan(cfg), seed=1)
     return model, cfg
 
 

@@ -10,6 +10,7 @@ from megatrain.models.generate import generate
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
+from megatrain.nn.plan import decoder_plan
 
 CFG = DecoderConfig(n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, vocab_size=61, init_std=0.3)
 
@@ -17,7 +18,7 @@ CFG = DecoderConfig(n_layers=2, hidden_size=32, n_heads=4, ffn_size=48, vocab_si
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     model = Decoder(CFG).double()
-    init_weights(model, CFG, seed=1)
+    init_weights(model, decoder_plan(CFG), seed=1)
     return model
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatrain.nn.contract import Weight
 from megatrain.nn.embed import Embedding
 
 VOCAB, SIZE, TOKENS = 50, 16, 2000
@@ -10,7 +11,7 @@ VOCAB, SIZE, TOKENS = 50, 16, 2000
 
 def draw(dtype: torch.dtype) -> tuple[Embedding, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    model = Embedding(VOCAB, SIZE).to(dtype)
+    model = Embedding(Weight((VOCAB, SIZE))).to(dtype)
     model.weight.data = torch.randn(VOCAB, SIZE, generator=generator).to(dtype)
     index = torch.randint(VOCAB // 2, (2, TOKENS // 2), generator=generator)  # half of the rows are not used
     grad = (torch.randn(2, TOKENS // 2, SIZE, generator=generator) + 0.5).to(dtype)

@@ -8,6 +8,7 @@ import torch
 from megatrain.nn.config import DecoderConfig, ExpertsConfig, MLAConfig
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import Shard, init_weights
+from megatrain.nn.plan import decoder_plan
 
 CFG = DecoderConfig(
     n_layers=8,
@@ -33,7 +34,7 @@ def make(cfg: DecoderConfig = CFG, seed: int = 0) -> dict[str, torch.Tensor]:
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # so that one left out is seen
-    init_weights(model, cfg, seed=seed)
+    init_weights(model, decoder_plan(cfg), seed=seed)
     return dict(model.named_parameters())
 
 
@@ -70,7 +71,7 @@ def test_experts_and_latent_attention() -> None:
     model = Decoder(cfg)
     for tensor in model.state_dict().values():
         tensor.fill_(float("nan"))
-    init_weights(model, cfg, seed=0)
+    init_weights(model, decoder_plan(cfg), seed=0)
     outputs = ("attn.wo.weight", "moe.experts.down", "moe.shared.down.weight")
     for name, tensor in model.state_dict().items():
         if tensor.ndim == 1:
@@ -118,7 +119,7 @@ def test_two_halves_are_the_whole(dim: int) -> None:
         model = Decoder(CFG)
         for parameter in model.parameters():
             parameter.data.zero_()
-        init_weights(model, CFG, seed=0, shard_of=shard_of)
+        init_weights(model, decoder_plan(CFG), seed=0, shard_of=shard_of)
         halves.append(dict(model.named_parameters()))
     for name, whole in make().items():
         assert torch.equal(halves[0][name] + halves[1][name], whole), name  # the other half is 0

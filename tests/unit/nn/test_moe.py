@@ -19,7 +19,8 @@ from megatrain.nn.config import DecoderConfig, ExpertsConfig
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.nn.moe import Experts, MoE, use_experts_backend
-from megatrain.parallel.apply import wrap_blocks
+from megatrain.nn.plan import decoder_plan
+from megatrain.parallel.activation_checkpointing import checkpoint_activations
 from megatrain.parallel.config import ParallelConfig
 from megatrain_kernels import permute, unpermute
 
@@ -33,7 +34,7 @@ CFG = DecoderConfig(
 
 def make(cfg: DecoderConfig = CFG) -> Decoder:
     model = Decoder(cfg).double()
-    init_weights(model, cfg, seed=4)
+    init_weights(model, decoder_plan(cfg), seed=4)
     return model
 
 
@@ -128,7 +129,7 @@ def test_training_tokens_are_counted_once(recompute: str) -> None:
     tokens = draw_tokens()
     expected = counts_by_hand(model, tokens)  # itself not counted: nothing is trained there
     assert expected.sum(1).tolist() == [0, 72, 72]
-    wrap_blocks(model, ParallelConfig(activation_checkpointing=recompute))  # type: ignore[arg-type]
+    checkpoint_activations(model, decoder_plan(CFG), None, ParallelConfig(activation_checkpointing=recompute))  # type: ignore[arg-type]
     for micro_batch in tokens.split(1):
         model(micro_batch, targets=micro_batch).backward()
     with torch.no_grad():
@@ -143,10 +144,12 @@ def test_training_tokens_are_counted_once(recompute: str) -> None:
 def test_wrapped_blocks_have_the_same_gradients(how: str) -> None:
     tokens, models = draw_tokens(), (make(), make())
     if how == "compiled":
-        for block in models[1].layers.values():
+        for _, block in models[1].blocks():
             block.compile(backend="aot_eager")  # traced as ever, without the time to make code
     else:
-        wrap_blocks(models[1], ParallelConfig(activation_checkpointing=how))  # type: ignore[arg-type]
+        checkpoint_activations(
+            models[1], decoder_plan(CFG), None, ParallelConfig(activation_checkpointing=how)
+        )  # type: ignore[arg-type]
     for model in models:
         begin_balance([model], 0.1)
         (0.1 * model(tokens, targets=tokens)).backward()

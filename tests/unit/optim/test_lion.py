@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from optim_roles import ROLES
 from torch import nn
 
 from megatrain.optim.build import build_optimizer, optimizer_tensors
@@ -33,7 +34,7 @@ def test_updates_equal_the_formula() -> None:
     cfg = LionConfig(lr=0.01, decay_embeddings=False)
     parameters = make_parameters()
     start = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    run(build_optimizer(cfg, parameters), parameters, range(5))
+    run(build_optimizer(cfg, parameters, ROLES), parameters, range(5))
     for name, parameter in parameters.items():
         theta, m = start[name], np.zeros(SHAPES[name])
         decay = cfg.weight_decay if name == "layers.0.attn.wq.weight" else 0.0
@@ -47,8 +48,8 @@ def test_updates_equal_the_formula() -> None:
 def test_resume_is_bitwise() -> None:
     cfg = LionConfig(lr=0.01)
     whole_run, stopped, resumed = (make_parameters() for _ in range(3))
-    run(build_optimizer(cfg, whole_run), whole_run, range(4))
-    first, second = build_optimizer(cfg, stopped), build_optimizer(cfg, resumed)
+    run(build_optimizer(cfg, whole_run, ROLES), whole_run, range(4))
+    first, second = build_optimizer(cfg, stopped, ROLES), build_optimizer(cfg, resumed, ROLES)
     run(first, stopped, range(2))
     saved = optimizer_tensors(first, stopped)
     assert set(saved) == {f"{name}.exp_avg" for name in SHAPES}

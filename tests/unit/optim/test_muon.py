@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from optim_roles import ROLES
 from torch import Tensor, nn
 
 from megatrain.optim.build import build_optimizer, optimizer_tensors
@@ -86,7 +87,7 @@ def adamw(weight: np.ndarray, gradients: list[np.ndarray], cfg: MuonConfig, deca
 def test_updates_equal_the_formula(cfg: MuonConfig) -> None:
     parameters = make_parameters()
     start = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    optimizer = build_optimizer(cfg, parameters)
+    optimizer = build_optimizer(cfg, parameters, ROLES)
     for group in optimizer.param_groups:  # as the training step does
         group["lr"] = cfg.lr * group["lr_ratio"]
     run(optimizer, parameters, range(3))
@@ -107,7 +108,7 @@ def test_agrees_with_torch(scaling: str) -> None:
     cfg = MuonConfig(lr=0.02, scaling=scaling)  # type: ignore[arg-type]
     names = [name for name, p in mine.items() if p.ndim == 2 and name not in BY_ADAMW]
     start = {name: mine[name].detach().clone() for name in names}
-    run(build_optimizer(cfg, mine), mine, range(3))
+    run(build_optimizer(cfg, mine, ROLES), mine, range(3))
     others = {name: theirs[name] for name in names}
     torch_muon = torch.optim.Muon(
         others.values(), lr=0.02, weight_decay=cfg.weight_decay, adjust_lr_fn=scaling
@@ -121,7 +122,7 @@ def test_agrees_with_torch(scaling: str) -> None:
 
 def test_state_is_there_from_the_start_under_canonical_names() -> None:
     parameters = make_parameters()
-    optimizer = build_optimizer(MuonConfig(), parameters)
+    optimizer = build_optimizer(MuonConfig(), parameters, ROLES)
     before = set(optimizer_tensors(optimizer, parameters))
     run(optimizer, parameters, range(1))
     assert before == set(optimizer_tensors(optimizer, parameters))
@@ -133,10 +134,10 @@ def test_state_is_there_from_the_start_under_canonical_names() -> None:
 def test_resume_is_bitwise() -> None:
     cfg = MuonConfig()
     whole_run, stopped, resumed = (make_parameters(torch.float32) for _ in range(3))
-    run(build_optimizer(cfg, whole_run), whole_run, range(4))
-    first = build_optimizer(cfg, stopped)
+    run(build_optimizer(cfg, whole_run, ROLES), whole_run, range(4))
+    first = build_optimizer(cfg, stopped, ROLES)
     run(first, stopped, range(2))
-    second = build_optimizer(cfg, resumed)
+    second = build_optimizer(cfg, resumed, ROLES)
     assert isinstance(second, Muon)
     copy_into(optimizer_tensors(second, resumed), optimizer_tensors(first, stopped))
     copy_into({n: p.data for n, p in resumed.items()}, {n: p.data for n, p in stopped.items()})

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from optim_roles import ROLES
 from torch import nn
 
 from megatrain.optim.build import build_optimizer, optimizer_tensors
@@ -63,7 +64,7 @@ def sgd(weight: np.ndarray, gradients: list[np.ndarray], cfg: SGDConfig, decay: 
 def test_updates_equal_the_formula(cfg: AdamWConfig | SGDConfig) -> None:
     parameters = make_parameters(0)
     start = {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    optimizer = build_optimizer(cfg, parameters)
+    optimizer = build_optimizer(cfg, parameters, ROLES)
     steps = [random_gradients(seed) for seed in range(1, 5)]
     for gradients in steps:
         for name, parameter in parameters.items():
@@ -81,7 +82,7 @@ def test_updates_equal_the_formula(cfg: AdamWConfig | SGDConfig) -> None:
 
 def test_state_exists_before_the_first_step_under_canonical_names() -> None:
     parameters = make_parameters(0)
-    optimizer = build_optimizer(AdamWConfig(), parameters)
+    optimizer = build_optimizer(AdamWConfig(), parameters, ROLES)
     before = set(optimizer_tensors(optimizer, parameters))
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
@@ -92,7 +93,7 @@ def test_state_exists_before_the_first_step_under_canonical_names() -> None:
 
 def test_biases_and_norms_are_not_decayed() -> None:
     parameters = make_parameters(0)
-    decayed = {name for name, p in parameters.items() if is_decayed(name, p, AdamWConfig())}
+    decayed = {name for name, p in parameters.items() if is_decayed(ROLES[name], p, AdamWConfig())}
     assert decayed == {"layers.0.attn.wq.weight", "embed.weight"}
 
 

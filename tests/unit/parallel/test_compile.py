@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
-from megatrain.parallel.compile import compile_blocks
-from megatrain.parallel.recompute import recompute_blocks
+from megatrain.nn.plan import decoder_plan
+from megatrain.parallel.apply import parallelize
+from megatrain.parallel.config import ParallelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler probes tensors in ways that warn
 
@@ -24,7 +25,7 @@ DOC_IDS = (torch.arange(16) // 7).expand(2, 16)
 
 def make() -> Decoder:
     model = Decoder(CFG)
-    init_weights(model, CFG, seed=1)
+    init_weights(model, decoder_plan(CFG), seed=1)
     return model
 
 
@@ -37,8 +38,8 @@ def check(recompute: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     model = make()
-    recompute_blocks(model, recompute)  # type: ignore[arg-type]
-    compile_blocks(model)
+    cfg = ParallelConfig(activation_checkpointing=recompute, compile=True)  # type: ignore[arg-type]
+    parallelize(lambda: model, decoder_plan(CFG), None, cfg, compute_dtype=torch.float32)
     got, expected = gradients(model), gradients(make())
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -1,6 +1,7 @@
 """Linear layers in fp8 against float64 products of operands quantized by a search among the formats' numbers."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,15 +9,19 @@ import torch
 from quantization_check import by_search, tiles
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 from megatrain.config.errors import UserError
 from megatrain.nn.config import DecoderConfig, ExpertsConfig
+from megatrain.nn.contract import Weight
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
+from megatrain.nn.layer import Linear, replace_seam
+from megatrain.nn.plan import decoder_plan
 from megatrain.parallel import float8
-from megatrain.parallel.compile import compile_blocks
-from megatrain.parallel.float8 import Float8Linear, Scaling, check_float8, float8_linears
-from megatrain.parallel.recompute import recompute_blocks
+from megatrain.parallel.apply import parallelize
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.float8 import Scaling, check_float8, float8_linear, float8_linears
 
 SCALINGS: tuple[Scaling, ...] = ("tensor", "row", "block")
 TOKENS, IN, OUT = (3, 100), 200, 150  # no whole groups of 128
@@ -28,14 +33,12 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return (x * torch.randn(shape[-1], generator=torch.Generator().manual_seed(9)).exp()).to(dtype)
 
 
-def layer(weight: Tensor, bias: Tensor | None, scaling: Scaling) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+def layer(weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Linear:
+    made = Linear(Weight(tuple(weight.shape), bias=bias is not None)).to(weight.dtype)
     made.weight.data.copy_(weight)
     if bias is not None:
         made.bias.data.copy_(bias)
-    model = nn.Module()
-    model.layers = nn.ModuleDict({"0": made})
-    float8_linears(model, scaling)
+    replace_seam(made, "product", partial(float8_linear, scaling=scaling))
     return made
 
 
@@ -55,7 +58,7 @@ def expected(x: np.ndarray, w: np.ndarray, g: np.ndarray, scaling: str) -> list[
     return [out, for_x, rounded(g.T, "e5m2", along) @ rounded(x.T, "e4m3", along).T]
 
 
-def computed(x: Tensor, module: nn.Linear, g: Tensor) -> list[Tensor]:
+def computed(x: Tensor, module: Linear, g: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     out = module(x)
     assert out.shape == g.shape
@@ -148,9 +151,10 @@ def test_blocks_linear_layers_and_nothing_else() -> None:
     )
     model = Decoder(cfg)
     names = [name for name, _ in model.named_parameters()]
-    float8_linears(model, "row")
+    float8_linears(model, decoder_plan(cfg), None, ParallelConfig(), scaling="row")
     assert [name for name, _ in model.named_parameters()] == names
-    changed = {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    changed = {name for name, module in linears.items() if module.product is not F.linear}
     attention = {f"layers.{n}.attn.w{each}" for n in (0, 1) for each in "qkvo"}
     shared = {f"layers.1.moe.shared.{each}" for each in ("gate", "up", "down")}
     assert changed == attention | shared | {f"layers.0.mlp.{each}" for each in ("gate", "up", "down")}
@@ -159,18 +163,17 @@ def test_blocks_linear_layers_and_nothing_else() -> None:
 DATA = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
-def gradients(prepare: Callable[[Decoder], None]) -> dict[str, Tensor]:
-    model = Decoder(CFG)
-    init_weights(model, CFG, seed=1)
-    float8_linears(model, "block")
-    prepare(model)
+def gradients(cfg: ParallelConfig) -> dict[str, Tensor]:
+    model, plan = Decoder(CFG), decoder_plan(CFG)
+    init_weights(model, plan, seed=1)
+    parallelize(lambda: model, plan, None, cfg, compute_dtype=torch.float32, float8="block")
     model(DATA, targets=DATA.roll(-1, 1)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_recomputation_changes_nothing(kind: str) -> None:
-    plain, again = gradients(lambda model: None), gradients(lambda model: recompute_blocks(model, kind))  # type: ignore[arg-type]
+    plain, again = gradients(ParallelConfig()), gradients(ParallelConfig(activation_checkpointing=kind))  # type: ignore[arg-type]
     assert all(torch.equal(again[name], truth) for name, truth in plain.items())
 
 
@@ -181,12 +184,8 @@ def test_blocks_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-
-    def prepare(model: Decoder) -> None:
-        recompute_blocks(model, "selective")
-        compile_blocks(model)
-
-    plain, compiled = gradients(lambda model: None), gradients(prepare)
+    plain = gradients(ParallelConfig())
+    compiled = gradients(ParallelConfig(activation_checkpointing="selective", compile=True))
     for name, truth in plain.items():
         torch.testing.assert_close(compiled[name], truth, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1

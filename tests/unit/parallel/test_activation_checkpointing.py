@@ -1,6 +1,5 @@
 """Recomputation: the same gradients to the last bit, with less memory."""
 
-import importlib
 from typing import Any, Literal
 
 import pytest
@@ -12,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
-from megatrain.parallel.recompute import recompute_blocks
+from megatrain.nn.layer import replace_seam
+from megatrain.nn.plan import decoder_plan
+from megatrain.parallel.activation_checkpointing import checkpoint_activations
+from megatrain.parallel.config import ParallelConfig
 from megatrain_kernels import attention
 
 CFG = DecoderConfig(
@@ -24,8 +26,8 @@ Kind = Literal["none", "full", "selective"]
 
 def make(kind: Kind, dtype: torch.dtype = torch.float32) -> Decoder:
     model = Decoder(CFG).to(dtype)
-    init_weights(model, CFG, seed=1)
-    recompute_blocks(model, kind)
+    init_weights(model, decoder_plan(CFG), seed=1)
+    checkpoint_activations(model, decoder_plan(CFG), None, ParallelConfig(activation_checkpointing=kind))
     return model
 
 
@@ -98,26 +100,25 @@ def test_what_is_dear_is_repeated_only_by_full_recomputation() -> None:
 
 
 @pytest.mark.parametrize(("kind", "times"), [("none", 1), ("full", 2), ("selective", 1)])
-def test_the_registered_attention_is_kept(kind: Kind, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_registered_attention_is_kept(kind: Kind, times: int) -> None:
     """What torch's fused attention cannot do (a soft-cap) runs as an operator of its own."""
-    registered = importlib.import_module("megatrain_kernels.attention.registered")
-    forward, calls = registered.chunked_forward, []
 
-    def counted(*args: Any) -> Any:
-        calls.append(args)
-        return forward(*args)
-
-    monkeypatch.setattr(registered, "chunked_forward", counted)
-
-    class Block(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = attention(x, x, x, softcap=2.0)
+    class Core(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_ids: None) -> torch.Tensor:
+            out = attention(q, k, v, softcap=2.0)
             assert isinstance(out, torch.Tensor)
-            return out.square()
+            return out
 
-    model = nn.Module()
-    model.layers = nn.ModuleDict({"0": Block(), "1": Block()})
-    recompute_blocks(model, kind)
-    x = torch.randn(1, 8, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    model.layers["1"](model.layers["0"](x)).sum().backward()
-    assert len(calls) == 2 * times
+    class Calls(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.name() == "megatrain::attention"
+            return func(*args, **(kwargs or {}))
+
+    model = make(kind)
+    for _, block in model.blocks():
+        replace_seam(block.attn, "core", Core())
+    with Calls() as calls:
+        model(TOKENS, targets=TOKENS).backward()
+    assert calls.count == CFG.n_layers * times
