@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatrain.config.errors import UserError
 from megatrain_kernels import quantize, scaled_matmul
-from megatrain_kernels.scaled_matmul.op import multiplies_fp8
+from megatrain_kernels.backend import multiplies_fp8
 
 Scaling = Literal["tensor", "row", "block"]
 LEFT: dict[Scaling, str] = {"tensor": "tensor", "row": "row", "block": "group"}
