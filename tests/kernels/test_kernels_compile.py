@@ -13,8 +13,8 @@ COMPILE = """
 import itertools
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from megatrain_kernels.cross_entropy import triton as loss
-from megatrain_kernels.moe_gate import triton as gate
+from megatrain_kernels.xent import triton as loss
+from megatrain_kernels.router import triton as gate
 
 steps = {"row_step": "i32", "gradient_step": "i64", "size": "i32", "first": "i64", "rows": "i32", "ignore_index": "i32"}
 floats = {name: "fp32" for name in ("z_loss", "cap", "inner", "scale", "small")}

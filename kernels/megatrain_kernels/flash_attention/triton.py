@@ -60,7 +60,7 @@ def size_class(seq: int) -> int:
 
 
 def configs(kind: str, width: int, itemsize: int, tma: bool) -> list[triton.Config]:
-    """Return what a kernel is tuned over: `kind` is forward, query or key; `width` the wider head size, a power of two."""
+    """Return the tuning space: `kind` is forward, query or key; `width` the wider head size, a power of two."""
     sizes = _FLOAT32 if itemsize == 4 else _SPACE[kind][max(64, width)]
     return [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "TMA": each}, num_warps=warps, num_stages=stages)

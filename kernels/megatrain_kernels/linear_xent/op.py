@@ -36,7 +36,7 @@ def linear_cross_entropy_op(
     wants_weight: bool,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum of losses over the valid tokens of x `(tokens, hidden)`, and its gradients where they are wanted."""
+    """Return the sum of losses over the valid tokens of x `(tokens, hidden)`, and the gradients that are wanted."""
     options = LossOptions(ignore_index, z_loss, softcap, named_group(group))
     compute = torch.promote_types(x.dtype, torch.float32)
     rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 1 << 28) // weight.shape[0])

@@ -180,7 +180,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _block(size: int) -> dict[str, int]:
-    """Choose 8 elements a thread up to 8 warps: loads of 16 bytes in bf16, and sums that need few steps between warps."""
+    """Choose 8 elements a thread up to 8 warps: loads of 16 bytes in bf16, and few steps between warps for sums."""
     block = triton.next_power_of_2(size)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 

@@ -100,7 +100,7 @@ def test_what_is_dear_is_repeated_only_by_full_recomputation() -> None:
 @pytest.mark.parametrize(("kind", "times"), [("none", 1), ("full", 2), ("selective", 1)])
 def test_the_registered_attention_is_kept(kind: Kind, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch's fused attention cannot do (a soft-cap) runs as an operator of its own."""
-    registered = importlib.import_module("megatrain_kernels.attention.registered")
+    registered = importlib.import_module("megatrain_kernels.flash_attention.op")
     forward, calls = registered.chunked_forward, []
 
     def counted(*args: Any) -> Any:
