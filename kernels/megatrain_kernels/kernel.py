@@ -166,6 +166,13 @@ def select(kernel: Kernel, backend: str, *call: Any) -> str:
     return backend
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the type that autocast asks for on x's device; None: autocast is off."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def wrong_dtype(x: Tensor, *known: torch.dtype) -> str | None:
     """Return what `Kernel.unsupported` says of x's type: None if it is one of `known` (default: `KERNEL_DTYPES`)."""
     known = known or KERNEL_DTYPES

@@ -11,6 +11,7 @@ from megatrain_kernels.flash_attention.reference import Rule, attention_referenc
 from megatrain_kernels.flash_attention.torch import chunked_backward, chunked_forward, torch_attention
 from megatrain_kernels.kernel import (
     Kernel,
+    autocast_dtype,
     register,
     require,
     require_floating,
@@ -171,9 +172,8 @@ def attention(
 
 def _autocast(x: Tensor) -> Tensor:
     """Return x in the type that autocast asks for; float64 stays."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if on and x.dtype != torch.float64 else x
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from megatrain_kernels.grouped_mm.reference import grouped_gemm_reference
 from megatrain_kernels.kernel import (
     KERNEL_DTYPES,
     Kernel,
+    autocast_dtype,
     register,
     require,
     require_floating,
@@ -147,11 +148,12 @@ def grouped_gemm(x: Tensor, weights: Tensor, group_sizes: Tensor, *, backend: st
     Raises:
         ValueError: shapes, types or devices that do not fit, or no backend of that name.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, weights = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weights))
+    if (dtype := autocast_dtype(x)) is not None:
+        x, weights = x.to(dtype), weights.to(dtype)
     _check(x, weights, group_sizes)
     path = select(GROUPED_GEMM, backend, x)
     if path == "reference":
+        _check_sum(group_sizes, x)
         return grouped_gemm_reference(x, weights, group_sizes)
     out: Tensor = grouped_gemm_op(x, weights, group_sizes, path)
     return out

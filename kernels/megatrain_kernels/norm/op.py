@@ -191,6 +191,9 @@ def layer_norm(
         ValueError: shapes, types or devices that do not fit, or no backend of that name.
     """
     _check(x, weight, bias=bias)
+    mixed = weight.dtype == torch.float32 and x.itemsize == 2
+    rule = "weight must have x's type, or float32 beside an x of 16 bits"
+    require(weight.dtype == x.dtype or mixed, rule, x=x, weight=weight)
     path = select(LAYER_NORM, backend, x)
     if path == "reference":
         return layer_norm_reference(x, weight, bias, eps)
