@@ -109,8 +109,7 @@ def query_kernel(
     doc_lows: Pointer,  # (batch, blocks of DOC_BLOCK queries)
     doc_highs: Pointer,  # as doc_lows
     q_row: Number, q_step: Number, q_head: Number,  # strides of batch, sequence and head; that of columns is 1
-    k_row: Number, k_step: Number, k_head: Number,
-    v_row: Number, v_step: Number, v_head: Number,
+    k_row: Number, k_step: Number, k_head: Number, v_row: Number, v_step: Number, v_head: Number,
     heads: Number, q_seq: Number, k_seq: Number, q_offset: Number, window: Number, scale: Number, factor: Number,
     inner: Number,
     size_class: Number,  # tells autotuning long sequences from short ones
@@ -218,8 +217,7 @@ def key_kernel(
     doc_lows: Pointer,  # (batch, blocks of DOC_BLOCK keys)
     doc_highs: Pointer,  # as doc_lows
     q_row: Number, q_step: Number, q_head: Number,  # strides of batch, sequence and head; that of columns is 1
-    k_row: Number, k_step: Number, k_head: Number,
-    v_row: Number, v_step: Number, v_head: Number,
+    k_row: Number, k_step: Number, k_head: Number, v_row: Number, v_step: Number, v_head: Number,
     kv_heads: Number, q_seq: Number, k_seq: Number, q_offset: Number, window: Number, scale: Number, factor: Number,
     inner: Number,
     size_class: Number,  # tells autotuning long sequences from short ones
