@@ -14,6 +14,7 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the queries, here and below
 def interpreting() -> bool:
     """Return whether Triton runs its kernels on the CPU, in Python (for tests)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1" and has_triton()
@@ -25,7 +26,7 @@ def cuda_capability(index: int) -> tuple[int, int]:
     return (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the queries
+@torch.compiler.assume_constant_result
 def _compiles_for(index: int) -> bool:
     return has_triton() and (torch.version.hip is not None or cuda_capability(index) >= (8, 0))
 
@@ -35,6 +36,11 @@ def triton_runs_on(x: Tensor) -> bool:
     return x.is_cuda and _compiles_for(x.device.index or 0)
 
 
+@torch.compiler.assume_constant_result
+def _has_fp8(index: int) -> bool:
+    return cuda_capability(index) >= (8, 9)
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Return whether the device has tensor cores for fp8 in the formats e4m3 and e5m2."""
-    return device.type == "cuda" and cuda_capability(device.index or 0) >= (8, 9)
+    return device.type == "cuda" and _has_fp8(device.index or 0)

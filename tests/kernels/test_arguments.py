@@ -1,16 +1,19 @@
 """Every operation called with every argument wrong in every way: one sentence says so, before any kernel starts."""
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from kernels_check import CALLS, changed_calls, refusal
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatrain_kernels import grouped_gemm, moe_gate, permute, unpermute, unsort
 from megatrain_kernels.grouped_mm.permute import Permutation
 
+FIRST = {call.kernel.name: call for call in reversed(CALLS.values())}
 SENTENCE = re.compile("must |do not fit|needs a matrix|int4 are stored in pairs")
 """Some word of what the rule is."""
 ANY_ROWS = {f"0: {how}" for how in ("a dimension more", "a dimension less", "longer along 0")}
@@ -109,10 +112,29 @@ def test_options_of_the_gate(options: dict[str, Any], says: str) -> None:
         moe_gate(torch.zeros(2, 8), **options)
 
 
-def test_checks_wait_for_no_data_and_are_traced() -> None:
-    """Shapes alone decide: on tensors without data, and inside a compiled function."""
+def test_checks_wait_for_no_data() -> None:
     meta = torch.ones(4, 6, device="meta"), torch.ones(2, 5, 7, device="meta")
     with pytest.raises(ValueError, match="weights"):
         grouped_gemm(*meta, torch.ones(2, dtype=torch.int64, device="meta"))
-    compiled = torch.compile(lambda x: moe_gate(x, top_k=2)[1], fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(2, 8)).shape == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own doing
+@pytest.mark.parametrize("name", FIRST)
+def test_calls_are_traced_whole(name: str) -> None:
+    """Neither the checks nor the choice of a path break the graph."""
+    call = FIRST[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(call.kernel.function, **call.options), fullgraph=True, backend="eager")
+    made = compiled(*call.args)
+    for mine, true in zip(made if isinstance(made, tuple) else (made,), call.run(), strict=True):
+        torch.testing.assert_close(mine.float(), true.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_shapes_are_known_without_data(name: str) -> None:
+    call = FIRST[name]
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in call.args]
+        made = call.kernel.function(*fake, **call.options)
+    for mine, true in zip(made if isinstance(made, tuple) else (made,), call.run(), strict=True):
+        assert (mine.shape, mine.dtype) == (true.shape, true.dtype)

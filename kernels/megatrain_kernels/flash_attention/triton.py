@@ -21,7 +21,7 @@ from megatrain_kernels.flash_attention.triton_tiles import DOC_BLOCK, doc_ranges
 
 LOG2E = math.log2(math.e)
 DELTA_BLOCK = 64  # queries
-# Tokens that one program gives ranges, in blocks of 16, and how many others it looks at at a time.
+# Blocks of own tokens whose ranges one program finds, and other tokens that it compares at a time.
 DOC_GROUPS, DOC_CHUNK = 8, 512
 
 _refused: set[tuple[Any, ...]] = set()

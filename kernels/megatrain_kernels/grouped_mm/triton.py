@@ -32,7 +32,9 @@ def rows_kernel(
     group = tl.sum((last_tile <= tile).to(tl.int64), 0)
     if group < n_groups:
         own = g == group
-        end = tl.minimum(tl.sum(tl.where(own, last_row, 0), 0), tokens)  # whatever the sizes say
+        end = tl.minimum(
+            tl.sum(tl.where(own, last_row, 0), 0), tokens
+        )  # never beyond x, whatever the sizes are
         first_tile = tl.sum(tl.where(own, last_tile - tiles, 0), 0)
         start = tl.sum(tl.where(own, last_row - size, 0), 0) + (tile - first_tile) * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
@@ -71,7 +73,9 @@ def outer_kernel(
     g = tl.arange(0, GROUPS)
     size = tl.load(sizes + g, mask=g < n_groups, other=0)
     start = tl.sum(tl.where(g < group, size, 0), 0)
-    count = tl.minimum(tl.sum(tl.where(g == group, size, 0), 0), tokens - start)  # whatever the sizes say
+    count = tl.minimum(
+        tl.sum(tl.where(g == group, size, 0), 0), tokens - start
+    )  # never beyond x, whatever the sizes are
     m = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -93,7 +97,7 @@ def outer_kernel(
 def _constants(x: Tensor, n_groups: int) -> dict[str, Any]:
     """Choose the sizes of blocks (not tuned), and exact products in float32."""
     found: dict[str, Any] = {"GROUPS": triton.next_power_of_2(n_groups)}
-    found["PRECISION"] = "ieee" if x.dtype == torch.float32 else "tf32"  # no matter in 16 bits
+    found["PRECISION"] = "ieee" if x.dtype == torch.float32 else "tf32"  # irrelevant in 16 bits
     if interpreting():
         return found | {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
     if x.itemsize == 4:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megatrain_kernels.backend import cuda_capability, has_triton, multiplies_fp8
+from megatrain_kernels.backend import cuda_capability, multiplies_fp8, triton_runs_on
 from megatrain_kernels.kernel import (
     KERNEL_DTYPES,
     Kernel,
@@ -155,7 +155,7 @@ def _unsupported(a: Tensor, out_dtype: torch.dtype, group_size: int) -> str | No
 
 
 def _runs_on(a: Tensor) -> bool:
-    return has_triton() and multiplies_fp8(a.device)
+    return triton_runs_on(a) and multiplies_fp8(a.device)
 
 
 SCALED_MATMUL = register(
