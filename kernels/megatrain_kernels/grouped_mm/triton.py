@@ -32,9 +32,8 @@ def rows_kernel(
     group = tl.sum((last_tile <= tile).to(tl.int64), 0)
     if group < n_groups:
         own = g == group
-        end = tl.minimum(
-            tl.sum(tl.where(own, last_row, 0), 0), tokens
-        )  # never beyond x, whatever the sizes are
+        end = tl.sum(tl.where(own, last_row, 0), 0)
+        end = tl.minimum(end, tokens)  # never beyond x, whatever the sizes are
         first_tile = tl.sum(tl.where(own, last_tile - tiles, 0), 0)
         start = tl.sum(tl.where(own, last_row - size, 0), 0) + (tile - first_tile) * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
@@ -73,9 +72,8 @@ def outer_kernel(
     g = tl.arange(0, GROUPS)
     size = tl.load(sizes + g, mask=g < n_groups, other=0)
     start = tl.sum(tl.where(g < group, size, 0), 0)
-    count = tl.minimum(
-        tl.sum(tl.where(g == group, size, 0), 0), tokens - start
-    )  # never beyond x, whatever the sizes are
+    count = tl.sum(tl.where(g == group, size, 0), 0)
+    count = tl.minimum(count, tokens - start)  # never beyond a and b, whatever the sizes are
     m = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)

@@ -17,7 +17,7 @@ from megatrain_kernels.kernel import (
 )
 from megatrain_kernels.norm.cases import LAYER_NORM_SUITE, RMS_NORM_SUITE
 from megatrain_kernels.norm.reference import layer_norm_reference, rms_norm_reference
-from megatrain_kernels.norm.torch import torch_layer_norm, torch_rms_norm
+from megatrain_kernels.norm.torch import plain_norm, plain_norm_backward, torch_layer_norm, torch_rms_norm
 
 LARGEST_ROW = 16384
 """Elements of a row that registers hold; longer ones take the PyTorch path."""
@@ -43,21 +43,9 @@ def norm_op(
         kind=(x.dtype, x.shape[-1]),
     )
     if made is None:
-        return _plain(x, residual, weight, bias, eps, centered)
+        return plain_norm(x, residual, weight, bias, eps, centered)
     out, total, mean, inverse = made
     return out, total, mean, inverse
-
-
-def _plain(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x.new_empty(0) if residual is None else x + residual
-    wide = (x if residual is None else total).float()
-    mean = wide.mean(-1) if centered else wide.new_empty(0)
-    wide = wide - mean.unsqueeze(-1) if centered else wide
-    inverse = torch.rsqrt(wide.square().mean(-1) + eps)
-    out = wide * inverse.unsqueeze(-1) * weight.float()
-    return (out if bias is None else out + bias.float()).to(x.dtype), total, mean, inverse
 
 
 @norm_op.register_fake
@@ -97,26 +85,7 @@ def norm_backward_op(
         biased=biased,
         kind=(x.dtype, x.shape[-1]),
     )
-    return _plain_backward(grad, grad_total, x, weight, mean, inverse, biased) if made is None else made
-
-
-def _plain_backward(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    biased: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    centered, scale, wide = mean.numel() > 0, inverse.unsqueeze(-1), grad.float()
-    normed = (x.float() - mean.unsqueeze(-1) if centered else x.float()) * scale
-    inner = wide * weight.float()
-    made = inner - normed * (inner * normed).mean(-1, keepdim=True)
-    made = (made - inner.mean(-1, keepdim=True) if centered else made) * scale
-    made = made if grad_total is None else made + grad_total.float()
-    for_bias = wide.sum(0) if biased else wide.new_empty(0)
-    return made.to(x.dtype), (wide * normed).sum(0).to(weight.dtype), for_bias.to(weight.dtype)
+    return plain_norm_backward(grad, grad_total, x, weight, mean, inverse, biased) if made is None else made
 
 
 @norm_backward_op.register_fake

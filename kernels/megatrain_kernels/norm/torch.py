@@ -103,3 +103,36 @@ def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
     if half and x.device.type == "cpu" and weight.requires_grad and not torch.compiler.is_compiling():
         return _HalfLayerNorm.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps).view(x.shape)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def plain_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `triton.normalize` returns, for where its kernel does not compile."""
+    total = x.new_empty(0) if residual is None else x + residual
+    wide = (x if residual is None else total).float()
+    mean = wide.mean(-1) if centered else wide.new_empty(0)
+    wide = wide - mean.unsqueeze(-1) if centered else wide
+    inverse = torch.rsqrt(wide.square().mean(-1) + eps)
+    out = wide * inverse.unsqueeze(-1) * weight.float()
+    return (out if bias is None else out + bias.float()).to(x.dtype), total, mean, inverse
+
+
+def plain_norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    biased: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `triton.gradients` returns, for where its kernel does not compile."""
+    centered, scale, wide = mean.numel() > 0, inverse.unsqueeze(-1), grad.float()
+    normed = (x.float() - mean.unsqueeze(-1) if centered else x.float()) * scale
+    inner = wide * weight.float()
+    made = inner - normed * (inner * normed).mean(-1, keepdim=True)
+    made = (made - inner.mean(-1, keepdim=True) if centered else made) * scale
+    made = made if grad_total is None else made + grad_total.float()
+    for_bias = wide.sum(0) if biased else wide.new_empty(0)
+    return made.to(x.dtype), (wide * normed).sum(0).to(weight.dtype), for_bias.to(weight.dtype)
