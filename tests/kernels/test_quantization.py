@@ -110,7 +110,7 @@ def test_nothing_to_quantize() -> None:
         ({"dtype": "e4m3", "scaling": "column"}, "must be tensor, row, group, block"),
         ({"dtype": "e4m3", "backend": "cuda"}, "must be auto, reference, torch or triton"),
         ({"dtype": "e4m3", "backend": "triton"}, "needs a CUDA device"),
-        ({"dtype": "int4"}, "does not end in an even number"),
+        ({"dtype": "int4"}, "last dimension must be even"),
         ({"dtype": "int8", "group_size": 0}, "1 or more"),
     ],
 )

@@ -60,7 +60,7 @@ def _load_lse(
 def _push_queries(
     grad_q: Tile,  # (BLOCK_M, BLOCK_D)
     q: Tile,  # (BLOCK_M, BLOCK_D)
-    grad: Tile,  # (BLOCK_M, BLOCK_V), of the output
+    grad: Tile,  # (BLOCK_M, BLOCK_V), the output's gradient
     lse: Tile,  # (BLOCK_M,), in base 2
     delta: Tile,  # (BLOCK_M,)
     q_docs: Tile,  # (BLOCK_M,)

@@ -103,12 +103,11 @@ def quantize(
     _check_format(dtype)
     rule = "x must be float32, bfloat16, float16 or float64"
     require(x.dtype in (*KERNEL_DTYPES, torch.float64), rule, x=x)
-    if dtype == "int4" and (x.ndim == 0 or x.shape[-1] % 2):
-        raise ValueError(
-            f"int4 are stored in pairs, and the shape {tuple(x.shape)} does not end in an even number"
-        )
-    if dtype == "int4" and group_size % 2:
-        raise ValueError(f"group_size={group_size}: int4 are stored in pairs, so it must be even")
+    if dtype == "int4":
+        pairs = x.ndim > 0 and x.shape[-1] % 2 == 0
+        require(pairs, "the last dimension must be even, since int4 codes are stored in pairs", x=x)
+        if group_size % 2:
+            raise ValueError(f"group_size={group_size}: must be even, since int4 codes are stored in pairs")
     tiles_of(x.shape, scaling, group_size)
     path = select(QUANTIZE, backend, x)
     codes, scales = quantize_op(x.detach(), dtype, scaling, group_size, path)

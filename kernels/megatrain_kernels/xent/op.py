@@ -70,7 +70,7 @@ def cross_entropy_op(
     wants_gradient: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return losses `(rows,)` of logits `(rows, columns)`, and the gradient of their sum (no elements: not wanted)."""
+    """Return losses `(rows,)` of logits `(rows, columns)`, and the gradient of their sum if it is wanted."""
     options = LossOptions(ignore_index, z_loss, softcap, named_group(group))
     gradient = logits.new_empty(logits.shape if wants_gradient else 0)
     losses = row_losses(logits, targets, options, gradient=gradient if wants_gradient else None, path=path)
