@@ -32,14 +32,14 @@ REST_S = 3.0
 
 
 def make_state(size: int) -> dict[str, Tensor]:
-    """`TENSORS` float32 tensors of `size` bytes together; random, since some disks compress."""
+    """Draw `TENSORS` float32 tensors of `size` bytes together; random, since some disks compress."""
     generator = torch.Generator().manual_seed(0)
     rows = size // 4 // 1024 // TENSORS
     return {f"tensor.{n}": torch.randn(rows, 1024, generator=generator) for n in range(TENSORS)}
 
 
 def evict(directory: Path) -> None:
-    """Have the files below `directory`, which are synced, come from the disk next time."""
+    """Drop the files below `directory`, which are synced, from the page cache."""
     for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -71,7 +71,7 @@ def plain_read(path: Path, into: memoryview) -> None:
 def one_round(
     directory: Path, state: dict[str, Tensor], plain: memoryview, *, plain_first: bool
 ) -> dict[str, float]:
-    """Seconds of each of the four; `directory` is left empty."""
+    """Time each of the four actions, in seconds; `directory` is left empty."""
     path, checkpointer = directory / "plain", Checkpointer(directory / "checkpoints", CheckpointConfig())
     targets = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     actions: dict[str, Callable[[], object]] = {
@@ -93,7 +93,7 @@ def one_round(
 
 
 def measure(directory: Path, *, size: int, rounds: int) -> dict[str, object]:
-    """Medians over `rounds`, after one that is not counted."""
+    """Return medians over `rounds`, after one that is not counted."""
     state = make_state(size)
     size = sum(tensor.nbytes for tensor in state.values())
     plain = memoryview(bytearray(torch.cat(list(state.values())).numpy().tobytes()))

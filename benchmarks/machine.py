@@ -9,7 +9,7 @@ import torch
 
 
 def describe_machine() -> dict[str, object]:
-    """Facts that a figure depends on."""
+    """Return the facts that a figure depends on."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     model = next(
@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, object]:
 
 
 def gemm_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the best of several repeats of a (2048, 1024) x (1024, 1024) product."""
+    """Measure the best of several repeats of a (2048, 1024) x (1024, 1024) product, in FLOP/s."""
     m, k, n = 2048, 1024, 1024
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
     best = float("inf")

@@ -68,7 +68,7 @@ class Operation(NamedTuple):
 
 
 def model_shape(model: str, batch: int, seq: int) -> Shape:
-    """The sizes of `conf/model/{model}.yaml`."""
+    """Return the sizes of `conf/model/{model}.yaml`."""
     cfg = compose([f"model={model}"], Source()).model
     kv_heads = cfg.n_kv_heads or cfg.n_heads
     head_dim = cfg.head_dim or cfg.hidden_size // cfg.n_heads
@@ -76,7 +76,7 @@ def model_shape(model: str, batch: int, seq: int) -> Shape:
 
 
 def draw(*shape: int) -> Tensor:
-    """Normal numbers."""
+    """Draw normal numbers."""
     return torch.randn(shape).to(DTYPE).requires_grad_()
 
 
@@ -92,7 +92,7 @@ def plain_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k and v `(batch, heads, seq, head_dim)`."""
+    """Attend with q, k and v `(batch, heads, seq, head_dim)`, all scores held at once."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     scores = q * q.shape[-1] ** -0.5 @ k.mT
@@ -101,7 +101,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The project's own operator (Triton's on a GPU), which `return_lse` asks for; its layout is seq before heads."""
+    """Attend by the project's own operator (Triton on a GPU), which `return_lse` asks for; seq stands before heads."""
     return attention(*(t.transpose(1, 2) for t in (q, k, v)), return_lse=True)[0]
 
 
@@ -149,13 +149,16 @@ OPERATIONS = {
 
 
 def forward(contender: Contender, inputs: list[Tensor]) -> Tensor:
-    """The first result: a fused loss, or what the backward pass begins with."""
+    """Return the first result: a fused loss, or what the backward pass begins with."""
     result = contender.run(*inputs)
     return result if isinstance(result, Tensor) else result[0]
 
 
 def step(contender: Contender, activations: list[Tensor], weights: list[Tensor]) -> int:
-    """Forward and backward pass; bytes of the distinct storages that the first keeps, without those of `weights`."""
+    """Run the forward and the backward pass; return the bytes that the forward pass keeps.
+
+    Counted are distinct storages, without those of `weights`.
+    """
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
 
     def count(tensor: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def step(contender: Contender, activations: list[Tensor], weights: list[Tensor])
 
 
 def with_peak(action: Callable[[], int]) -> tuple[int, int]:
-    """What `action` returns, and the most bytes that it had allocated and not yet freed at one time."""
+    """Return what `action` returns, and the most bytes that it had allocated and not yet freed at one time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         result = action()
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +189,7 @@ def with_peak(action: Callable[[], int]) -> tuple[int, int]:
 
 
 def measure(contender: Contender, operation: Operation, shape: Shape) -> dict[str, int]:
-    """Kept and peak bytes at `shape`.
+    """Measure kept and peak bytes at `shape`.
 
     Raises:
         ValueError: the closed formula does not give the bytes that were counted.
@@ -200,7 +203,7 @@ def measure(contender: Contender, operation: Operation, shape: Shape) -> dict[st
 
 
 def compare(shape: Shape, whole: Shape) -> dict[str, dict[str, dict[str, int]]]:
-    """All operations: measured at `shape`, and by the formula at `whole`."""
+    """Compare all operations, measured at `shape` and by the formula at `whole`."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for name, operation in OPERATIONS.items():
         contenders = {"fused": operation.fused, "plain": operation.plain}

@@ -44,7 +44,7 @@ BASE = "one process, two threads"
 
 
 def measure(layout: tuple[str, ...], steps: int) -> float:
-    """Seconds of a step: the median that `megatrain bench` reports."""
+    """Return the seconds of a step: the median that `megatrain bench` reports."""
     threads = "1" if layout else "2"
     command = [sys.executable, "-m", "megatrain", "bench", *SHAPE, *layout, "--json", "--steps", str(steps)]
     done = subprocess.run(

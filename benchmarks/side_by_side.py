@@ -46,7 +46,7 @@ SHAPES: dict[str, list[str]] = {
 
 
 def ours(cfg: Config, precision: str) -> Step:
-    """Our training step, as `megatrain train` runs it."""
+    """Return our training step, as `megatrain train` runs it."""
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
     state = build_state(cfg, torch.device("cpu"))
     batch = random_batch(cfg, seed=0)
@@ -54,7 +54,7 @@ def ours(cfg: Config, precision: str) -> Step:
 
 
 def hugging_face(cfg: Config, *, autocast: bool) -> Step:
-    """The plain loop around transformers' model of the same config."""
+    """Return a step of the plain loop around transformers' model of the same config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -81,11 +81,11 @@ def hugging_face(cfg: Config, *, autocast: bool) -> Step:
 
 
 def void(_: object) -> None:
-    """A step's result is not needed."""
+    """Drop a step's result."""
 
 
 def measure(contenders: dict[str, Step], *, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step, one figure a round, of each contender in turn."""
+    """Time each contender in turn: seconds a step, one figure a round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for step in contenders.values():
         step()
@@ -101,7 +101,7 @@ def measure(contenders: dict[str, Step], *, rounds: int, steps: int) -> dict[str
 
 
 def compare(name: str, overrides: list[str], *, rounds: int, steps: int) -> dict[str, object]:
-    """All contenders at one shape: tokens/s, share of the GEMM peak, and the ratios that count."""
+    """Compare all contenders at one shape: tokens/s, FLOP/s, and the ratios that count."""
     cfg = compose(overrides, Source())
     contenders = {
         "ours_fp32": ours(cfg, "fp32"),
@@ -116,7 +116,7 @@ def compare(name: str, overrides: list[str], *, rounds: int, steps: int) -> dict
     flops = flops_per_token(cfg.model, cfg.seq_len, causal=True)
 
     def paired(a: str, b: str) -> float:
-        """Median over rounds of a's speed over b's in the same round."""
+        """Return the median over rounds of a's speed over b's in the same round."""
         return statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
 
     return {

@@ -7,7 +7,7 @@ from megatrain.train.config import Config
 
 
 def random_batch(cfg: Config, seed: int) -> StepBatch:
-    """One step of random tokens in documents of one sequence each."""
+    """Draw one step of random tokens in documents of one sequence each."""
     generator = torch.Generator().manual_seed(seed)
     shape = (cfg.micro_batch_size, cfg.seq_len)
     parts = []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatrain_kernels import attention
-from megatrain_kernels.attention.reference import attention_reference
+from megatrain_kernels.flash_attention.reference import attention_reference
 
 ROUNDINGS = {torch.float64: 64, torch.float32: 32, torch.float16: 4, torch.bfloat16: 4}
 """Roundings of a type that an element may be off, relative to the tensor's largest.

@@ -19,7 +19,7 @@ from benchmarks.gpu.supervise import SHARES, TOTAL_S, supervise, worker_command
 
 
 def main() -> int:
-    """0 if every step of ours ran and every result was right, else 1."""
+    """Run the benchmark; return 0 if every step of ours ran and every result was right, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -8,12 +8,12 @@ LONG = "llama3_8b_16k"
 
 
 def is_ours(row: Row) -> bool:
-    """Not a public implementation's."""
+    """Return whether a row is the project's own, not a public implementation's."""
     return str(row.get("implementation", "megatrain")).startswith("megatrain")
 
 
 def _aim(text: str, values: list[float], wanted: float, *, least: bool = True) -> list[Row]:
-    """The worst value of those that must all reach `wanted` (or, unless `least`, stay under it); none: no row."""
+    """Compare the worst of `values` with `wanted`, which all must reach (unless `least`: not exceed); none: no row."""
     if not values:
         return []
     worst = min(values) if least else max(values)
@@ -21,7 +21,7 @@ def _aim(text: str, values: list[float], wanted: float, *, least: bool = True) -
 
 
 def _best(rows: list[Row], key: str) -> list[float]:
-    """For each case, the best of our backends."""
+    """Return the best of our backends for each case."""
     found: dict[tuple[str, str, str], float] = {}
     for row in rows:
         if is_ours(row) and row.get(key) is not None:
@@ -31,7 +31,7 @@ def _best(rows: list[Row], key: str) -> list[float]:
 
 
 def _to_flash(rows: list[Row]) -> list[float]:
-    """Of each case and pass that torch's flash backend has, how many times as fast our best backend is."""
+    """Return how many times as fast as torch's flash backend our best is, for each case and pass that both have."""
     flash = {(r["case"], r["passes"]): r["ms"] for r in rows if r["implementation"] == "torch flash"}
     ours: dict[tuple[str, str], float] = {}
     for row in rows:
@@ -42,7 +42,7 @@ def _to_flash(rows: list[Row]) -> list[float]:
 
 
 def _unfused(rows: list[Row], key: str) -> list[float]:
-    """The fused loss's time or memory over that of a product and a loss, case by case, both passes."""
+    """Divide the fused loss's time or memory by that of a product and a loss, case by case, both passes."""
     both = [row for row in rows if row["operation"] == "linear_cross_entropy" and row["passes"] == "both"]
     other = {row["case"]: row[key] for row in both if row["implementation"] == "torch eager" and row.get(key)}
     return [
@@ -53,7 +53,7 @@ def _unfused(rows: list[Row], key: str) -> list[float]:
 
 
 def aims(speeds: list[Row], training: list[Row]) -> list[Row]:
-    """One row for each aim that there are figures for: the worst case counts."""
+    """Return one row for each aim that there are figures for; the worst case counts."""
     attention = [row for row in speeds if row["operation"] == "attention"]
     long = [row for row in attention if row["case"] == LONG]
     memory = [row for row in speeds if row["flops"] == 0 and row["passes"] != "both"]

@@ -14,13 +14,13 @@ KINDS = ("bf16", "tf32", "fp8")
 
 
 def steps(setting: Setting) -> list[Step]:
-    """One step for copies and one for each type of products."""
+    """List one step for copies and one for each type of products."""
     found = [Step({"ceiling": "copy"}, partial(_copy, setting))]
     return found + [Step({"ceiling": kind}, partial(_products, setting, kind)) for kind in KINDS]
 
 
 def _copy(setting: Setting) -> list[Row]:
-    """GB/s, bytes read and bytes written together."""
+    """Measure the copy bandwidth in GB/s, bytes read and bytes written together."""
     size = 1 << (20 if setting.small else 31)
     source = torch.ones(size, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
@@ -29,7 +29,7 @@ def _copy(setting: Setting) -> list[Row]:
 
 
 def _products(setting: Setting, kind: str) -> list[Row]:
-    """TFLOP/s of square products in one type."""
+    """Measure square products of one type, in TFLOP/s."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores; of this step only
     try:

@@ -15,7 +15,7 @@ class Clock:
     """Times calls on one device."""
 
     def __init__(self, device: torch.device, *, seconds: float) -> None:
-        """seconds: about how long the timed calls of one measurement may take together."""
+        """Set how many seconds the timed calls of one measurement may take together, about."""
         self.device = device
         self.seconds = seconds
         self._flush: torch.Tensor | None = None
@@ -25,7 +25,7 @@ class Clock:
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def median_ms(self, run: Callable[[], object]) -> float:
-        """Milliseconds of `run`: the median."""
+        """Return the median of `run`, in milliseconds."""
         for _ in range(WARM_UP):
             run()
         first = self._times(run, 1)[0]

@@ -14,17 +14,17 @@ PASSES = ("forward", "backward")
 
 
 def of_part(rows: list[Row], part: str) -> list[Row]:
-    """The part's rows that have figures."""
+    """Return the part's rows that have figures."""
     return [row for row in rows if row["part"] == part and row["error"] is None]
 
 
 def failures(rows: list[Row]) -> list[Row]:
-    """Rows of steps that failed, but for public implementations', which may not take every case."""
+    """Return the rows of our steps that failed; public implementations may not take every case."""
     return [row for row in rows if row["error"] is not None and is_ours(row)]
 
 
 def ceilings(rows: list[Row]) -> dict[str, float]:
-    """Bytes/s under "copy", FLOP/s under each type of products: the best measured."""
+    """Return the best rates measured: bytes/s under "copy", FLOP/s under each type of products."""
     best: dict[str, float] = {}
     for row in of_part(rows, "ceilings"):
         rate = row["gbps"] * 1e9 if row["ceiling"] == "copy" else row["tflops"] * 1e12
@@ -33,7 +33,7 @@ def ceilings(rows: list[Row]) -> dict[str, float]:
 
 
 def speeds(rows: list[Row]) -> list[Row]:
-    """The rows of speed and, from pairs of them, of the backward pass; each with rates, floor and ratio."""
+    """Return the rows of speed and, from pairs of them, of the backward pass; each with rates, floor and ratio."""
     measured = of_part(rows, "speed")
     forward = {_who(row): row for row in measured if row["passes"] == "forward"}
     found = list(measured)
@@ -55,7 +55,7 @@ def _rates(row: Row) -> Row:
 
 
 def _floor(row: Row, known: dict[str, float]) -> Row:
-    """The least time that the ceilings allow, and the share of it in the time that was taken."""
+    """Compute the least time that the ceilings allow, and its share of the time taken."""
     if "copy" not in known or row["ceiling"] not in known:
         return {"floor_ms": None, "share": None, "bound": None}
     memory, products = row["bytes"] / known["copy"], row["flops"] / known[row["ceiling"]]
@@ -68,7 +68,7 @@ def _floor(row: Row, known: dict[str, float]) -> Row:
 
 
 def _ratio(row: Row, rows: list[Row]) -> Row:
-    """How many times faster than the best public implementation of the same work."""
+    """Compute how many times faster a row is than the best public implementation of the same work."""
     key = (row["operation"], row["case"], row["passes"])
     others = [r for r in rows if (r["operation"], r["case"], r["passes"]) == key and not is_ours(r)]
     if not is_ours(row) or not others:
@@ -78,7 +78,7 @@ def _ratio(row: Row, rows: list[Row]) -> Row:
 
 
 def summary(progress: Progress, about: Row) -> Row:
-    """All that is known, for JSON. Small shapes say nothing about aims."""
+    """Collect all that is known, for JSON. Small shapes say nothing about aims."""
     plain = [row for row in progress.rows if row["part"] != "speed" or row["error"] is not None]
     timed, small = speeds(progress.rows), progress.machine.get("small")
     return {
@@ -101,7 +101,7 @@ def save(progress: Progress, about: Row, folder: Path) -> None:
 
 
 def shown(value: object) -> str:
-    """A figure in three digits, a word as it is."""
+    """Format a figure with three digits, and a word as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -110,7 +110,7 @@ def shown(value: object) -> str:
 
 
 def table(heads: str, rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; `heads` are divided by commas."""
+    """Format a Markdown table; `heads` are divided by commas."""
     names = [head.strip() for head in heads.split(",")]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(map(shown, row)) + " |" for row in rows]
@@ -122,7 +122,7 @@ def _picked(rows: list[Row], *keys: str) -> list[list[object]]:
 
 
 def markdown(found: Row) -> str:
-    """The tables."""
+    """Format the tables as Markdown."""
     machine = found["machine"]
     versions = ", ".join(
         f"{name} {machine.get(name) or 'none'}" for name in ("driver", "torch", "triton", "python")
@@ -160,7 +160,7 @@ def _ceilings(found: Row) -> str:
 
 
 def _correctness(found: Row) -> str:
-    """How many are right, and those that are not."""
+    """Say how many results are right, and list those that are not."""
     rows = of_part(found["rows"], "correctness")
     if not rows:
         return ""
@@ -174,7 +174,7 @@ def _correctness(found: Row) -> str:
 
 
 def _speed(found: Row) -> str:
-    """Ours, each case and pass, by the fastest of our backends."""
+    """List each case and pass by the fastest of our backends."""
     fastest: dict[tuple[str, ...], Row] = {}
     for row in of_part(found["rows"], "speed"):
         key = (row["operation"], row["case"], row["passes"])
@@ -213,7 +213,7 @@ def _training(found: Row) -> str:
 
 
 def _errors(found: Row) -> str:
-    """Public implementations that cannot take a case are in the JSON only."""
+    """List our errors; public implementations that cannot take a case are in the JSON only."""
     rows = failures(found["rows"])
     names = ("part", "error", "date")
     said = [

@@ -4,17 +4,16 @@ Rows hold what was measured and what the work is; shares of the floor and ratios
 backward pass is what both take beyond the forward pass: some operations make their gradients in the forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.operation import Operation
-from benchmarks.gpu.operations import OPERATIONS
-from benchmarks.gpu.peers import Options, Peer, Tensors
-from benchmarks.gpu.steps import Row, Setting, Step, refuses
-from megatrain_kernels.kernel import Case, Cost
+from benchmarks.gpu.peers import Arguments, Options, Peer, peers_of
+from benchmarks.gpu.steps import Row, Setting, Step
+from megatrain_kernels.kernel import KERNELS, Case, Cost, Kernel, UnsupportedError
 
 
 class Inputs:
@@ -23,99 +22,108 @@ class Inputs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._key: tuple[str, str] | None = None
-        self._made: tuple[Tensors, Options] = ((), {})
+        self._made: tuple[Arguments, Options] = ((), {})
 
-    def of(self, operation: Operation, case: Case) -> tuple[Tensors, Options]:
-        """Tensors and options."""
-        if self._key != (operation.name, case.name):
+    def of(self, kernel: Kernel, case: Case) -> tuple[Arguments, Options]:
+        """Return the arguments and options of a case."""
+        if self._key != (kernel.name, case.name):
             self._key, self._made = None, ((), {})  # frees the last one's memory first
-            self._made = operation.make_inputs(case, dtype=operation.timed_dtype, device=str(self._device))
-            self._key = (operation.name, case.name)
+            suite = kernel.suite
+            self._made = suite.make_inputs(case, dtype=suite.timed_dtype, device=str(self._device))
+            self._key = (kernel.name, case.name)
         return self._made
 
 
 def steps(setting: Setting) -> list[Step]:
-    """One step for each operation, case and implementation; those that torch.compile makes come last."""
+    """List one step for each operation, case and implementation; those that torch.compile makes come last."""
     inputs = Inputs(setting.device)
-    found: list[Step] = []
     on_gpu = setting.device.type == "cuda"
+    found: list[Step] = []
     for compiled in (False, True) if on_gpu else (False,):
-        for operation in OPERATIONS:
-            for case in operation.small if setting.small else operation.cases:
-                about = {
-                    "operation": operation.name,
-                    "case": case.name,
-                    "dtype": str(operation.timed_dtype).removeprefix("torch."),
-                }
-                if not compiled:
-                    for backend in operation.backends if on_gpu else ("auto",):
-                        who = {**about, "implementation": f"megatrain {backend}"}
-                        found.append(
-                            Step(who, partial(_ours, setting, inputs, operation, case, backend, who))
-                        )
-                for name, peer in operation.peers.items():
-                    if peer.compiled == compiled:
-                        who = {**about, "implementation": name}
-                        found.append(Step(who, partial(_theirs, setting, inputs, operation, case, peer, who)))
+        for kernel, case in _in_turn(setting.small):
+            about = {
+                "operation": kernel.name,
+                "case": case.name,
+                "dtype": str(kernel.suite.timed_dtype).removeprefix("torch."),
+            }
+            if not compiled:
+                for backend in kernel.suite.timed_backends if on_gpu else ("auto",):
+                    who = {**about, "implementation": f"megatrain {backend}"}
+                    found.append(Step(who, partial(_ours, setting, inputs, kernel, case, backend, who)))
+            for name, peer in peers_of(kernel).items():
+                if peer.compiled == compiled:
+                    who = {**about, "implementation": name}
+                    found.append(Step(who, partial(_theirs, setting, inputs, kernel, case, peer, who)))
     return found
 
 
+def _in_turn(small: bool) -> Iterator[tuple[Kernel, Case]]:
+    """Yield the first case of each operation, then each one's second: if time is short, each has had a turn."""
+    cases = {name: kernel.suite.small if small else kernel.suite.cases for name, kernel in KERNELS.items()}
+    for turn in range(max(map(len, cases.values()))):
+        for name, kernel in KERNELS.items():
+            if turn < len(cases[name]):
+                yield kernel, cases[name][turn]
+
+
 def _ours(
-    setting: Setting, inputs: Inputs, operation: Operation, case: Case, backend: str, about: Row
+    setting: Setting, inputs: Inputs, kernel: Kernel, case: Case, backend: str, about: Row
 ) -> list[Row]:
-    tensors, options = inputs.of(operation, case)
-    run = partial(operation.timed, backend=backend, **options)
+    given, options = inputs.of(kernel, case)
+    run = partial(kernel.function, backend=backend, **options)
     try:
-        return _rows(setting, operation, case, run, tensors, about)
-    except ValueError as error:
-        if refuses(error):
-            return []
-        raise
+        return _rows(setting, kernel, case, run, given, about)
+    except UnsupportedError:
+        return []  # there is no kernel for this input: no failure
 
 
 def _theirs(
-    setting: Setting, inputs: Inputs, operation: Operation, case: Case, peer: Peer, about: Row
+    setting: Setting, inputs: Inputs, kernel: Kernel, case: Case, peer: Peer, about: Row
 ) -> list[Row]:
-    tensors, options = inputs.of(operation, case)
+    given, options = inputs.of(kernel, case)
     torch._dynamo.reset()  # else the number of shapes that it has compiled counts against the next
-    run = peer.make(tensors, options)
-    return [] if run is None else _rows(setting, operation, case, run, tensors, about)
+    run = peer.make(given, options)
+    return [] if run is None else _rows(setting, kernel, case, run, given, about)
 
 
 def _rows(
-    setting: Setting, operation: Operation, case: Case, run: Callable[..., Any], given: Tensors, about: Row
+    setting: Setting, kernel: Kernel, case: Case, run: Callable[..., Any], given: Arguments, about: Row
 ) -> list[Row]:
-    """A row for the forward pass without gradients, and one for both passes."""
-    cost = partial(operation.cost, case, itemsize=operation.timed_dtype.itemsize)
+    """Return a row for the forward pass without gradients, and one for both passes."""
+    suite = kernel.suite
+    cost = partial(suite.cost, case, itemsize=suite.timed_dtype.itemsize)
     with torch.no_grad():
         ms = setting.clock.median_ms(lambda: run(*given))
-    rows = [_row(about, "forward", ms, cost(), operation)]
-    if not operation.gradients:
+    rows = [_row(about, "forward", ms, cost(), suite.ceiling)]
+    places = [n for n in suite.gradients if n < len(given) and given[n] is not None]
+    if not places:
         return rows
-    places = operation.places(given)
-    inputs = [t.detach().requires_grad_(n in places) for n, t in enumerate(given)]
+    inputs = [
+        t.detach().requires_grad_(n in places) if isinstance(t, Tensor) else t for n, t in enumerate(given)
+    ]
     wanted = [inputs[n] for n in places]
-    cotangents: list[torch.Tensor] = []
+    cotangents: list[Tensor] = []
 
     def both() -> None:
         made = run(*inputs)
-        outputs = made if isinstance(made, tuple) else (made,)
+        outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t.dtype != torch.int64]
         if not cotangents:
             cotangents.extend(torch.randn_like(t) for t in outputs)
         torch.autograd.grad(outputs, wanted, cotangents)
 
     ms = setting.clock.median_ms(both)
     whole = cost() + cost(backward=True)
-    return [*rows, {**_row(about, "both", ms, whole, operation), "peak_bytes": _peak(setting.device, both)}]
+    row = _row(about, "both", ms, whole, suite.ceiling)
+    return [*rows, {**row, "peak_bytes": _peak(setting.device, both)}]
 
 
-def _row(about: Row, passes: str, ms: float, cost: Cost, operation: Operation) -> Row:
-    figures = {"ms": ms, "flops": cost.flops, "bytes": cost.bytes, "ceiling": operation.ceiling}
+def _row(about: Row, passes: str, ms: float, cost: Cost, ceiling: str) -> Row:
+    figures = {"ms": ms, "flops": cost.flops, "bytes": cost.bytes, "ceiling": ceiling}
     return {**about, "passes": passes, **figures}
 
 
 def _peak(device: torch.device, run: Callable[[], None]) -> int | None:
-    """Bytes that `run` holds at most beyond what is there before it; None: no GPU."""
+    """Measure the bytes that `run` holds at most beyond what is there before it; None: no GPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

@@ -31,15 +31,11 @@ class Setting:
 
     @cached_property
     def clock(self) -> Clock:
+        """The clock of the device."""
         return Clock(self.device, seconds=0.005 if self.small else 0.15)
 
 
-def refuses(error: ValueError) -> bool:
-    """Does an operation say that it has no kernel for this input? That is no failure."""
-    return str(error).startswith("backend='triton' needs")
-
-
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Return the kind and the first line of an error."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]

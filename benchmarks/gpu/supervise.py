@@ -42,7 +42,7 @@ class Progress:
     since: float = 0.0
 
     def take(self, line: dict[str, Any]) -> None:
-        """One line of the worker's journal."""
+        """Take in one line of the worker's journal."""
         ((kind, value),) = line.items()
         if kind == "machine":
             self.machine = value
@@ -57,7 +57,7 @@ class Progress:
             self.current, self.since = value, time.time()
 
     def fail(self, why: str) -> tuple[str, int] | None:
-        """The step under way is given up, unless the worker told of it; returns where to go on."""
+        """Give up the step under way, with an error unless the worker reported one; return where to go on."""
         if self.current is None:
             return None
         part, about = self.current["part"], self.current["about"]
@@ -69,7 +69,7 @@ class Progress:
 
 
 def deadlines(parts: list[str], seconds: float, now: float) -> dict[str, float]:
-    """When each of `parts` must be over, seconds since 1970."""
+    """Return when each of `parts` must be over, in seconds since 1970."""
     whole, passed, found = sum(SHARES[part] for part in parts), 0.0, {}
     for part in parts:
         passed += SHARES[part] / whole
@@ -117,7 +117,7 @@ def _watch(
     ends: dict[str, float],
     write: Callable[[Progress], None],
 ) -> tuple[str, int] | None:
-    """Until the worker is through, or has to be stopped; returns where another one goes on."""
+    """Wait until the worker is done or has to be stopped; return where another one goes on."""
     written = time.time()
     while True:
         code = worker.poll()  # before the journal is read, so that nothing of a dead worker's is missed
@@ -142,7 +142,7 @@ def _watch(
 
 
 def _is_of(row: dict[str, Any], step: dict[str, Any] | None) -> bool:
-    """Does the row tell of an error in the step?"""
+    """Return whether the row reports an error in the step."""
     return (
         step is not None
         and row["error"] is not None
@@ -151,7 +151,7 @@ def _is_of(row: dict[str, Any], step: dict[str, Any] | None) -> bool:
 
 
 def _overdue(progress: Progress, ends: dict[str, float]) -> str:
-    """Why the step under way must be stopped, if it must."""
+    """Return why the step under way must be stopped; empty: it need not be."""
     if progress.current is None:
         return ""
     took = time.time() - progress.since

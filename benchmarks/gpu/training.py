@@ -84,7 +84,7 @@ SHARE = 0.85
 
 
 def steps(setting: Setting) -> list[Step]:
-    """One step for each model as it is, in bf16 and in fp8, then for each with compiled blocks."""
+    """List one step for each model as it is, in bf16 and in fp8, then for each with compiled blocks."""
     found = []
     for compiled in (False,) if setting.small else (False, True):
         for precision in PRECISIONS:
@@ -115,7 +115,7 @@ def _config(setting: Setting, way: Way) -> Config:
 
 
 def layers_that_fit(model: ModelConfig, batch: Batch, memory: float) -> int:
-    """The most layers, up to the model's, whose states and kept activations take at most `memory` bytes; at least 1.
+    """Return the most layers, up to the model's, whose states and activations take at most `memory` bytes; at least 1.
 
     Kept for the backward pass are, in bf16: of each block the inputs of both norms and of the matrices behind them,
     queries, keys and values before and after their rotation, attention's output, and three tensors as wide as the
@@ -133,7 +133,7 @@ def layers_that_fit(model: ModelConfig, batch: Batch, memory: float) -> int:
 
 
 def _train(setting: Setting, way: Way) -> list[Row]:
-    """With as many layers as fit: fewer, where what was left free was too little."""
+    """Train with as many layers as fit, and with fewer if memory runs out nevertheless."""
     _free(setting.device)
     cfg = _config(setting, way)
     while True:
@@ -157,7 +157,7 @@ def _free(device: torch.device) -> None:
 
 
 def _measured(setting: Setting, cfg: Config) -> Row:
-    """Steps over the same random tokens again and again, so that the loss must fall."""
+    """Time steps over the same random tokens again and again, so that the loss must fall."""
     reset_peak_memory(setting.device)
     state = build_state(cfg, setting.device)
     batch = random_batch(cfg, seed=0)

@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """A command's first line; None if it fails."""
+    """Return a command's first line; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -52,7 +52,7 @@ def _said(*command: str) -> str | None:
 
 
 def facts(setting: Setting) -> Row:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     device = setting.device
     on_gpu = device.type == "cuda"
     return describe_machine() | {
@@ -71,13 +71,13 @@ def facts(setting: Setting) -> Row:
 
 
 def steps_of(part: str, setting: Setting) -> list[Step]:
-    """The steps of the module of that name, which is imported now: one that fails to be costs its part only."""
+    """Return the steps of the module of that name, imported now: an error there costs its part only."""
     found: list[Step] = import_module(f"benchmarks.gpu.{part}").steps(setting)
     return found
 
 
 def run_part(part: str, start: int, deadline: float, setting: Setting, journal: Journal) -> None:
-    """The part's steps from number `start` on, until its deadline.
+    """Run the part's steps from number `start` on, until its deadline.
 
     Raises:
         SystemExit: the device is of no more use to this process, or nobody reads the journal any more.
@@ -100,7 +100,7 @@ def run_part(part: str, start: int, deadline: float, setting: Setting, journal: 
 
 
 def run_step(step: Step, part: str, journal: Journal, device: torch.device) -> bool:
-    """Write the step's rows, or one with its error. False: the device is of no more use to this process."""
+    """Write the step's rows, or one with its error; return whether the device still works in this process."""
     try:
         for row in step.run():
             journal.write(row={"part": part, "error": None, **row})

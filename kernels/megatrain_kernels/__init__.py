@@ -1,37 +1,22 @@
-"""Operations of a Transformer, each with its plain definition (`reference.py`) and its fastest path (`op.py`)."""
+"""Operations of a Transformer, each with its definition in plain PyTorch and its fastest path on this machine.
 
-from megatrain_kernels.attention.op import attention, doc_ids_from_cu_seqlens
-from megatrain_kernels.cross_entropy.op import cross_entropy
-from megatrain_kernels.geglu.op import geglu
-from megatrain_kernels.grouped_gemm.op import grouped_gemm
-from megatrain_kernels.grouped_gemm.permute import permute, unpermute, unsort
-from megatrain_kernels.layer_norm.op import layer_norm
-from megatrain_kernels.linear_cross_entropy.op import linear_cross_entropy
-from megatrain_kernels.moe_gate.op import moe_gate
-from megatrain_kernels.newton_schulz.op import orthogonalize
-from megatrain_kernels.quantization.op import dequantize, quantize
-from megatrain_kernels.rms_norm.op import rms_norm
-from megatrain_kernels.rotary.op import rotary
-from megatrain_kernels.scaled_matmul.op import scaled_matmul
-from megatrain_kernels.swiglu.op import swiglu
+A new operation is a folder and one line here, which also puts it into `kernel.KERNELS`.
+"""
 
-__all__ = [
-    "attention",
-    "cross_entropy",
-    "dequantize",
-    "doc_ids_from_cu_seqlens",
-    "geglu",
-    "grouped_gemm",
-    "layer_norm",
-    "linear_cross_entropy",
-    "moe_gate",
-    "orthogonalize",
-    "permute",
-    "quantize",
-    "rms_norm",
-    "rotary",
-    "scaled_matmul",
-    "swiglu",
-    "unpermute",
-    "unsort",
-]
+from megatrain_kernels.flash_attention.op import attention as attention
+from megatrain_kernels.gated.op import geglu as geglu
+from megatrain_kernels.gated.op import swiglu as swiglu
+from megatrain_kernels.grouped_mm.op import grouped_gemm as grouped_gemm
+from megatrain_kernels.grouped_mm.permute import permute as permute
+from megatrain_kernels.grouped_mm.permute import unpermute as unpermute
+from megatrain_kernels.grouped_mm.permute import unsort as unsort
+from megatrain_kernels.linear_xent.op import linear_cross_entropy as linear_cross_entropy
+from megatrain_kernels.newton_schulz.op import orthogonalize as orthogonalize
+from megatrain_kernels.norm.op import layer_norm as layer_norm
+from megatrain_kernels.norm.op import rms_norm as rms_norm
+from megatrain_kernels.quantization.op import dequantize as dequantize
+from megatrain_kernels.quantization.op import quantize as quantize
+from megatrain_kernels.rope.op import rotary as rotary
+from megatrain_kernels.router.op import moe_gate as moe_gate
+from megatrain_kernels.scaled_mm.op import scaled_matmul as scaled_matmul
+from megatrain_kernels.xent.op import cross_entropy as cross_entropy

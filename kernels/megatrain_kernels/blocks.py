@@ -6,5 +6,5 @@ BLOCK_ELEMENTS = 1 << 18  # of 2^15 to 2^19 the fastest for norms and softmax: 1
 
 
 def block_rows(x: Tensor) -> int:
-    """How many rows of x `(rows, size)` make one block."""
+    """Return how many rows of x `(rows, size)` make one block."""
     return max(1, BLOCK_ELEMENTS // max(1, x.shape[-1]))

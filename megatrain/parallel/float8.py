@@ -27,7 +27,7 @@ from megatrain.nn.layer import Linear, replace_seam
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.mesh import Mesh
 from megatrain_kernels import quantize, scaled_matmul
-from megatrain_kernels.scaled_matmul.op import multiplies_fp8
+from megatrain_kernels.backend import multiplies_fp8
 
 Scaling = Literal["tensor", "row", "block"]
 LEFT: dict[Scaling, str] = {"tensor": "tensor", "row": "row", "block": "group"}

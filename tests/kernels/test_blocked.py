@@ -98,7 +98,7 @@ def test_rotary_in_blocks(
         draw(seed + n, batch, n, seq, 2 * half).transpose(1, 2).to(dtype).requires_grad_() for n in heads
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("megatrain_kernels.rotary.op"), "BLOCK_ELEMENTS", block)
+        patch.setattr(importlib.import_module("megatrain_kernels.rope.torch"), "BLOCK_ELEMENTS", block)
         results = rotary(inputs[0], inputs[1], angles.cos(), angles.sin())
         cotangents = [draw(seed + 20 + i, *x.shape).to(dtype) for i, x in enumerate(inputs)]
         grads = torch.autograd.grad(results, inputs, cotangents)

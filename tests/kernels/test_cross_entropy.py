@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain_kernels import cross_entropy, linear_cross_entropy
-from megatrain_kernels.cross_entropy import cases
 from megatrain_kernels.kernel import Case
-from megatrain_kernels.linear_cross_entropy import cases as linear_cases
+from megatrain_kernels.linear_xent import cases as linear_cases
+from megatrain_kernels.xent import cases
 
 TOKENS, VOCAB, HIDDEN, WORLD = 23, 38, 16, 2
 OPTIONS = [(0.0, None), (0.1, None), (0.0, 2.0), (0.1, 2.0)]
@@ -78,7 +78,7 @@ def test_double_precision_gradcheck() -> None:
 
 def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 chunks are as exact as one: their sum is kept in float32 (in bf16 the error here is over 2 %)."""
-    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.registered")
+    module = importlib.import_module("megatrain_kernels.linear_xent.op")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 64})
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 64)
     x = draw(1, 4096, HIDDEN).detach().bfloat16().requires_grad_()
@@ -94,7 +94,7 @@ def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) ->
 def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
-    module = importlib.import_module("megatrain_kernels.linear_cross_entropy.registered")
+    module = importlib.import_module("megatrain_kernels.linear_xent.op")
     module.CHUNK_ELEMENTS, module.MIN_CHUNK_ROWS = {"cpu": 5 * VOCAB}, 1  # type: ignore[attr-defined]
     x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, VOCAB, HIDDEN), draw_targets()
     columns = slice(rank * VOCAB // WORLD, (rank + 1) * VOCAB // WORLD)
@@ -156,5 +156,5 @@ def test_flops_and_what_a_case_costs() -> None:
 
 
 def test_triton_is_refused_without_a_device_for_it() -> None:
-    with pytest.raises(ValueError, match=r"needs a CUDA device .*got cpu, torch.float32"):
+    with pytest.raises(ValueError, match="needs a CUDA device; got cpu"):
         cross_entropy(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), backend="triton")

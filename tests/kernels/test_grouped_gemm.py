@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain_kernels import grouped_gemm, permute, unpermute
-from megatrain_kernels.grouped_gemm.cases import cost, make_inputs
-from megatrain_kernels.grouped_gemm.op import grouped_gemm_op, grouped_outer_op
-from megatrain_kernels.grouped_gemm.reference import permute_reference
+from megatrain_kernels.grouped_mm.cases import cost, make_inputs
+from megatrain_kernels.grouped_mm.op import grouped_gemm_op, grouped_outer_op
+from megatrain_kernels.grouped_mm.reference import permute_reference
 from megatrain_kernels.kernel import Case
 
 # Products of 13 or 16 terms (32 for weights' gradients): a few roundings of the type, relative to the largest value.

@@ -13,8 +13,8 @@ COMPILE = """
 import itertools
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from megatrain_kernels.cross_entropy import triton as loss
-from megatrain_kernels.moe_gate import triton as gate
+from megatrain_kernels.xent import triton as loss
+from megatrain_kernels.router import triton as gate
 
 steps = {"row_step": "i32", "gradient_step": "i64", "size": "i32", "first": "i64", "rows": "i32", "ignore_index": "i32"}
 floats = {name: "fp32" for name in ("z_loss", "cap", "inner", "scale", "small")}
@@ -40,6 +40,55 @@ for capability, on in ((80, True), (90, False)):
 print("built")
 build(loss.partials_kernel, 90, "bf16", BLOCK=100, CAPPED=False)  # which the interpreter would run
 """
+
+
+# All other kernels once each, for sm_90; a number is a size or a stride unless it is named here.
+REST = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from megatrain_kernels.flash_attention import triton_backward, triton_forward, triton_tiles
+from megatrain_kernels.gated import triton as gated
+from megatrain_kernels.grouped_mm import triton as grouped
+from megatrain_kernels.newton_schulz import triton as newton_schulz
+from megatrain_kernels.norm import triton as norm
+from megatrain_kernels.rope import triton as rope
+
+FLOATS = {"eps", "slope", "cubic", "alpha", "beta", "sign", "scale", "factor", "inner"}
+FLOAT32 = {"mean", "inverse", "weight_parts", "bias_parts", "cos", "sin", "lse", "delta", "grad_lse"}
+INTEGERS = {"sizes": "*i64", "docs": "*i64", "doc_lows": "*i32", "doc_highs": "*i32", "lows": "*i32", "highs": "*i32"}
+POINTERS = INTEGERS | {name: "*fp32" for name in FLOAT32} | {name: "*bf16" for name in (
+    "x", "residual", "weight", "bias", "out", "total", "grad", "grad_total", "grad_x", "gate", "up", "grad_gate",
+    "grad_up", "q", "k", "v", "q_out", "k_out", "w", "a", "b", "grad_out", "grad_q", "grad_k", "grad_v")}
+FLAGS = {"CENTERED": True, "BIASED": True, "ADDED": True, "GELU": True, "Q_HEADS": 8, "K_HEADS": 2, "HALF": 32,
+         "GROUPS": 8, "PRECISION": "tf32", "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK": 128, "DEPTH": 32,
+         "GROUP": 4, "CAUSAL": True, "WINDOWED": True, "DOCS": True, "CAPPED": True, "DIM": 48, "V_DIM": 64,
+         "BLOCK_D": 64, "BLOCK_V": 64, "TMA": False, "CHUNK": 512}
+
+def build(kernel):
+    constants = {name: value for name, value in FLAGS.items() if name in kernel.arg_names}
+    known = POINTERS | dict.fromkeys(constants, "constexpr")
+    if "symmetric" in kernel.__name__:
+        known["inner"] = "i32"
+    types = {name: known.get(name, "fp32" if name in FLOATS else "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", 90, 32)
+    return compile(ASTSource(kernel, types, places), target=target, options={"num_warps": 4}).asm["cubin"]
+
+modules = (triton_forward, triton_backward, triton_tiles, gated, grouped, newton_schulz, norm, rope)
+kernels = {f"{m.__name__}.{n}": k for m in modules for n, k in vars(m).items() if n.endswith("_kernel")}
+for name, kernel in kernels.items():
+    assert build(kernel), name
+print(len(kernels))
+"""
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_all_other_kernels_compile(tmp_path: Path) -> None:
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", REST], env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "13"), done.stderr
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")

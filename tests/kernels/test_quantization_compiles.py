@@ -12,9 +12,9 @@ import pytest
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from megatrain_kernels.quantization.formats import FORMATS, SMALLEST_SCALE
+from megatrain_kernels.quantization.reference import FORMATS, SMALLEST_SCALE
 from megatrain_kernels.quantization.triton import dequantize_kernel, quantize_kernel
-from megatrain_kernels.scaled_matmul.triton import scaled_matmul_kernel
+from megatrain_kernels.scaled_mm.triton import scaled_matmul_kernel
 
 def build(kernel, capability, tensors, warps=4, **constants):
     types = {name: "i32" for name in kernel.arg_names} | tensors | dict.fromkeys(constants, "constexpr")

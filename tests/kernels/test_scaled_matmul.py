@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain_kernels import scaled_matmul
 from megatrain_kernels.kernel import Case
-from megatrain_kernels.scaled_matmul.cases import cost, make_inputs
-from megatrain_kernels.scaled_matmul.op import scaled_matmul_op
+from megatrain_kernels.scaled_mm.cases import cost, make_inputs
+from megatrain_kernels.scaled_mm.op import scaled_matmul_op
 
 # Relative to the sum of the terms' sizes: roundings of the result, and of up to 130 partial sums in float32.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -68,13 +68,13 @@ def test_operator_keeps_its_contract() -> None:
     a, b = operand(20, 70, "e5m2", "group"), operand(35, 70, "e4m3", "block")
     codes = (each.values.view(torch.uint8) for each in (a, b))
     formats = (a.values.dtype, b.values.dtype)
-    args = (*codes, a.scales, b.scales, *formats, torch.bfloat16, GROUP, "auto")
+    args = (*codes, a.scales, b.scales, *formats, torch.bfloat16, GROUP, "torch")
     torch.library.opcheck(scaled_matmul_op, args)
 
 
 def test_flops_and_what_a_case_costs() -> None:
     case = Case("small", {"m": 6, "k": 32, "n": 8}, {"a": "group", "b": "block"})
-    a, b, scale_a, scale_b = make_inputs(case, device="cpu")
+    (a, b, scale_a, scale_b), _ = make_inputs(case, dtype=torch.bfloat16, device="cpu")
     with FlopCounterMode(display=False) as counter:
         out = scaled_matmul(a, b, scale_a, scale_b)
     made = cost(case, itemsize=2)

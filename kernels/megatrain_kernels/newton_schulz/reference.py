@@ -11,7 +11,7 @@ EPS = 1e-7
 
 
 def newton_schulz_reference(x: Tensor, steps: int = 5) -> Tensor:
-    """The singular values of each matrix of x `(..., rows, cols)`, over its Frobenius norm, go `steps` times through p.
+    """Pass each matrix's singular values, over its Frobenius norm, `steps` times through p; x is `(..., rows, cols)`.
 
     The singular vectors stay, so the result is near the orthogonal factor of x's polar decomposition. Computed in
     x's own type.

@@ -1,26 +1,28 @@
-"""α · X Xᵀ + β · X as a Triton kernel that computes half of it: the result is symmetric.
+"""Triton kernel of α · X Xᵀ + β · X, which computes half of it since the result is symmetric.
 
 Each program makes one block on or below the diagonal and stores it again, transposed, above. So the two products
 of a Newton-Schulz iteration that give symmetric matrices, the Gram matrix and the polynomial of it, cost half of their
-FLOPs. In signatures T is a tile, pointer or number at run time.
+FLOPs.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import constexpr
-from triton.language import tensor as T
 
 from megatrain_kernels.backend import interpreting
+from megatrain_kernels.jit_types import Number, Pointer, constexpr
 
 
 @triton.jit
 def symmetric_kernel(
-    x: T, out: T, rows: T, inner: T, x_batch: T, x_row: T, x_column: T, alpha: T, beta: T,
-    ADDED: constexpr, BLOCK: constexpr, DEPTH: constexpr,
+    x: Pointer,  # (batch, rows, inner)
+    out: Pointer,  # (batch, rows, rows), dense
+    rows: Number, inner: Number,
+    x_batch: Number, x_row: Number, x_column: Number,  # strides
+    alpha: Number, beta: Number, ADDED: constexpr, BLOCK: constexpr, DEPTH: constexpr,
 ) -> None:  # fmt: skip
-    """The block (program 0, program 1) of matrix number program 2; `out` is dense."""
+    """Compute the block (program 0, program 1) of matrix number program 2."""
     down, right = tl.program_id(0), tl.program_id(1)
     if right <= down:
         matrix = tl.program_id(2).to(tl.int64)
@@ -53,7 +55,7 @@ def symmetric_kernel(
 
 
 def symmetric_product(x: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """α · x xᵀ + β · x of each matrix of x `(batch, rows, inner)`; with β, x is square and symmetric itself."""
+    """Return α · x xᵀ + β · x of each matrix of x `(batch, rows, inner)`; with β, x is square and symmetric itself."""
     batch, rows, inner = x.shape
     out = x.new_empty(batch, rows, rows)
     block, depth = (16, 16) if interpreting() else (128 if rows > 64 else 64, 64)
@@ -67,7 +69,7 @@ def symmetric_product(x: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> Te
 
 
 def iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """`steps` iterations of the polynomial on x `(batch, rows, cols)` with rows <= cols."""
+    """Iterate the polynomial `steps` times on x `(batch, rows, cols)` with rows <= cols."""
     a, b, c = coefficients
     for _ in range(steps):
         gram = symmetric_product(x)

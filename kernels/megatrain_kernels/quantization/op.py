@@ -1,48 +1,49 @@
-"""Quantization and its inverse as PyTorch operators: Triton, or plain PyTorch.
+"""Quantization and its inverse: the public functions and their PyTorch operators.
 
 The operators know codes as bytes (uint8), whatever the format: torch's own checks of an operator cannot compare fp8.
 """
 
-from importlib import import_module
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from megatrain_kernels.backend import choose, interpreting, triton_runs_on
-from megatrain_kernels.quantization.formats import (
+from megatrain_kernels.kernel import (
+    KERNEL_DTYPES,
+    Kernel,
+    register,
+    require,
+    require_one_device,
+    run_triton,
+    select,
+    wrong_dtype,
+)
+from megatrain_kernels.quantization.cases import DEQUANTIZE_SUITE, QUANTIZE_SUITE
+from megatrain_kernels.quantization.reference import (
     FORMATS,
     SMALLEST_SCALE,
+    dequantize_reference,
+    quantize_reference,
     scale_shape,
     tiles_of,
     unpacked_shape,
 )
-from megatrain_kernels.quantization.reference import dequantize_reference, quantize_reference
-
-KNOWN = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _triton(backend: str, x: Tensor) -> Any:
-    """The module of kernels where they are to run, else None: by name, since a CPU machine may lack triton."""
-    if backend == "triton" or (backend == "auto" and triton_runs_on(x)):
-        return import_module("megatrain_kernels.quantization.triton")
-    return None
 
 
 @torch.library.custom_op("megatrain::quantize", mutates_args=())
-def quantize_op(x: Tensor, dtype: str, scaling: str, group_size: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `quantize`."""
+def quantize_op(x: Tensor, dtype: str, scaling: str, group_size: int, path: str) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of `quantize`."""
     if not x.numel():
-        codes, scales = _fake(x, dtype, scaling, group_size, backend)
+        codes, scales = _fake(x, dtype, scaling, group_size, path)
         return codes, scales.fill_(SMALLEST_SCALE)
-    kernels = None if x.dtype == torch.float64 else _triton(backend, x)
-    run = quantize_reference if kernels is None else kernels.quantize
-    values, scales = run(x, dtype, scaling, group_size)
+    options = (dtype, scaling, group_size)
+    made: tuple[Tensor, Tensor] | None = run_triton(
+        QUANTIZE, path, "quantize", x, *options, kind=(x.dtype, *options)
+    )
+    values, scales = quantize_reference(x, *options) if made is None else made
     return values.contiguous().view(torch.uint8), scales.contiguous()
 
 
 @quantize_op.register_fake
-def _fake(x: Tensor, dtype: str, scaling: str, group_size: int, backend: str) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, dtype: str, scaling: str, group_size: int, path: str) -> tuple[Tensor, Tensor]:
     halves = 2 if dtype == "int4" else 1
     codes = x.new_empty((*x.shape[:-1], x.shape[-1] // halves), dtype=torch.uint8)
     return codes, x.new_empty(scale_shape(x.shape, scaling, group_size), dtype=torch.float32)
@@ -56,17 +57,17 @@ def dequantize_op(
     scaling: str,
     group_size: int,
     out_dtype: torch.dtype,
-    backend: str,
+    path: str,
 ) -> Tensor:
-    """Numbers of `dequantize`."""
+    """Return the numbers of `dequantize`."""
     if not codes.numel():
-        return _fake_dequantize(codes, scales, dtype, scaling, group_size, out_dtype, backend)
-    kernels = None if out_dtype == torch.float64 else _triton(backend, codes)
-    values = codes.view(FORMATS[dtype].dtype)
-    if kernels is None:
-        back = dequantize_reference(values, scales, dtype, scaling, group_size)
-        return back.to(out_dtype).contiguous()
-    made: Tensor = kernels.dequantize(values, scales, dtype, scaling, group_size, out_dtype)
+        return _fake_dequantize(codes, scales, dtype, scaling, group_size, out_dtype, path)
+    values, options = codes.view(FORMATS[dtype].dtype), (dtype, scaling, group_size)
+    made: Tensor | None = run_triton(
+        DEQUANTIZE, path, "dequantize", values, scales, *options, out_dtype, kind=(out_dtype, *options)
+    )
+    if made is None:
+        return dequantize_reference(values, scales, *options).to(out_dtype).contiguous()
     return made
 
 
@@ -80,7 +81,7 @@ def _fake_dequantize(
 def quantize(
     x: Tensor, *, dtype: str, scaling: str = "tensor", group_size: int = 128, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Numbers of 8 or 4 bits with a scale for each tile, that of its largest number.
+    """Quantize to numbers of 8 or 4 bits with a scale for each tile, that of its largest number.
 
     Args:
         x: `(..., rows, cols)`, float32, bfloat16, float16, or float64 (which becomes float32 first).
@@ -99,17 +100,17 @@ def quantize(
     Raises:
         ValueError: no such format, scaling or backend, or a shape or type that it cannot take.
     """
-    _check(dtype, backend, x)
-    if x.dtype not in (*KNOWN, torch.float64):
-        raise ValueError(f"{x.dtype}: must be float32, bfloat16, float16 or float64")
-    if dtype == "int4" and (x.ndim == 0 or x.shape[-1] % 2):
-        raise ValueError(
-            f"int4 are stored in pairs, and the shape {tuple(x.shape)} does not end in an even number"
-        )
-    if dtype == "int4" and group_size % 2:
-        raise ValueError(f"group_size={group_size}: int4 are stored in pairs, so it must be even")
+    _check_format(dtype)
+    rule = "x must be float32, bfloat16, float16 or float64"
+    require(x.dtype in (*KERNEL_DTYPES, torch.float64), rule, x=x)
+    if dtype == "int4":
+        pairs = x.ndim > 0 and x.shape[-1] % 2 == 0
+        require(pairs, "the last dimension must be even, since int4 codes are stored in pairs", x=x)
+        if group_size % 2:
+            raise ValueError(f"group_size={group_size}: must be even, since int4 codes are stored in pairs")
     tiles_of(x.shape, scaling, group_size)
-    codes, scales = quantize_op(x.detach(), dtype, scaling, group_size, backend)
+    path = select(QUANTIZE, backend, x)
+    codes, scales = quantize_op(x.detach(), dtype, scaling, group_size, path)
     return codes.view(FORMATS[dtype].dtype), scales
 
 
@@ -123,28 +124,47 @@ def dequantize(
     out_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
-    """value · scale, computed in float32: what `quantize` with the same options stands for, in `out_dtype`.
+    """Return value · scale, computed in float32: what `quantize` with the same options stands for, in `out_dtype`.
 
     Raises:
-        ValueError: the scales are not those of these options, or no such format, scaling or backend.
+        ValueError: values and scales that are not those of these options, or no such format, scaling or backend.
     """
-    _check(dtype, backend, values)
+    _check_format(dtype)
+    given = {"values": values, "scales": scales}
+    known = FORMATS[dtype].dtype
+    require(values.ndim > 0 and values.dtype == known, f"values of {dtype} must be {known}", **given)
     expected = scale_shape(unpacked_shape(values, dtype), scaling, group_size)
-    if tuple(scales.shape) != expected or values.dtype != FORMATS[dtype].dtype:
-        raise ValueError(
-            f"values {values.dtype} and scales {tuple(scales.shape)} do not fit dtype={dtype!r}, scaling={scaling!r}, "
-            f"group_size={group_size}: must be {FORMATS[dtype].dtype} and {expected}"
-        )
+    require(
+        tuple(scales.shape) == expected and scales.dtype == torch.float32,
+        f"scales of scaling={scaling!r}, group_size={group_size} must be float32 {expected}",
+        **given,
+    )
+    require_one_device(**given)
+    if out_dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise ValueError(f"out_dtype={out_dtype}: must be float32, bfloat16, float16 or float64")
+    path = select(DEQUANTIZE, backend, values, out_dtype)
     codes = values.contiguous().view(torch.uint8)
-    out: Tensor = dequantize_op(codes, scales, dtype, scaling, group_size, out_dtype, backend)
+    out: Tensor = dequantize_op(codes, scales, dtype, scaling, group_size, out_dtype, path)
     return out
 
 
-def _check(dtype: str, backend: str, x: Tensor) -> None:
+def _check_format(dtype: str) -> None:
     if dtype not in FORMATS:
         raise ValueError(f"dtype={dtype!r}: must be {', '.join(FORMATS)}")
-    choose(backend, ("torch", "triton"))
-    if backend == "triton" and (not (triton_runs_on(x) or interpreting()) or x.dtype == torch.float64):
-        raise ValueError(
-            f"backend='triton' needs a CUDA device and at most float32; got {x.device.type}, {x.dtype}"
-        )
+
+
+def _unsupported_result(values: Tensor, out_dtype: torch.dtype) -> str | None:
+    return None if out_dtype in KERNEL_DTYPES else f"at most float32 as out_dtype; got {out_dtype}"
+
+
+QUANTIZE = register(
+    Kernel(function=quantize, reference=quantize_reference, suite=QUANTIZE_SUITE, unsupported=wrong_dtype)
+)
+DEQUANTIZE = register(
+    Kernel(
+        function=dequantize,
+        reference=dequantize_reference,
+        suite=DEQUANTIZE_SUITE,
+        unsupported=_unsupported_result,
+    )
+)

@@ -1,7 +1,7 @@
-"""Quantization as Triton kernels.
+"""Triton kernels of quantization and its inverse.
 
-Codes are made and read by arithmetic on the numbers' bits. So they are the same on every GPU, also on those that know
-no fp8, and in Triton's interpreter, whose own casts to fp8 truncate.
+Codes are made and read by arithmetic on the numbers' bits. So they are the same on every GPU, even without fp8, and in
+Triton's interpreter, whose own casts to fp8 truncate.
 """
 
 from typing import Any
@@ -10,17 +10,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import constexpr
-from triton.language import tensor as T
 
-from megatrain_kernels.quantization.formats import (
+from megatrain_kernels.jit_types import Number, Pointer, Tile, constexpr
+from megatrain_kernels.quantization.reference import (
     FORMATS,
     SMALLEST_SCALE,
     scale_shape,
+    tile_scales,
     tiles_of,
     unpacked_shape,
 )
-from megatrain_kernels.quantization.reference import tile_scales
 
 WIDEST = 1024
 """Columns that a program takes at a time."""
@@ -29,11 +28,11 @@ ELEMENTS = 4096
 
 
 @triton.jit
-def encode(y: T, MANTISSA: constexpr, BIAS: constexpr) -> T:
-    """Codes (int32) nearest to the float32 y, ties to even; y lies within the format's range.
+def encode(y: Tile, MANTISSA: constexpr, BIAS: constexpr) -> Tile:
+    """Return the codes (int32) nearest to the float32 y, ties to even; y lies within the format's range.
 
-    A float is cut to fewer bits by adding half of what falls away (and the last bit that stays, less one) to its bits;
-    numbers below the least normal one by adding a power of two, whose last bit is the format's last.
+    A float is rounded to fewer bits by adding half of what falls away (and the last bit that stays, less one) to its
+    bits; numbers below the least normal one by adding a power of two, whose last bit is the format's last.
     """
     if MANTISSA == 0:
         # 1.5 · 2^23: the last bit is worth 1. Its bits and those of the sum differ by the whole number.
@@ -50,8 +49,11 @@ def encode(y: T, MANTISSA: constexpr, BIAS: constexpr) -> T:
 
 
 @triton.jit
-def decode(codes: T, MANTISSA: constexpr, BIAS: constexpr) -> T:
-    """Numbers (float32) of codes (int32, of 8 bits, or signed where MANTISSA is 0); none stands for NaN or infinity."""
+def decode(codes: Tile, MANTISSA: constexpr, BIAS: constexpr) -> Tile:
+    """Return the numbers (float32) of codes (int32, of 8 bits, or signed where MANTISSA is 0).
+
+    No code stands for NaN or infinity.
+    """
     if MANTISSA == 0:
         return codes.to(tl.float32)
     size = codes & 0x7F
@@ -64,11 +66,18 @@ def decode(codes: T, MANTISSA: constexpr, BIAS: constexpr) -> T:
 
 @triton.jit
 def quantize_kernel(
-    x: T, values: T, scales: T, n_rows: T, n_cols: T, tile_rows: T, tile_cols: T, x_batch: T, x_row: T, x_col: T,
+    x: Pointer,  # (batch, n_rows, n_cols)
+    values: Pointer,  # (batch, n_rows, n_cols), bytes; half as many columns if PACKED
+    scales: Pointer,  # (), (batch * n_rows, tiles across) or, if WHOLE, (batch, tiles down, tiles across)
+    n_rows: Number, n_cols: Number, tile_rows: Number, tile_cols: Number,
+    x_batch: Number, x_row: Number, x_col: Number,  # strides
     LARGEST: constexpr, MANTISSA: constexpr, BIAS: constexpr, SMALLEST: constexpr,
     GIVEN: constexpr, WHOLE: constexpr, PACKED: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
 ) -> None:  # fmt: skip
-    """One tile (WHOLE), or one tile of each of some rows; GIVEN: the only scale is known, tiles are just work."""
+    """Quantize one tile (WHOLE), or one tile of each of some rows.
+
+    If GIVEN, the tensor's only scale is known, and tiles just divide the work.
+    """
     down, across, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = (down * tile_rows + tl.arange(0, BLOCK_M)).to(tl.int64)
     first = across * tile_cols
@@ -81,15 +90,15 @@ def quantize_kernel(
         finite = scale == scale
     else:
         # Sizes are compared by their bits, in which NaN is larger than all else, and so is not lost.
-        top = tl.zeros((BLOCK_M,), tl.int32)
+        largest_bits = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, last - first, BLOCK_N):
             known = here[:, None] & (cols < last - start)[None, :]
             found = tl.load(x_at + tl.cast(start, tl.int64) * x_col, mask=known, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.max(found.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+            largest_bits = tl.maximum(largest_bits, tl.max(found.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
         if WHOLE:
-            top = tl.zeros((BLOCK_M,), tl.int32) + tl.max(top, 0)
-        finite = top < 0x7F800000
-        largest = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
+            largest_bits = tl.zeros((BLOCK_M,), tl.int32) + tl.max(largest_bits, 0)
+        finite = largest_bits < 0x7F800000
+        largest = tl.where(finite, largest_bits, 0).to(tl.float32, bitcast=True)
         scale = tl.maximum(tl.div_rn(largest, tl.full((BLOCK_M,), LARGEST, tl.float32)), SMALLEST)
         n_across = tl.num_programs(1)
         kept = tl.where(finite, scale, float("nan"))
@@ -119,10 +128,13 @@ def quantize_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    values: T, scales: T, out: T, n_rows: T, n_cols: T, tile_rows: T, tile_cols: T, n_down: T, n_across: T,
+    values: Pointer,  # (batch, n_rows, n_cols), bytes; half as many columns if PACKED
+    scales: Pointer,  # (batch, n_down, n_across)
+    out: Pointer,  # (batch, n_rows, n_cols)
+    n_rows: Number, n_cols: Number, tile_rows: Number, tile_cols: Number, n_down: Number, n_across: Number,
     MANTISSA: constexpr, BIAS: constexpr, PACKED: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
 ) -> None:  # fmt: skip
-    """out = value · scale, all stored row by row."""
+    """Compute out = value · scale, all stored row by row."""
     batch = tl.program_id(2).to(tl.int64)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -142,13 +154,13 @@ def dequantize_kernel(
 
 
 def _pieces(rows: int, cols: int) -> tuple[int, int]:
-    """Rows and columns (powers of two) that one program takes at a time."""
+    """Return the rows and columns (powers of two) that one program takes at a time."""
     wide = min(WIDEST, max(16, triton.next_power_of_2(cols)))
     return min(max(1, ELEMENTS // wide), triton.next_power_of_2(max(1, rows))), wide
 
 
 def quantize(x: Tensor, dtype: str, scaling: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """As `reference.quantize_reference`, bit by bit; x has any strides."""
+    """Return what `reference.quantize_reference` returns, bit by bit; x has any strides."""
     form, tiles = FORMATS[dtype], tiles_of(x.shape, scaling, group_size)
     packed, is_block, given = dtype == "int4", scaling == "block", scaling == "tensor"
     view = x.reshape(tiles.batch if is_block else 1, -1, x.shape[-1])
@@ -176,11 +188,11 @@ def quantize(x: Tensor, dtype: str, scaling: str, group_size: int) -> tuple[Tens
 def dequantize(
     values: Tensor, scales: Tensor, dtype: str, scaling: str, group_size: int, out_dtype: torch.dtype
 ) -> Tensor:
-    """As `reference.dequantize_reference`, bit by bit."""
+    """Return what `reference.dequantize_reference` returns, bit by bit, in `out_dtype`."""
     form, shape = FORMATS[dtype], unpacked_shape(values, dtype)
     tiles = tiles_of(shape, scaling, group_size)
     out = torch.empty(shape, dtype=out_dtype, device=values.device)
-    # One scale for all: as one row for each of the tensor's, of one tile that is higher than all of them.
+    # One scale for all: the tensor's rows lie in one tile that is as high as all of them.
     rows, cols = (shape[:-1].numel(), shape[-1]) if scaling == "tensor" else (tiles.rows, tiles.cols)
     tile = (rows, cols) if scaling == "tensor" else (tiles.tile_rows, tiles.tile_cols)
     _, down, across = tiles.grid

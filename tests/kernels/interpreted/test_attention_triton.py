@@ -1,5 +1,6 @@
 """Attention's Triton kernels, with log-sum-exp and gradients, against float64; blocks are 64 queries by 32 keys."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatrain_kernels import attention, doc_ids_from_cu_seqlens
-from megatrain_kernels.attention.reference import attention_reference
+from megatrain_kernels import attention
+from megatrain_kernels.flash_attention.reference import attention_reference
 
 HALF = ("causal", "window, later keys too", "documents and window", "soft-cap", "head 192, values 128")
 
@@ -71,9 +72,8 @@ def test_rows_that_see_nothing_are_zero() -> None:
 
 def test_packed_sequences_equal_separate_ones() -> None:
     lengths = [1, 37, 64, 5, 20]
-    edges = torch.tensor([0, *lengths]).cumsum(0)
     (q, k, v), _ = draw(Problem((1, 127, 127, 2, 1, 16, 16)))
-    doc_ids = doc_ids_from_cu_seqlens(edges, 127)
+    doc_ids = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))[None]
     out = attention(q, k, v, doc_ids=doc_ids, backend="triton")
     assert isinstance(out, Tensor)
     parts = zip(*(t.double().split(lengths, dim=1) for t in (q, k, v)), strict=True)
@@ -162,23 +162,23 @@ def _shifted_documents(module: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 BREAKS = {
-    "mask, forward": ("forward", _one_further, "window"),
-    "mask, backward": ("backward", _one_further, "window"),
-    "documents, forward": ("forward", _shifted_documents, "documents"),
-    "documents, backward": ("backward", _shifted_documents, "documents"),
+    "mask, forward": ("triton_forward", _one_further, "window"),
+    "mask, backward": ("triton_backward", _one_further, "window"),
+    "documents, forward": ("triton_forward", _shifted_documents, "documents"),
+    "documents, backward": ("triton_backward", _shifted_documents, "documents"),
 }
 
 
 @pytest.mark.parametrize(("file", "breaks", "name"), BREAKS.values(), ids=BREAKS)
 def test_a_broken_mask_is_noticed(file: str, breaks: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    breaks(import_module(f"megatrain_kernels.attention.{file}"), monkeypatch)
+    breaks(import_module(f"megatrain_kernels.flash_attention.{file}"), monkeypatch)
     assert not right(errors(CASES[name], "triton"))
 
 
 @pytest.mark.parametrize("name", ["LOG2E", "DELTA_BLOCK"])
 def test_a_broken_launch_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale that is off by a thousandth; a program too few, whose rows are never written."""
-    launcher = import_module("megatrain_kernels.attention.triton")
+    launcher = import_module("megatrain_kernels.flash_attention.triton")
     if name == "LOG2E":
         monkeypatch.setattr(launcher, "LOG2E", 1.001 * launcher.LOG2E)
     else:
@@ -192,25 +192,25 @@ def test_operator_keeps_its_contract(name: str) -> None:
     """Schema, fake shapes and strides, and the gradient's registration, as torch checks them."""
     problem = CASES[name]
     inputs, options = draw(Problem((1, 33, 33, 2, 1, 16, 24), problem.options, documents=problem.documents))
-    registered = import_module("megatrain_kernels.attention.registered")
+    operation = import_module("megatrain_kernels.flash_attention.op")
     rule = (True, 0.25, options.get("window"), options.get("softcap"), 0, "triton")
     doc_ids = options.get("doc_ids")
-    torch.library.opcheck(registered.attention_op, (*inputs, doc_ids, *rule))
+    torch.library.opcheck(operation.attention_op, (*inputs, doc_ids, *rule))
     q, k, v = (t.detach() for t in inputs)
-    out, lse = registered.attention_op(q, k, v, doc_ids, *rule)
+    out, lse = operation.attention_op(q, k, v, doc_ids, *rule)
     args = (q, k, v, out, lse, torch.ones_like(out), torch.ones_like(lse), doc_ids, *rule)
-    torch.library.opcheck(registered.attention_backward_op, args)
+    torch.library.opcheck(operation.attention_backward_op, args)
 
 
 def test_pytorch_takes_over_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered = import_module("megatrain_kernels.attention.registered")
-    launcher = import_module("megatrain_kernels.attention.triton")
+    operation = import_module("megatrain_kernels.flash_attention.op")
+    launcher = import_module("megatrain_kernels.flash_attention.triton")
 
     def fails(*_: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(registered, "takes_triton", lambda *_, **__: True)
-    monkeypatch.setattr("megatrain_kernels.backend._failed", set())
+    monkeypatch.setattr(operation, "ATTENTION", replace(operation.ATTENTION, runs_on=lambda x: True))
+    monkeypatch.setattr("megatrain_kernels.kernel._failed", set())
     monkeypatch.setattr(launcher, "attention_forward", fails)
     (q, k, v), _ = draw(Problem((1, 20, 20, 1, 1, 16, 16)))
     q, k, v = (t.detach() for t in (q, k, v))

@@ -1,6 +1,7 @@
 """The Triton kernels of cross entropy, with gradients, against float64; blocks are 64 columns wide."""
 
 import itertools
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def linear_errors(tokens: int, vocab: int, dtype: torch.dtype, **options: Any) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks, the last one shorter."""
-    module = import_module("megatrain_kernels.linear_cross_entropy.registered")
+    module = import_module("megatrain_kernels.linear_xent.op")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 5 * 131})
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 1)
     found = linear_errors(13, 131, dtype, **options)
@@ -286,8 +287,8 @@ def _program_missing(module: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def _neighbour(module: Any, patch: pytest.MonkeyPatch) -> None:
-    wanted = module.wanted
-    patch.setattr(module, "wanted", lambda row, target, *rest: wanted(row, target + 1, *rest))
+    locate = module.locate_target
+    patch.setattr(module, "locate_target", lambda row, target, *rest: locate(row, target + 1, *rest))
 
 
 BREAKS = {
@@ -304,7 +305,7 @@ BREAKS = {
 def test_a_broken_kernel_is_noticed(breaks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = draw(1, 5, 100, scale=3), torch.tensor([0, 50, 98, 7, 63])
     assert right(errors(logits, targets, softcap=2.0))
-    breaks(import_module("megatrain_kernels.cross_entropy.triton"), monkeypatch)
+    breaks(import_module("megatrain_kernels.xent.triton"), monkeypatch)
     assert not right(errors(logits, targets, softcap=2.0))
 
 
@@ -312,11 +313,11 @@ def test_a_broken_kernel_is_noticed(breaks: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_operators_keep_their_contract(backend: str, wanted: bool) -> None:
     """Schema, and fake shapes and strides, as torch checks them."""
-    registered = import_module("megatrain_kernels.cross_entropy.registered")
+    operation = import_module("megatrain_kernels.xent.op")
     targets, options = draw_targets(5, 70), (-100, 0.1, 2.0, None)
     logits = draw(1, 5, 70, dtype=torch.float16).detach()
-    torch.library.opcheck(registered.cross_entropy_op, (logits, targets, *options, wanted, backend))
-    linear = import_module("megatrain_kernels.linear_cross_entropy.registered").linear_cross_entropy_op
+    torch.library.opcheck(operation.cross_entropy_op, (logits, targets, *options, wanted, backend))
+    linear = import_module("megatrain_kernels.linear_xent.op").linear_cross_entropy_op
     x, weight = (draw(s, n, HIDDEN, dtype=torch.float16).detach() for s, n in ((1, 5), (2, 70)))
     torch.library.opcheck(linear, (x, weight, targets, *options, wanted, True, backend))
     torch.library.opcheck(linear, (x, weight, targets, *options, True, wanted, backend))
@@ -340,14 +341,16 @@ def test_one_graph(backend: str) -> None:
 
 
 def test_pytorch_takes_over_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered = import_module("megatrain_kernels.cross_entropy.registered")
-    kernels = import_module("megatrain_kernels.cross_entropy.triton")
+    operation = import_module("megatrain_kernels.xent.op")
+    kernels = import_module("megatrain_kernels.xent.triton")
 
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(registered, "takes_triton", lambda *_, **__: True)
-    monkeypatch.setattr("megatrain_kernels.backend._failed", set())
+    monkeypatch.setattr(
+        "megatrain_kernels.xent.op.CROSS_ENTROPY", replace(operation.CROSS_ENTROPY, runs_on=lambda x: True)
+    )
+    monkeypatch.setattr("megatrain_kernels.kernel._failed", set())
     monkeypatch.setattr(kernels, "losses", fails)
     logits, targets = draw(1, 4, 70).detach(), draw_targets(4, 70)
     with pytest.warns(
@@ -364,5 +367,5 @@ def test_pytorch_takes_over_where_triton_fails(monkeypatch: pytest.MonkeyPatch) 
     "function", [cross_entropy, lambda x, *rest, **more: linear_cross_entropy(x, x, *rest, **more)]
 )
 def test_float64_is_refused(function: Any) -> None:
-    with pytest.raises(ValueError, match="backend='triton' needs a CUDA device and float16"):
+    with pytest.raises(ValueError, match=r"needs float16 or bfloat16 or float32; got torch\.float64"):
         function(draw(1, 4, 8, dtype=torch.float64), torch.zeros(4, dtype=torch.int64), backend="triton")

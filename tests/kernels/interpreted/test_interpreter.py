@@ -3,13 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language import constexpr
-from triton.language import tensor as T
+
+from megatrain_kernels.jit_types import Number, Pointer, constexpr
 
 
-def double(
-    x: T, out: T, size: T, BLOCK: constexpr,
-) -> None:  # fmt: skip
+def double(x: Pointer, out: Pointer, size: Number, BLOCK: constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + at, 2 * tl.load(x + at, mask=at < size), mask=at < size)
 

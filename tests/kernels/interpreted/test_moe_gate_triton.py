@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatrain_kernels import moe_gate
-from megatrain_kernels.moe_gate.reference import GateRule
+from megatrain_kernels.router.reference import GateRule
 
 TOLERANCE = (
     32 * torch.finfo(torch.float32).eps
@@ -160,31 +160,31 @@ def _unnormalised(module: Any, patch: pytest.MonkeyPatch) -> None:
 def test_a_broken_kernel_is_noticed(breaks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, options = draw(1, 19, 64), {"top_k": 6, **GROUPED}
     assert right(logits, None, options)
-    breaks(import_module("megatrain_kernels.moe_gate.triton"), monkeypatch)
+    breaks(import_module("megatrain_kernels.router.triton"), monkeypatch)
     assert not right(logits, None, options)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"top_k": 2, **GROUPED}])
 def test_operators_keep_their_contract(options: dict[str, Any]) -> None:
     """Schema, fake shapes and strides, and the gradient's registration, as torch checks them."""
-    registered = import_module("megatrain_kernels.moe_gate.registered")
+    operation = import_module("megatrain_kernels.router.op")
     rule = GateRule(**{**RULE, **options})
     logits = draw(1, 5, 64).requires_grad_()
-    torch.library.opcheck(registered.gate_op, (logits, draw(2, 64, scale=0.1), *rule, "triton"))
-    weights, scores, indices = registered.gate_op(logits.detach(), None, *rule, "triton")
+    torch.library.opcheck(operation.gate_op, (logits, draw(2, 64, scale=0.1), *rule, "triton"))
+    weights, scores, indices = operation.gate_op(logits.detach(), None, *rule, "triton")
     settings_ = (rule.scores, rule.normalize, rule.scale, "triton")
-    torch.library.opcheck(registered.gate_backward_op, (indices, scores, weights, scores, *settings_))
+    torch.library.opcheck(operation.gate_backward_op, (indices, scores, weights, scores, *settings_))
 
 
 def test_pytorch_takes_over_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same results, and the gradient's closed form."""
-    registered = import_module("megatrain_kernels.moe_gate.registered")
-    kernels = import_module("megatrain_kernels.moe_gate.triton")
+    operation = import_module("megatrain_kernels.router.op")
+    kernels = import_module("megatrain_kernels.router.triton")
 
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr("megatrain_kernels.backend._failed", set())
+    monkeypatch.setattr("megatrain_kernels.kernel._failed", set())
     monkeypatch.setattr(kernels, "gate", fails)
     monkeypatch.setattr(kernels, "gate_backward", fails)
     for options in ({"scores": "softmax", "scale": 2.0}, {"scores": "sigmoid", "normalize": False}):
@@ -193,7 +193,7 @@ def test_pytorch_takes_over_where_triton_fails(monkeypatch: pytest.MonkeyPatch) 
         with pytest.warns(
             UserWarning, match="moe_gate: Triton failed, PyTorch takes over: no such instruction"
         ):
-            found = registered.gate_op(leaf, None, *rule, "auto")
+            found = operation.gate_op(leaf, None, *rule, "triton_or_torch")
         with pytest.warns(UserWarning, match="moe_gate: Triton failed"):
             (grad,) = torch.autograd.grad(found[:2], leaf, cotangents)
         _, weights, scores = moe_gate(leaf, backend="torch", **rule._asdict())
@@ -202,7 +202,7 @@ def test_pytorch_takes_over_where_triton_fails(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_the_kernel_does_not_take_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"torch.float64, 8 experts in 1"):
+    with pytest.raises(ValueError, match=r"needs float32; got torch.float64"):
         moe_gate(torch.zeros(2, 8, dtype=torch.float64), top_k=2, backend="triton")
     with pytest.raises(ValueError, match="12 experts in 4"):
         moe_gate(torch.zeros(2, 12), top_k=2, n_groups=4, top_groups=2, backend="triton")

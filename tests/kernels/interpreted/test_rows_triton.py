@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatrain_kernels import geglu, layer_norm, rms_norm, rotary, swiglu
-from megatrain_kernels.gated_operator import gated_backward_op, gated_op
-from megatrain_kernels.norm_operator import norm_backward_op, norm_op
-from megatrain_kernels.rotary.registered import rotary_op
+from megatrain_kernels.gated.op import gated_backward_op, gated_op
+from megatrain_kernels.kernel import KERNELS
+from megatrain_kernels.norm.op import norm_backward_op, norm_op
+from megatrain_kernels.rope.op import rotary_op
 
 EPS = 1e-3
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -194,18 +195,18 @@ def test_gradients_are_the_same_bits_every_time() -> None:
 
 BROKEN: list[tuple[str, str, str, str]] = [
     # module, what the kernel says, what it says when broken, the kind that must fail
-    ("norm_rows", "known = columns < size", "known = columns < size - 1", "rms"),
-    ("norm_rows", "wide * scale * tl.load", "wide * tl.load", "rms"),
-    ("norm_rows", "wide = stored.to(tl.float32)", "wide = stored.to(tl.float32) * 0.5", "rms, added"),
-    ("norm_rows", "made -= tl.sum(inner, 0) / size", "made -= 0.0", "layer"),
-    ("norm_rows", "made += tl.load(grad_total", "made += 0.0 * tl.load(grad_total", "rms, added"),
-    ("norm_rows", "for_weight += above * normed", "for_weight += above", "layer, biased"),
-    ("norm_rows", "tl.where(row < rows, size, 0)", "tl.where(row < rows - 1, size, 0)", "rms"),
-    ("gated", "known = columns < size", "known = columns < size - 1", "swiglu"),
-    ("gated", "part + x * part * (1.0 - part) * inner", "part", "swiglu"),
-    ("gated", "1.0 + 3.0 * cubic * x * x", "1.0 + cubic * x * x", "geglu"),
-    ("rotary.triton", "(pair < half)", "(pair < half - 1)", "rotary"),
-    ("rotary.triton", "b * c + a * s", "b * c - a * s", "rotary"),
+    ("norm.triton", "known = columns < size", "known = columns < size - 1", "rms"),
+    ("norm.triton", "wide * scale * tl.load", "wide * tl.load", "rms"),
+    ("norm.triton", "wide = stored.to(tl.float32)", "wide = stored.to(tl.float32) * 0.5", "rms, added"),
+    ("norm.triton", "made -= tl.sum(inner, 0) / size", "made -= 0.0", "layer"),
+    ("norm.triton", "made += tl.load(grad_total", "made += 0.0 * tl.load(grad_total", "rms, added"),
+    ("norm.triton", "for_weight += above * normed", "for_weight += above", "layer, biased"),
+    ("norm.triton", "tl.where(row < rows, size, 0)", "tl.where(row < rows - 1, size, 0)", "rms"),
+    ("gated.triton", "known = columns < size", "known = columns < size - 1", "swiglu"),
+    ("gated.triton", "part + x * part * (1.0 - part) * inner", "part", "swiglu"),
+    ("gated.triton", "1.0 + 3.0 * cubic * x * x", "1.0 + cubic * x * x", "geglu"),
+    ("rope.triton", "(pair < half)", "(pair < half - 1)", "rotary"),
+    ("rope.triton", "b * c + a * s", "b * c - a * s", "rotary"),
 ]
 
 
@@ -216,7 +217,7 @@ def test_a_broken_kernel_fails(case: tuple[str, str, str, str], monkeypatch: pyt
     source = open(str(module.__file__)).read()  # noqa: SIM115
     assert right in source
     broken = break_module(module_name, source.replace(right, wrong))
-    for name in ("normalize", "gradients", "gated_forward", "gated_backward", "turn"):
+    for name in ("normalize", "gradients", "gated_forward", "gated_backward", "rotate"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(broken, name))
     if kind == "rotary":
@@ -268,9 +269,9 @@ def test_operators_are_well_formed() -> None:
 @pytest.mark.parametrize("kind", ["rms, added", "layer, biased", "swiglu", "geglu", "rotary"])
 def test_plain_pytorch_takes_over_where_a_kernel_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fallback of the operators, against the same truth."""
-    for operator in ("norm_operator", "gated_operator", "rotary.registered"):
-        module = import_module(f"megatrain_kernels.{operator}")
-        monkeypatch.setattr(module, "try_triton", lambda *args, **kwargs: None)
+    for folder in ("norm", "gated", "rope"):
+        module = import_module(f"megatrain_kernels.{folder}.op")
+        monkeypatch.setattr(module, "run_triton", lambda *args, **kwargs: None)
     if kind == "rotary":
         q, k, angles = draw(1, 2, 5, 3, 8), draw(2, 2, 5, 1, 8), draw(3, 5, 4).detach()
         made = rotary(q, k, angles.cos(), angles.sin(), backend="triton")
@@ -285,18 +286,12 @@ def test_plain_pytorch_takes_over_where_a_kernel_fails(kind: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rotary", "swiglu", "geglu"])
 def test_cases_make_inputs_of_their_sizes(name: str) -> None:
-    cases = import_module(f"megatrain_kernels.{name}.cases")
-    function = {
-        "rms_norm": rms_norm,
-        "layer_norm": layer_norm,
-        "rotary": rotary,
-        "swiglu": swiglu,
-        "geglu": geglu,
-    }
-    for case in cases.CASES:
+    kernel = KERNELS[name]
+    suite = kernel.suite
+    for case in suite.cases:
         small = type(case)(case.name, {key: min(size, 8) for key, size in case.sizes.items()}, case.options)
-        inputs, options = cases.make_inputs(small, dtype=torch.float32, device="cpu")
-        function[name](*inputs, **options, backend="triton")
-        moved = sum(t.nbytes for t in (*inputs, *options.values()) if isinstance(t, Tensor))
-        assert cases.cost(small, itemsize=4).bytes >= 0.9 * moved  # every input is read
-        assert cases.cost(small, itemsize=4).bytes < cases.cost(small, itemsize=4, backward=True).bytes * 1.5
+        inputs, options = suite.make_inputs(small, dtype=torch.float32, device="cpu")
+        kernel.function(*inputs, **options, backend="triton")
+        moved = sum(t.nbytes for t in inputs if isinstance(t, Tensor))
+        assert suite.cost(small, itemsize=4).bytes >= 0.9 * moved  # every input is read
+        assert suite.cost(small, itemsize=4).bytes < suite.cost(small, itemsize=4, backward=True).bytes * 1.5

@@ -12,7 +12,7 @@ import torch
 from scaled_matmul_check import GROUP, PAIRS, SHAPES, Operand, error, operand, turned
 
 from megatrain_kernels import quantize, scaled_matmul
-from megatrain_kernels.scaled_matmul.op import scaled_matmul_op
+from megatrain_kernels.scaled_mm.op import scaled_matmul_op
 
 BOUND = 2e-6  # float32 sums of up to 130 terms, relative to the sum of their sizes
 
@@ -51,7 +51,7 @@ def test_groups_longer_than_a_program_takes_at_a_time() -> None:
 
 @pytest.mark.parametrize("name", ["GROUP", "A_ROWS", "B_ROWS"])
 def test_a_wrong_scale_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = import_module("megatrain_kernels.scaled_matmul.triton")
+    launcher = import_module("megatrain_kernels.scaled_mm.triton")
     kernel = launcher.scaled_matmul_kernel
 
     class Wrong:

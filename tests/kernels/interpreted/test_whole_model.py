@@ -12,7 +12,7 @@ from megatrain.data.loader import Loader
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
 from megatrain.train.step import train_step
-from megatrain_kernels.backend import preferring, try_triton
+from megatrain_kernels.kernel import preferring, run_triton
 
 STEPS = 2
 RUNS = {"qwen3, window": CFG, "gpt2": GPT2, "experts": EXPERTS}
@@ -47,7 +47,7 @@ def test_a_run_by_kernels_is_the_run_by_pytorch(name: str) -> None:
     model = replace(cfg.model, n_layers=2, **heads)
     train = replace(cfg.train, precision="fp32")
     cfg = replace(cfg, model=model, train=train, seq_len=24, global_batch_size=2, micro_batch_size=2)
-    with mock.patch("megatrain_kernels.norm_operator.try_triton", wraps=try_triton) as launched:
+    with mock.patch("megatrain_kernels.norm.op.run_triton", wraps=run_triton) as launched:
         by_triton = losses(cfg, "triton")
     assert launched.called
     by_torch = losses(cfg, "auto")

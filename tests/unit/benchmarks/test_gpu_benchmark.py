@@ -13,12 +13,11 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import supervise as supervision
 from benchmarks.gpu.aims import aims
 from benchmarks.gpu.correctness import deviations
-from benchmarks.gpu.products import ATTENTION
 from benchmarks.gpu.report import speeds
-from benchmarks.gpu.rows import CROSS_ENTROPY
 from benchmarks.gpu.training import BATCHES, MODELS, layers_that_fit
 from megatrain.cli.compose import compose
 from megatrain.models.flops import n_params
+from megatrain_kernels.kernel import KERNELS, Kernel
 
 BARE = """
 import sys
@@ -121,28 +120,36 @@ def test_parts_share_the_time() -> None:
     assert ends == pytest.approx({"speed": 1040.0, "training": 1068.0})  # 0.4 to 0.28
 
 
+def broken(kernel: Kernel, function: Any) -> Kernel:
+    """The kernel with another function, and with what the right one computes in float64 as the truth."""
+
+    def truth(*given: Any, **options: Any) -> Any:
+        return kernel.function(*(t.double() if t.is_floating_point() else t for t in given), **options)
+
+    return dataclasses.replace(
+        kernel, function=function, suite=dataclasses.replace(kernel.suite, truth=truth)
+    )
+
+
 @pytest.mark.parametrize("wrong", ["output 0", "gradient 1"])
 def test_a_wrong_kernel_is_told(wrong: str) -> None:
     """Off by 5 %, or a gradient that is missing; the right one passes."""
+    right = KERNELS["attention"]
 
-    def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
-        out = ATTENTION.timed(q, k.detach() + 0 * k if wrong == "gradient 1" else k, v, **options)
+    def wrong_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        out = right.function(q, k.detach() + 0 * k if wrong == "gradient 1" else k, v, **options)
         return out * 1.05 if wrong == "output 0" else out
 
-    call = dataclasses.replace(ATTENTION, timed=broken, reference=lambda *t, **o: ATTENTION.timed(*t, **o))
-    for operation, is_right in ((ATTENTION, True), (call, False)):
-        off = deviations(torch.device("cpu"), operation, ATTENTION.small[0], torch.bfloat16, "auto")
+    for kernel, is_right in ((right, True), (broken(right, wrong_attention), False)):
+        off = deviations(torch.device("cpu"), kernel, right.suite.small[0], torch.bfloat16, "auto")
         assert set(off) == {"output 0", "gradient 0", "gradient 1", "gradient 2"}
         assert (off[wrong] <= 1) == is_right
 
 
 def test_a_loss_of_nan_is_wrong() -> None:
-    broken = dataclasses.replace(
-        CROSS_ENTROPY,
-        timed=lambda logits, targets, **o: CROSS_ENTROPY.timed(logits * float("nan"), targets, **o),
-        reference=lambda *t, **o: CROSS_ENTROPY.timed(*t, **o),
-    )
-    off = deviations(torch.device("cpu"), broken, CROSS_ENTROPY.small[0], torch.float32, "auto")
+    right = KERNELS["cross_entropy"]
+    wrong = broken(right, lambda logits, *rest, **o: right.function(logits * float("nan"), *rest, **o))
+    off = deviations(torch.device("cpu"), wrong, right.suite.small[0], torch.float32, "auto")
     assert not off["output 0"] <= 1
 
 

@@ -1,0 +1,188 @@
+"""Linear layer and cross entropy in one: the logits of a few tokens at a time, never all of them.
+
+The gradients are made in the forward pass, while a chunk's logits are at hand, and overwrite them (the idea of
+Liger-Kernel, arXiv 2410.10989, section 3.2); the backward pass scales them. The products are PyTorch's, and the kernels
+for the rows of logits are those of `xent/`, so this folder has no Triton file.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from megatrain_kernels.kernel import Kernel, register, require, require_floating, select, wrong_dtype
+from megatrain_kernels.linear_xent.cases import SUITE
+from megatrain_kernels.linear_xent.reference import linear_cross_entropy_reference
+from megatrain_kernels.xent.op import check_targets, cross_entropy, named_group, row_losses
+from megatrain_kernels.xent.reference import LossOptions, reduce_loss
+
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}  # logits held at once; on a CPU a chunk stays in its cache
+MIN_CHUNK_ROWS = 512  # each chunk adds to the whole weight gradient, which fewer rows would not pay for
+
+
+@torch.library.custom_op("megatrain::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float | None,
+    group: str | None,
+    wants_x: bool,
+    wants_weight: bool,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of losses over the valid tokens of x `(tokens, hidden)`, and the gradients that are wanted."""
+    options = LossOptions(ignore_index, z_loss, softcap, named_group(group))
+    compute = torch.promote_types(x.dtype, torch.float32)
+    rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 1 << 28) // weight.shape[0])
+    buffer = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
+    grad_x = x.new_empty(x.shape if wants_x else 0)
+    # Chunks are added in float32: sums of many bf16 terms would lose the small ones.
+    grad_weight = x.new_zeros(weight.shape if wants_weight else 0, dtype=compute)
+    total = x.new_zeros((), dtype=compute)
+    for start in range(0, x.shape[0], rows):
+        part, wanted = x[start : start + rows], targets[start : start + rows]
+        logits = torch.mm(part, weight.T, out=buffer[: part.shape[0]])
+        gradient = logits if wants_x or wants_weight else None
+        total += row_losses(logits, wanted, options, gradient=gradient, path=path).sum()
+        if wants_x:
+            torch.mm(logits, weight, out=grad_x[start : start + rows])
+        if not wants_weight:
+            continue
+        if compute == x.dtype:
+            grad_weight.addmm_(logits.T, part)
+        else:
+            grad_weight += logits.T @ part
+    if wants_x and options.group is not None:  # each rank has the part of its own columns
+        dist.all_reduce(grad_x, group=options.group)
+    return total, grad_x, grad_weight.to(weight.dtype)
+
+
+@linear_cross_entropy_op.register_fake
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float | None,
+    group: str | None,
+    wants_x: bool,
+    wants_weight: bool,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    grad_x, grad_weight = x.shape if wants_x else 0, weight.shape if wants_weight else 0
+    return total, x.new_empty(grad_x), weight.new_empty(grad_weight)
+
+
+@register_flop_formula(torch.ops.megatrain.linear_cross_entropy)
+def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **__: Any) -> int:
+    """Count one product, and one for each gradient."""
+    *_, wants_x, wants_weight, _ = args
+    return int(2 * x[0] * x[1] * weight[0] * (1 + wants_x + wants_weight))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of losses over the valid tokens of x `(tokens, hidden)`, a scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
+        """Compute the sum, and keep the gradients that are wanted."""
+        *settings, path = options
+        wanted = ctx.needs_input_grad[:2]
+        total: Tensor
+        total, *grads = linear_cross_entropy_op(x, weight, targets, *settings, *wanted, path)
+        ctx.save_for_backward(*(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the kept gradients."""
+        # The factor stays in float32: rounded to bf16 it would put all gradients of the model off by one part.
+        scaled = (None if g is None else g * grad for g in ctx.saved_tensors)
+        return *scaled, *(None for _ in ctx.needs_input_grad[2:])
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    tp_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the cross entropy of logits x weightᵀ, float32 at least.
+
+    Args:
+        x: `(..., hidden)`. weight: `(vocab, hidden)`, in x's type. targets: `(...)` int64 token ids, or `ignore_index`.
+        z_loss: factor on the squared log-sum-exp of the logits, added to each token's loss.
+        softcap: c: logits become c·tanh(logits / c).
+        reduction: "mean" and "sum" are over valid tokens; "none" gives each token's loss and holds all logits.
+        tp_group: its rank r holds the r-th of equal slices of the vocabulary as `weight`; x and targets are the
+            same on all of its ranks, and so are the loss and x's gradient (summed over the group here).
+        backend: "auto" takes Triton's kernel for the rows of logits on a GPU; the products are PyTorch's.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit, no reduction or backend of that name, or a sharded
+            vocabulary with "none" or the reference.
+    """
+    _check(x, weight, targets)
+    path = select(LINEAR_CROSS_ENTROPY, backend, x)
+    valid = targets != ignore_index
+    if tp_group is not None and (path == "reference" or reduction == "none"):
+        raise ValueError(
+            "a vocabulary sharded over tp_group needs reduction mean or sum, and not the reference"
+        )
+    if path == "reference":
+        losses = linear_cross_entropy_reference(
+            x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap
+        )
+        return reduce_loss(losses, valid, reduction)
+    if reduction == "none":
+        return cross_entropy(
+            x @ weight.T,
+            targets,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            softcap=softcap,
+            reduction=reduction,
+            backend=backend,
+        )
+    options = (ignore_index, z_loss, softcap, None if tp_group is None else tp_group.group_name, path)
+    total = _ChunkedLoss.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *options)
+    return reduce_loss(total, valid, reduction)
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:
+    sizes = x.ndim == targets.ndim + 1 and x.shape[:-1] == targets.shape and weight.ndim == 2
+    require(
+        sizes and weight.shape[1] == x.shape[-1] and weight.shape[0] > 0,
+        "x must be (..., hidden), weight (vocab, hidden) and targets (...)",
+        x=x,
+        weight=weight,
+        targets=targets,
+    )
+    require_floating(x=x, weight=weight)
+    require(x.dtype == weight.dtype, "x and weight must have one type", x=x, weight=weight)
+    check_targets(targets, x=x, weight=weight)
+
+
+LINEAR_CROSS_ENTROPY = register(
+    Kernel(
+        function=linear_cross_entropy,
+        reference=linear_cross_entropy_reference,
+        suite=SUITE,
+        unsupported=wrong_dtype,
+    )
+)
