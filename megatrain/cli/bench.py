@@ -65,10 +65,10 @@ def render(result: "BenchResult") -> str:
         f"  tokens/s     {rates['perf/tokens_per_sec']:,.0f}",
         f"  TFLOP/s      {rates['perf/tflops_per_device']:.3f} (attention counted in full)",
     ]
-    if result.peak_how is not None:
+    if result.peak_source is not None:
         lines.append(
             f"  MFU          {rates['perf/mfu']:.1%} full attention, {rates['perf/mfu_causal']:.1%} causal, "
-            f"of the {result.peak_how} peak"
+            f"of the {result.peak_source} peak"
         )
     lines.append(f"  peak memory  {result.peak_memory_gib:.2f} GiB")
     total = sum(seconds for _, seconds in result.classes) or 1.0

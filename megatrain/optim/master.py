@@ -21,9 +21,8 @@ class MasterWeights:
             self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
             return
         self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
-        for (
-            parameter
-        ) in named.values():  # not model.to(): buffers such as rotary frequencies keep their precision
+        # Not model.to(): buffers keep their precision.
+        for parameter in named.values():
             parameter.data = parameter.data.to(compute_dtype)
         self._pairs = [(self.parameters[name], p) for name, p in named.items()]
 
@@ -45,7 +44,7 @@ class MasterWeights:
             master.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Give the model the masters' present values."""
+    def sync_model_weights(self) -> None:
+        """Copy the masters' present values to the model."""
         for master, parameter in self._pairs:
             parameter.copy_(master)

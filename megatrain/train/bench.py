@@ -1,4 +1,4 @@
-"""How fast a config trains on this machine, and where one step's time goes. Nothing is written."""
+"""Measure how fast a config trains on this machine, and where a step's time goes. Nothing is written."""
 
 import dataclasses
 import statistics
@@ -13,9 +13,10 @@ from megatrain.models.flops import flops_per_token, n_params
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.profile import breakdown
 from megatrain.parallel.layout import describe
+from megatrain.parallel.mesh import make_mesh
 from megatrain.runtime.device import choose_precision, peak_flops, pick_device
 from megatrain.runtime.processes import Processes
-from megatrain.train.build import COMPUTE_DTYPE, build_parts, with_layout
+from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.step import train_step
 
@@ -36,8 +37,8 @@ class BenchResult:
     """Fastest and slowest counted step."""
     rates: dict[str, float]
     """tokens/s, TFLOP/s and MFU under the names of metrics.jsonl."""
-    peak_how: str | None
-    """Whether the ceiling of the MFU was published or measured; None: it is not known."""
+    peak_source: str | None
+    """Source of the peak FLOP/s behind MFU: "published", "measured", or None if unknown."""
     peak_memory_gib: float
     classes: list[tuple[str, float]]
     operators: list[tuple[str, float]]
@@ -57,11 +58,11 @@ def bench(
         precision = processes.from_first(lambda: choose_precision(device))
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
     data = processes.agree(lambda: prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size))
-    parts = build_parts(cfg, data, device, processes)
-    batches = parts.loader.batches(0)
+    mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
+    state, batches = build_state(cfg, device, mesh), build_loader(cfg, data.train, mesh).batches(0)
 
     def step() -> None:
-        train_step(parts.state, next(batches), cfg, lr=0.0).loss.item()  # item() waits for the device
+        train_step(state, next(batches), cfg, lr=0.0).read()  # waits for the device
 
     reset_peak_memory(device)
     times: list[float] = []
@@ -92,7 +93,7 @@ def bench(
         step_time_s=statistics.median(counted),
         spread_s=(min(counted), max(counted)),
         rates=rates,
-        peak_how=None if peak is None else peak.how,
+        peak_source=None if peak is None else peak.how,
         peak_memory_gib=memory,
         classes=classes,
         operators=operators,

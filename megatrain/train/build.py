@@ -1,14 +1,13 @@
-"""From a config to the parts of a run."""
+"""From a config to what a run works with: layout, state, loader, validation batches."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
 from megatrain.data.loader import Batch, Loader, validation_batches
-from megatrain.data.prepare import Prepared
+from megatrain.data.store import TokenSource
 from megatrain.models.registry import get_spec
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
@@ -19,31 +18,21 @@ from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import parallelize
 from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
-from megatrain.parallel.mesh import Mesh, make_mesh
+from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
-from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
 COMPUTE_DTYPE = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
-    "fp8": torch.bfloat16,  # of all but the products of linear layers
+    "fp8": torch.bfloat16,  # of everything but the products of linear layers
     "fp64": torch.float64,
 }
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the loop works with. `state` changes; the rest does not."""
-
-    state: TrainState
-    loader: Loader
-    eval_batches: list[Batch]
-
-
 def with_layout(cfg: Config, processes: int) -> Config:
-    """`cfg` with its layout filled up to `processes`, and checked again.
+    """Return `cfg` with its layout filled up to `processes`, and checked again.
 
     Raises:
         UserError: the layout has another number of ranks, or breaks a rule.
@@ -56,7 +45,7 @@ def with_layout(cfg: Config, processes: int) -> Config:
 
 
 def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:
-    """The model with its initial weights on `device`, and an optimizer that has done nothing yet.
+    """Make the model with its initial weights on `device`, and an optimizer that has done nothing yet.
 
     Weights are float32 (float64 under `train.precision=fp64`). Each rank of `mesh` makes only its own, in place.
 
@@ -89,15 +78,14 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
 
 
-def build_parts(cfg: Config, data: Prepared, device: torch.device, processes: Processes) -> Parts:
-    """All parts of a run; its `processes` call this together.
+def build_loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
+    """Make the loader of the rows that this rank reads.
 
     Raises:
         UserError: the data is too short for `seq_len`.
     """
-    mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
-    loader = Loader(
-        store=data.train,
+    return Loader(
+        store=store,
         seq_len=cfg.seq_len,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.micro_batch_size,
@@ -107,15 +95,18 @@ def build_parts(cfg: Config, data: Prepared, device: torch.device, processes: Pr
         size=data_ranks(cfg.parallel),
         prefetch=cfg.data.prefetch,
     )
-    held_out: list[Batch] = []
-    if data.val is not None:
-        held_out = list(
-            validation_batches(
-                data.val,
-                seq_len=cfg.seq_len,
-                tokens=cfg.train.eval_tokens,
-                micro_batch_size=cfg.micro_batch_size,
-                mask_documents=cfg.data.mask_documents,
-            )
+
+
+def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
+    """Return the validation batches, the same on every rank; empty if nothing is held out."""
+    if store is None:
+        return []
+    return list(
+        validation_batches(
+            store,
+            seq_len=cfg.seq_len,
+            tokens=cfg.train.eval_tokens,
+            micro_batch_size=cfg.micro_batch_size,
+            mask_documents=cfg.data.mask_documents,
         )
-    return Parts(state=build_state(cfg, device, mesh), loader=loader, eval_batches=held_out)
+    )

@@ -1,24 +1,19 @@
-"""The training loop: step, measure, ask the hooks, do what they request."""
+"""The training loop: step, measure, evaluate, save, stop."""
 
-import dataclasses
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.sinks import Observer
 from megatrain.observe.watch import update as watch_update
 from megatrain.optim.schedule import lr_factor
 from megatrain.resilience.signals import StopSignals
-from megatrain.runtime.device import Peak
-from megatrain.train.build import Parts
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
-from megatrain.train.hooks import EarlyStop, IntervalTriggers, Request, StepFacts, StopOnSignal, ask
-from megatrain.train.step import StepStats, train_step
+from megatrain.train.run import Run
+from megatrain.train.step import train_step
 
 Row = dict[str, Any]
 
@@ -27,70 +22,76 @@ class DivergedError(RuntimeError):
     """The loss or the gradient norm is not finite."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the loop needs beside the parts: where facts go, and what throughput is measured against."""
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What has to happen after a step."""
 
-    cfg: Config
-    parts: Parts
-    observer: Observer
-    signals: StopSignals
-    save: Callable[[], None]
-    token_bytes: np.ndarray | None
-    flops_full: float
-    """FLOPs a token, every query against every key."""
-    flops_causal: float
-    processes: int
-    peak: Peak | None
-    """Of one process."""
+    evaluate: bool = False
+    save: bool = False
+    stop: str = ""
+    """Why the run stops: signal, done or stop_at; empty: it goes on."""
 
 
-def train_loop(run: Run) -> str:
-    """Train from the state's step until a hook asks to stop; return why in a word.
+def requests_after(step: int, cfg: Config, *, stop_wanted: bool) -> Requests:
+    """Return what has to happen after step number `step` (the first is 1).
+
+    `stop_wanted` says that a signal has reached any of the processes.
+    """
+    train = cfg.train
+    done = step >= train.steps
+    stop_at = train.stop_at is not None and step >= train.stop_at
+    stop = "signal" if stop_wanted else "done" if done else "stop_at" if stop_at else ""
+    return Requests(
+        evaluate=done or _is_due(step, train.eval_every),
+        save=bool(stop) or _is_due(step, cfg.checkpoint.every),
+        stop=stop,
+    )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
+    """Train from the state's step until there is a reason to stop, and return it in a word or two.
 
     Raises:
         DivergedError: the loss or the gradient norm is not finite; nothing of that step was saved.
     """
-    cfg, state = run.cfg, run.parts.state
-    hooks = (IntervalTriggers(cfg), StopOnSignal(), EarlyStop())
-    reset_peak_memory(next(state.model.parameters()).device)
+    cfg, state = run.cfg, run.state
+    reset_peak_memory(state.parallel.device)
     ended = time.perf_counter()
-    batches = run.parts.loader.batches(state.step)
+    batches = run.loader.batches(state.step)
     while True:
         batch = next(batches)
         data_time = time.perf_counter() - ended
         lr = cfg.optim.lr * lr_factor(cfg.schedule, state.step, total_steps=cfg.train.steps)
-        stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: run.signals.received is not None)
-        row = _losses(stats, step=state.step)
-        step_time = time.perf_counter() - ended
-        row |= {"train/lr": lr, "train/tokens": state.tokens, "data/sample_digest": batch.digest}
-        row |= _speed(run, step_time, data_time)
+        stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
+        loss, grad_norm, stop_wanted = stats.read()  # the step's one wait for the device
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint is from before"
+            )
+        row: Row = {"step": state.step, "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+        row |= {"train/tokens": state.tokens, "data/sample_digest": batch.digest}
+        row |= _speed(run, time.perf_counter() - ended, data_time)
 
-        facts = StepFacts(step=state.step, stop_wanted=stats.stop_wanted.item() > 0)
-        request = ask(hooks, facts)
-        if Request.EVALUATE in request:
-            row |= _evaluate(run, row)
-            request |= ask(hooks, dataclasses.replace(facts, patience_left=_patience_left(run)))
-        run.observer.step(row)
-        if Request.SAVE in request:
+        requests = requests_after(state.step, cfg, stop_wanted=stop_wanted)
+        stop = requests.stop
+        if requests.evaluate:
+            row |= _evaluate(run, observer, loss)
+            stop = stop or ("" if _patience_left(run) else "early stop")
+        observer.step(row)
+        if requests.save or stop:
             run.save()
-        if Request.STOP in request:
+        if stop:
             batches.close()  # type: ignore[attr-defined]
-            return _reason(run, facts)
+            return (signals.received or "signal to another process") if stop == "signal" else stop
         ended = time.perf_counter()
 
 
-def _losses(stats: StepStats, *, step: int) -> Row:
-    """The step's own results; reading them waits for the device."""
-    loss, grad_norm = stats.loss.item(), stats.grad_norm.item()
-    if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-        raise DivergedError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint is from before"
-        )
-    return {"step": step, "train/loss": loss, "train/grad_norm": grad_norm}
-
-
 def _speed(run: Run, step_time: float, data_time: float) -> Row:
+    """Return the step's speed and memory under their metric names."""
     cfg = run.cfg
     row: Row = {"perf/step_time_s": step_time, "perf/data_time_s": data_time}
     row |= throughput(
@@ -99,23 +100,23 @@ def _speed(run: Run, step_time: float, data_time: float) -> Row:
         flops_per_token_full=run.flops_full,
         flops_per_token_causal=run.flops_causal,
         peak=run.peak,
-        devices=run.processes,
+        devices=run.processes.size,
     )
-    row["memory/peak_gib"] = peak_memory_gib(run.parts.state.parallel.device)
+    row["memory/peak_gib"] = peak_memory_gib(run.state.parallel.device)
     return row
 
 
-def _evaluate(run: Run, row: Row) -> Row:
-    """Validation results, if anything is held out; counters and notices of the over-fitting watch."""
-    if not run.parts.eval_batches:
+def _evaluate(run: Run, observer: Observer, train_loss: float) -> Row:
+    """Validate if anything is held out; update the counters and notices of the over-fitting watch."""
+    if not run.eval_batches:
         return {}
-    state = run.parts.state
-    result = evaluate(state.parallel, run.parts.eval_batches, run.token_bytes)
+    state = run.state
+    result = evaluate(state.parallel, run.eval_batches, run.data.token_bytes)
     state.watch, notice = watch_update(
-        state.watch, step=state.step, train_loss=row["train/loss"], eval_loss=result.loss
+        state.watch, step=state.step, train_loss=train_loss, eval_loss=result.loss
     )
     if notice is not None:
-        run.observer.notice(notice)
+        observer.notice(notice)
     found: Row = {"eval/loss": result.loss}
     if result.bits_per_byte is not None:
         found["eval/bits_per_byte"] = result.bits_per_byte
@@ -123,14 +124,6 @@ def _evaluate(run: Run, row: Row) -> Row:
 
 
 def _patience_left(run: Run) -> bool:
+    """Tell whether early stopping, if it is on, still waits for a new best validation."""
     patience = run.cfg.train.early_stop_patience
-    return not patience or run.parts.state.watch.get("without_best", 0) < patience
-
-
-def _reason(run: Run, facts: StepFacts) -> str:
-    if facts.stop_wanted:
-        return run.signals.received or "signal to another process"
-    state, train = run.parts.state, run.cfg.train
-    if state.step >= train.steps:
-        return "done"
-    return "stop_at" if train.stop_at is not None and state.step >= train.stop_at else "early stop"
+    return not patience or run.state.watch.get("without_best", 0) < patience

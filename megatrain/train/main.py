@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,24 @@ import torch
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
-from megatrain.data.prepare import Prepared, prepare
-from megatrain.models.flops import flops_per_token, n_params
-from megatrain.observe.display import Display, make_display
+from megatrain.data.prepare import prepare
+from megatrain.models.flops import n_params
+from megatrain.observe.display import make_display
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
 from megatrain.parallel.layout import describe
+from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
-from megatrain.runtime.device import choose_precision, peak_flops, pick_device
+from megatrain.runtime.device import choose_precision, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.build import COMPUTE_DTYPE, Parts, build_parts, with_layout
+from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
-from megatrain.train.loop import Run, train_loop
+from megatrain.train.loop import train_loop
 from megatrain.train.resume import check_same_data, check_same_run
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One process's work on a run: what was settled and opened before the first step."""
-
-    cfg: Config
-    directory: Path
-    data: Prepared
-    parts: Parts
-    checkpointer: Checkpointer
-    display: Display
-    log: RunLog
-    changes: dict[str, Any]
-    """Keys that differ from the run's former config, and were allowed to: key -> (old, new)."""
+from megatrain.train.run import Run
+from megatrain.train.state import TrainState
 
 
 def run(cfg: Config, processes: Processes) -> int:
@@ -65,10 +52,25 @@ def run(cfg: Config, processes: Processes) -> int:
             lambda: prepare(cfg.data, progress=display.phase, vocab_size=cfg.model.vocab_size)
         )
         _require_same(processes.gather(data.fingerprint))
-        parts = build_parts(cfg, data, device, processes)
-        with _owned(directory, checkpointer, parts):
-            log = RunLog(directory) if processes.is_first else NoLog(directory)
-            return _train(Attempt(cfg, directory, data, parts, checkpointer, display, log, changes))
+        mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
+        loader = build_loader(cfg, data.train, mesh)
+        state = build_state(cfg, device, mesh)
+        with _owned(directory, checkpointer, state):
+            return _train(
+                Run(
+                    cfg=cfg,
+                    directory=directory,
+                    processes=processes,
+                    data=data,
+                    state=state,
+                    loader=loader,
+                    eval_batches=build_eval_batches(cfg, data.val),
+                    checkpointer=checkpointer,
+                    display=display,
+                    log=RunLog(directory) if processes.is_first else NoLog(directory),
+                    changes=changes,
+                )
+            )
     finally:
         display.close()
 
@@ -84,7 +86,7 @@ def _require_same(fingerprints: list[str]) -> None:
 def _settle(
     cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device
 ) -> tuple[Config, dict[str, Any]]:
-    """The config with nothing left to be found out, and how it differs from the one the run had before.
+    """Resolve every `auto` of `cfg` and compare with the config that the run had before; returns the differences too.
 
     A directory without a committed checkpoint holds nothing that could go on, so it is not compared with. One with
     damaged checkpoints alone is refused later, by whoever loads: then the run is ours, and its status can say so.
@@ -107,8 +109,8 @@ def _settle(
 
 
 @contextlib.contextmanager
-def _owned(directory: Path, checkpointer: Checkpointer, parts: Parts) -> Iterator[None]:
-    """The run directory: writable, with room for a checkpoint, and used by this run alone.
+def _owned(directory: Path, checkpointer: Checkpointer, state: TrainState) -> Iterator[None]:
+    """Hold the run directory: writable, with room for a checkpoint, and used by this run alone.
 
     What was made to find that out is removed again when it fails.
     """
@@ -116,7 +118,7 @@ def _owned(directory: Path, checkpointer: Checkpointer, parts: Parts) -> Iterato
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         try:
-            checkpointer.preflight(parts.state.tensors())
+            checkpointer.preflight(state.tensors())
             processes.from_first(lambda: _lock(directory, stack))
         except UserError:
             for path in (checkpointer.directory, *made):
@@ -141,26 +143,24 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
         raise UserError(f"{directory} can't be written: {error}") from None
 
 
-def _train(attempt: Attempt) -> int:
-    """Take up the state, train, and leave status and events behind; returns the exit code."""
-    cfg, log, state = attempt.cfg, attempt.log, attempt.parts.state
+def _train(run: Run) -> int:
+    """Resume, train, and leave status and events behind; returns the exit code."""
+    cfg, log, state = run.cfg, run.log, run.state
     try:
-        warnings = _take_up(attempt)
+        warnings = _resume(run)
     except DamagedCheckpointError as error:
         _record_failure(log, 0, error)
         raise
-    is_first = attempt.checkpointer.processes.is_first
+    is_first = run.processes.is_first
     sinks = cfg.log if is_first else dataclasses.replace(cfg.log, wandb="off", tensorboard=False)
-    observer = Observer(attempt.directory, sinks, attempt.display, log, dump(cfg))
+    observer = Observer(run.directory, sinks, run.display, log, dump(cfg))
     for warning in warnings:
         observer.notice(warning)
-    attempt.display.start(cfg.train.steps, state.step, _title(attempt))
+    run.display.start(cfg.train.steps, state.step, _title(run))
     log.status("running", step=state.step, reason="")
     try:
         with StopSignals() as signals:
-            reason = (
-                "done" if state.step >= cfg.train.steps else train_loop(_make_run(attempt, observer, signals))
-            )
+            reason = "done" if state.step >= cfg.train.steps else train_loop(run, observer, signals)
     except BaseException as error:
         _record_failure(log, state.step, error)
         raise
@@ -179,61 +179,34 @@ def _record_failure(log: RunLog, step: int, error: BaseException) -> None:
     log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
 
 
-def _take_up(attempt: Attempt) -> tuple[str, ...]:
+def _resume(run: Run) -> tuple[str, ...]:
     """Load the newest checkpoint, if there is one, and open the run's files; returns warnings."""
-    cfg, state, log = attempt.cfg, attempt.parts.state, attempt.log
-    processes = attempt.checkpointer.processes
-    processes.from_first(attempt.checkpointer.sweep)
-    found = attempt.checkpointer.load(state.tensors())
+    cfg, state, log = run.cfg, run.state, run.log
+    run.processes.from_first(run.checkpointer.sweep)
+    found = run.checkpointer.load(state.tensors())
     if found is not None:
-        check_same_data(found.manifest.info["data_fingerprint"], attempt.data.fingerprint, cfg)
+        check_same_data(found.manifest.info["data_fingerprint"], run.data.fingerprint, cfg)
         state.restore(found.state)
-    processes.from_first(lambda: _write_facts(attempt))
+    run.processes.from_first(lambda: _write_inputs(run))
     log.open(state.step)
-    facts = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": attempt.changes}
-    log.event("start" if found is None else "resume", **facts)
+    fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": run.changes}
+    log.event("start" if found is None else "resume", **fields)
     return () if found is None else found.warnings
 
 
-def _write_facts(attempt: Attempt) -> None:
-    """What a later resume, and whoever uses the model, needs beside the checkpoints."""
-    write_config(attempt.directory, attempt.cfg)
-    attempt.data.tokenizer.save(attempt.directory / "tokenizer")
+def _write_inputs(run: Run) -> None:
+    """Write what a later resume, and whoever uses the model, needs beside the checkpoints."""
+    write_config(run.directory, run.cfg)
+    run.data.tokenizer.save(run.directory / "tokenizer")
 
 
-def _title(attempt: Attempt) -> str:
-    """One line about the run."""
-    cfg = attempt.cfg
+def _title(run: Run) -> str:
+    """Return one line about the run."""
+    cfg = run.cfg
     size = n_params(cfg.model) / 1e6
-    processes = attempt.checkpointer.processes.size
+    processes = run.processes.size
     layout = f"{processes} processes ({describe(cfg.parallel)}), " if processes > 1 else ""
     return (
         f"{cfg.run.name}: {cfg.model.kind} {size:.1f}M parameters, {layout}{cfg.train.precision}, "
-        f"{attempt.parts.loader.store.n_tokens / 1e6:.1f}M training tokens, seed {cfg.train.seed}"
-    )
-
-
-def _make_run(attempt: Attempt, observer: Observer, signals: StopSignals) -> Run:
-    cfg, state = attempt.cfg, attempt.parts.state
-    info = {
-        "data_fingerprint": attempt.data.fingerprint,
-        "config_digest": digest(cfg),
-        "layout": dump(cfg.parallel),
-    }
-
-    def save() -> None:
-        path = attempt.checkpointer.save(state.step, state.tensors(), state.facts(), info)
-        attempt.log.event("save", step=state.step, path=path.name)
-
-    return Run(
-        cfg=cfg,
-        parts=attempt.parts,
-        observer=observer,
-        signals=signals,
-        save=save,
-        token_bytes=attempt.data.token_bytes,
-        flops_full=flops_per_token(cfg.model, cfg.seq_len, causal=False),
-        flops_causal=flops_per_token(cfg.model, cfg.seq_len, causal=True),
-        processes=attempt.checkpointer.processes.size,
-        peak=peak_flops(state.parallel.device, COMPUTE_DTYPE[cfg.train.precision]),
+        f"{run.loader.store.n_tokens / 1e6:.1f}M training tokens, seed {cfg.train.seed}"
     )

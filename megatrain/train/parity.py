@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatrain.data.loader import Loader, StepBatch, ignored_batch, validation_batches
+from megatrain.data.loader import StepBatch, ignored_batch, validation_batches
 from megatrain.data.store import TokenSource
-from megatrain.parallel.layout import data_ranks, world_size
+from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.shards import full_tensor
-from megatrain.train.build import build_state
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
 from megatrain.train.state import TrainState
@@ -48,10 +48,10 @@ def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None)
     device = torch.device("cpu")
     mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
     state = build_state(cfg, device, mesh)
-    initial = whole_arrays(state.weights.parameters, mesh)
-    loader = _loader(cfg, store, mesh)
+    initial = full_arrays(state.weights.parameters, mesh)
+    loader = build_loader(cfg, store, mesh)
     accumulate_gradients(state, _broken(loader.step_batch(0), fault, mesh), cfg)
-    gradients = whole_arrays(_gradients(state), mesh)
+    gradients = full_arrays(_gradients(state), mesh)
     state.weights.zero_gradients()
     losses, norms, digests = [], [], []
     for step in range(steps):
@@ -60,12 +60,12 @@ def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None)
         losses.append(stats.loss.item())
         norms.append(stats.grad_norm.item())
         digests.append(batch.digest)
-    final = whole_arrays(state.weights.parameters, mesh)
+    final = full_arrays(state.weights.parameters, mesh)
     return Trace(losses, norms, digests, initial, gradients, final, _validate(state, cfg, store))
 
 
 def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
-    """Loss of five rows: an odd number, so ranks that read different data run out of them at different times."""
+    """Return the loss of five rows: an odd number, so that data-parallel ranks run out of them at different times."""
     batches = validation_batches(
         store,
         seq_len=cfg.seq_len,
@@ -77,7 +77,7 @@ def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
 
 
 def _broken(batch: StepBatch, fault: str | None, mesh: Mesh | None) -> StepBatch:
-    """`batch` with the error that `fault` names."""
+    """Return `batch` with the error that `fault` names."""
     if fault == "doubled_tokens":
         return replace(batch, valid_tokens=2 * batch.valid_tokens)
     if fault == "dropped_reduction" and mesh is not None and dist.get_rank() == dist.get_world_size() - 1:
@@ -90,30 +90,16 @@ def _gradients(state: TrainState) -> dict[str, Tensor]:
     return {name: p.grad for name, p in state.weights.parameters.items() if p.grad is not None}
 
 
-def _loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
-    return Loader(
-        store=store,
-        seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        seed=cfg.train.seed,
-        mask_documents=cfg.data.mask_documents,
-        rank=0 if mesh is None else mesh.data_rank,
-        size=data_ranks(cfg.parallel),
-        prefetch=0,
-    )
-
-
-def whole_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None) -> Arrays:
-    """`tensors` in full (float64), on the first rank of each pipeline stage; nothing on the others."""
-    wholes = {name: full_tensor(t) for name, t in tensors.items()}
+def full_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None) -> Arrays:
+    """Return `tensors` in full (float64) on the first rank of each pipeline stage; nothing on the others."""
+    full = {name: full_tensor(t) for name, t in tensors.items()}
     if mesh is not None and any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
         return {}
-    return {name: t.detach().to(torch.float64).numpy().copy() for name, t in wholes.items()}
+    return {name: t.detach().to(torch.float64).numpy().copy() for name, t in full.items()}
 
 
 def merged(parts: list[Trace]) -> Trace:
-    """The ranks' traces as one.
+    """Merge the ranks' traces into one.
 
     Raises:
         ValueError: ranks that must agree do not, or two copies of a parameter differ.
@@ -139,7 +125,7 @@ def _reported(part: Trace) -> tuple[object, ...]:
 
 
 def relative_errors(found: Arrays, truth: Arrays) -> dict[str, float]:
-    """Largest difference of each parameter, relative to the largest magnitude of its true values.
+    """Return the largest difference of each parameter, relative to the largest magnitude of its true values.
 
     That magnitude is taken as a tenth of the whole model's largest at least: a gradient may be zero but for rounding
     (a key's bias shifts all scores of a query alike), and then says nothing.

@@ -32,11 +32,11 @@ class TrainState:
 
     @property
     def model(self) -> nn.Module:
-        """The whole model of a run of one process; else the rank's (first) stage."""
+        """Whole model in a run of one process, else the rank's (first) pipeline stage."""
         return self.parallel.models[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of a checkpoint by its key (no copies: loading writes into them)."""
+        """Return every tensor of a checkpoint by its key (no copies: loading writes into them)."""
         found: dict[str, Tensor] = {
             f"model.{name}": p.detach() for name, p in self.weights.parameters.items()
         }
@@ -48,17 +48,17 @@ class TrainState:
             found |= {f"ema.{name}": value for name, value in self.average.averages.items()}
         return found
 
-    def facts(self) -> dict[str, Any]:
-        """The rest of a checkpoint, as JSON."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the rest of a checkpoint, as JSON."""
         return {"step": self.step, "tokens": self.tokens, "watch": self.watch}
 
-    def restore(self, facts: dict[str, Any]) -> None:
-        """Take up `facts` after the tensors were loaded in place."""
-        self.step, self.tokens, self.watch = facts["step"], facts["tokens"], facts["watch"]
-        self.publish()
+    def restore(self, metadata: dict[str, Any]) -> None:
+        """Take up `metadata` after the tensors were loaded in place."""
+        self.step, self.tokens, self.watch = metadata["step"], metadata["tokens"], metadata["watch"]
+        self.sync_model_weights()
 
-    def publish(self) -> None:
-        """Let the model compute with the weights' present values."""
-        self.weights.publish()
+    def sync_model_weights(self) -> None:
+        """Let the model compute with the master weights' present values."""
+        self.weights.sync_model_weights()
         if self.parallel.pipeline is not None:
             self.parallel.pipeline.sync_tied_embeddings()

@@ -18,25 +18,36 @@ from megatrain.train.state import TrainState
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """Results of one step as 0-d tensors on the device (reading them waits for the device), equal on all ranks."""
+    """Results of one step, equal on all ranks. They stay on the device until `read`, which waits for it, once."""
 
-    loss: Tensor
-    """Nats a token: mean over the valid tokens of the global batch (z-loss included)."""
-    grad_norm: Tensor
-    """Of the whole model, before clipping."""
-    stop_wanted: Tensor
-    """How many ranks asked to stop."""
+    values: Tensor
+    """`(3,)` float64: loss, gradient norm, number of ranks that want to stop."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Nats per token: mean over the valid tokens of the global batch, z-loss included."""
+        return self.values[0]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """2-norm of the whole model's gradient, before clipping."""
+        return self.values[1]
+
+    def read(self) -> tuple[float, float, bool]:
+        """Return loss, gradient norm, and whether any rank wants to stop, in one copy to the host."""
+        loss, grad_norm, stop = self.values.tolist()
+        return loss, grad_norm, stop > 0
 
 
 def loss_sum(parallel: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
-    """Loss in nats, summed over this rank's valid tokens of `batch` (float32 scalar on the model's device)."""
+    """Return the loss in nats, summed over this rank's valid tokens of `batch` (float32 scalar on the device)."""
     tensors = _on_device(parallel, batch)
     loss: Tensor = parallel.models[0](tensors.pop("tokens"), **tensors, z_loss=z_loss)
     return loss
 
 
 def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
-    """This rank's part of `batch` by the names of the model's arguments."""
+    """Return this rank's shard of `batch` on the device, by the names of the model's arguments."""
     names = ("tokens", "targets", "positions", "doc_ids")
     tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
     device = parallel.device
@@ -51,35 +62,36 @@ def train_step(
     lr: float,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> StepStats:
-    """One optimizer step at learning rate `lr` over the global batch.
+    """Take one optimizer step at learning rate `lr` over the global batch.
 
     `wants_stop` is asked late in the step, and all ranks learn together whether any wants to: so they stop together.
 
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
-    batch, so the cut into micro-batches and over ranks changes nothing but rounding.
+    batch, so the split into micro-batches and over ranks changes nothing but rounding.
     """
     parallel, weights = state.parallel, state.weights.parameters
     loss = accumulate_gradients(state, batch, cfg)
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
     stop = torch.full_like(loss, float(wants_stop()))
-    sums = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
-    grad_norm = sums[1].sqrt()
+    # One all-reduce for what every rank must know: small collectives cost their latency, not their bytes.
+    loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
+    grad_norm = squared_norm.sqrt()
     clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
     state.optimizer.step()
     state.weights.zero_gradients()
-    state.publish()
+    state.sync_model_weights()
     balance_experts(parallel.models, cfg.model, parallel.total)
     if state.average is not None:
         state.average.update(weights)
     state.step += 1
     state.tokens += batch.valid_tokens
-    return StepStats(loss=sums[0], grad_norm=grad_norm, stop_wanted=sums[2])
+    return StepStats(torch.stack([loss, grad_norm, stop]))
 
 
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
-    """Leave the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
+    """Accumulate the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
     parallel = state.parallel
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
     loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
@@ -88,7 +100,7 @@ def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Te
 
 
 def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
-    """Gradients of this rank's micro-batches, one after the other; returns its share of the loss (float64)."""
+    """Run forward and backward of this rank's micro-batches in turn; returns its share of the loss (float64)."""
     parallel = state.parallel
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)  # a long sum of small parts
     for n, part in enumerate(batch.micro_batches):
@@ -102,7 +114,7 @@ def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
 
 
 def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
-    """As `_accumulate`, all micro-batches at once through the pipeline's schedule."""
+    """Do as `_accumulate`, with all micro-batches at once through the pipeline's schedule."""
     parallel = state.parallel
     assert parallel.pipeline is not None
     parts = [_on_device(parallel, part) for part in batch.micro_batches]
@@ -117,7 +129,7 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
 
 @torch.no_grad()
 def evaluation_loss(parallel: ParallelModel, batch: Batch) -> Tensor:
-    """Loss in nats summed over this rank's valid tokens of `batch`, once in each tp group."""
+    """Return the loss in nats summed over this rank's valid tokens of `batch`, on one rank of each tp group."""
     if parallel.pipeline is None:
         loss = loss_sum(parallel, batch)
     else:

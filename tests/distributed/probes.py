@@ -2,6 +2,7 @@
 
 import gc
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatrain.data.loader import Loader
 from megatrain.data.store import TokenSource
-from megatrain.parallel.layout import data_ranks
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.shards import local_tensor
 from megatrain.train import step
-from megatrain.train.build import build_state
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
@@ -98,17 +97,8 @@ def _start(cfg: Config, store: TokenSource) -> tuple[TrainState, Any, Mesh | Non
     device = torch.device("cpu")
     mesh = make_mesh(cfg.parallel, device) if dist.is_initialized() else None
     state = build_state(cfg, device, mesh)
-    loader = Loader(
-        store=store,
-        seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        seed=cfg.train.seed,
-        mask_documents=cfg.data.mask_documents,
-        rank=0 if mesh is None else mesh.data_rank,
-        size=data_ranks(cfg.parallel),
-        prefetch=0,
-    )
+    # Without batches that a thread makes ahead: they would be counted as what a rank holds.
+    loader = build_loader(replace(cfg, data=replace(cfg.data, prefetch=0)), store, mesh)
     return state, loader.batches(0), mesh
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from layouts import EXPERTS, STORE, replace
 
-from megatrain.data.loader import Loader, StepBatch
+from megatrain.data.loader import StepBatch
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import data_ranks, world_size
+from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.runtime.workers import WorkerPool
-from megatrain.train.build import build_state
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
-from megatrain.train.parity import Arrays, relative_errors, whole_arrays
+from megatrain.train.parity import Arrays, full_arrays, relative_errors
 from megatrain.train.state import TrainState
 from megatrain.train.step import accumulate_gradients
 
@@ -23,28 +23,17 @@ def start(cfg: Config) -> tuple[TrainState, StepBatch, Mesh | None]:
     """The run `cfg` on this rank before its first step."""
     device = torch.device("cpu")
     mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
-    loader = Loader(
-        store=STORE,
-        seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        seed=cfg.train.seed,
-        mask_documents=True,
-        rank=0 if mesh is None else mesh.data_rank,
-        size=data_ranks(cfg.parallel),
-        prefetch=0,
-    )
-    return build_state(cfg, device, mesh), loader.step_batch(0), mesh
+    return build_state(cfg, device, mesh), build_loader(cfg, STORE, mesh).step_batch(0), mesh
 
 
 def one_sided_gradients(cfg: Config) -> Arrays:
     """Gradients where every token's two experts are the first two, which are on the first rank."""
     state, batch, mesh = start(cfg)
-    for block in state.model.layers.values():  # type: ignore[operator]
+    for _, block in state.model.blocks():
         if block.moe is not None:
             block.moe.expert_bias[:2] = 100.0
     accumulate_gradients(state, batch, cfg)
-    return whole_arrays({name: p.grad for name, p in state.weights.parameters.items()}, mesh)  # type: ignore[misc]
+    return full_arrays({name: p.grad for name, p in state.weights.parameters.items()}, mesh)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def make_run(directory: Path, model: ModelConfig) -> Path:
     for name, tensor in tensors.items():
         if name.startswith(("model.", "ema.")) and tensor.is_floating_point():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-    Checkpointer(directory / "checkpoints", CheckpointConfig()).save(3, tensors, state.facts())
+    Checkpointer(directory / "checkpoints", CheckpointConfig()).save(3, tensors, state.metadata())
     write_config(directory, cfg)
     (directory / "tokenizer").mkdir()
     train_bpe(iter(["the square of the number " * 9]), vocab_size=300).save(directory / "tokenizer")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatrain.data.config import DataConfig
-from megatrain.data.loader import Loader
 from megatrain.data.store import TokenStore
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.optim.config import AdamWConfig
@@ -18,7 +17,7 @@ from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.float8 import Float8Linear
 from megatrain.runtime import device as device_module
 from megatrain.runtime.device import choose_precision
-from megatrain.train.build import build_state
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config, TrainConfig
 from megatrain.train.resume import changed_keys
 from megatrain.train.state import TrainState
@@ -55,14 +54,7 @@ def in_fp8(scaling: Any, cfg: Config = CFG) -> Config:
 
 
 def steps(state: TrainState, cfg: Config, numbers: range) -> list[float]:
-    loader = Loader(
-        store=chain(),
-        seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        seed=cfg.train.seed,
-        mask_documents=False,
-    )
+    loader = build_loader(cfg, chain(), None)
     return [train_step(state, loader.step_batch(n), cfg, lr=cfg.optim.lr).loss.item() for n in numbers]
 
 
@@ -94,7 +86,7 @@ def test_a_run_goes_on_bitwise(scaling: str) -> None:
     steps(whole, cfg, range(2))
     for name, tensor in taken_up.tensors().items():
         tensor.copy_(whole.tensors()[name])
-    taken_up.restore(whole.facts())
+    taken_up.restore(whole.metadata())
     assert steps(whole, cfg, range(2, 4)) == steps(taken_up, cfg, range(2, 4))
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, taken_up.tensors()[name]), name

@@ -12,7 +12,7 @@ from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import ExpertsConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig
 from megatrain.parallel.config import ParallelConfig
-from megatrain.train.build import build_state
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config, TrainConfig
 from megatrain.train.step import train_step
 
@@ -31,14 +31,7 @@ Result = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 
 def loader(cfg: Config) -> Loader:
-    return Loader(
-        store=SyntheticStore(cfg.model.vocab_size),
-        seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        seed=cfg.train.seed,
-        mask_documents=False,
-    )
+    return build_loader(cfg, SyntheticStore(cfg.model.vocab_size), None)
 
 
 def ours(cfg: Config) -> Result:
@@ -120,7 +113,7 @@ def test_experts_go_on_from_the_tensors_of_a_checkpoint() -> None:
         if number == 2:  # the second takes up what the first has, and only that
             for name, tensor in states[1].tensors().items():
                 tensor.copy_(states[0].tensors()[name])
-            states[1].restore(states[0].facts())
+            states[1].restore(states[0].metadata())
         for state in states[: 1 + number // 2]:
             train_step(state, loader(cfg).step_batch(number), cfg, lr=cfg.optim.lr)
     for name, tensor in states[0].tensors().items():

@@ -8,8 +8,7 @@ import pytest
 import torch
 from layouts import CFG, EXPERTS, GPT2, STORE
 
-from megatrain.data.loader import Loader
-from megatrain.train.build import build_state
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.step import train_step
 from megatrain_kernels.kernel import preferring, run_triton
@@ -20,18 +19,7 @@ RUNS = {"qwen3, window": CFG, "gpt2": GPT2, "experts": EXPERTS}
 
 def losses(cfg: Config, backend: Any) -> list[float]:
     state = build_state(cfg, torch.device("cpu"))
-    loader = Loader(
-        store=STORE,
-        seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        seed=cfg.train.seed,
-        mask_documents=True,
-        rank=0,
-        size=1,
-        prefetch=0,
-    )
-    batches = loader.batches(0)
+    batches = build_loader(cfg, STORE, None).batches(0)
     with preferring(backend):
         return [train_step(state, next(batches), cfg, lr=1e-2).loss.item() for _ in range(STEPS)]
 

@@ -125,7 +125,7 @@ def test_masters_take_steps_that_the_low_precision_copy_cannot_hold() -> None:
                 assert master.grad is not None
                 master -= 1e-3 * master.grad
         weights.zero_gradients()
-        weights.publish()
+        weights.sync_model_weights()
     torch.testing.assert_close(weights.parameters["weight"].detach(), torch.full((4, 4), 1 - 0.016))
     assert torch.equal(model.weight.detach().float(), torch.full((4, 4), 1 - 0.016).bfloat16().float())
 

@@ -1,0 +1,63 @@
+"""One process's share of a run: everything that exists while it trains."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.store import Checkpointer
+from megatrain.config.load import digest, dump
+from megatrain.data.loader import Batch, Loader
+from megatrain.data.prepare import Prepared
+from megatrain.models.flops import flops_per_token
+from megatrain.observe.display import Display
+from megatrain.observe.rundir import RunLog
+from megatrain.runtime.device import Peak, peak_flops
+from megatrain.runtime.processes import Processes
+from megatrain.train.build import COMPUTE_DTYPE
+from megatrain.train.config import Config
+from megatrain.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was settled and opened before the first step. `state` changes; the rest does not."""
+
+    cfg: Config
+    directory: Path
+    processes: Processes
+    data: Prepared
+    state: TrainState
+    loader: Loader
+    eval_batches: list[Batch]
+    checkpointer: Checkpointer
+    display: Display
+    log: RunLog
+    changes: dict[str, Any]
+    """Keys that differ from the run's former config, and were allowed to: key -> (old, new)."""
+
+    @cached_property
+    def flops_full(self) -> float:
+        """FLOPs per token, counting every query against every key."""
+        return flops_per_token(self.cfg.model, self.cfg.seq_len, causal=False)
+
+    @cached_property
+    def flops_causal(self) -> float:
+        """FLOPs per token, counting the pairs that the causal mask leaves."""
+        return flops_per_token(self.cfg.model, self.cfg.seq_len, causal=True)
+
+    @cached_property
+    def peak(self) -> Peak | None:
+        """Peak FLOP/s of one process's device; None if it is neither published nor measured."""
+        return peak_flops(self.state.parallel.device, COMPUTE_DTYPE[self.cfg.train.precision])
+
+    def save(self) -> None:
+        """Save a checkpoint of the present state; all processes call this together."""
+        info = {
+            "data_fingerprint": self.data.fingerprint,
+            "config_digest": digest(self.cfg),
+            "layout": dump(self.cfg.parallel),
+        }
+        state = self.state
+        path = self.checkpointer.save(state.step, state.tensors(), state.metadata(), info)
+        self.log.event("save", step=state.step, path=path.name)
