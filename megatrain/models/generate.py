@@ -41,7 +41,7 @@ def generate(
 
 
 def _draw(logits: Tensor, how: tuple[float, int | None, float | None], generator: torch.Generator) -> int:
-    """One token from logits `(vocab,)`; `how` is (temperature, top_k, top_p)."""
+    """Draw one token from logits `(vocab,)`; `how` is (temperature, top_k, top_p)."""
     temperature, top_k, top_p = how
     if temperature == 0:
         return int(logits.argmax())

@@ -26,7 +26,7 @@ HF_TYPES = {
 
 
 def get_spec(kind: str) -> ModelSpec:
-    """The family `kind`.
+    """Return the family `kind`.
 
     Raises:
         UserError: there is none of that name.
@@ -39,7 +39,7 @@ def get_spec(kind: str) -> ModelSpec:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """The config of the model that a Hugging Face config.json (`hf`, parsed) describes.
+    """Return the config of the model that a Hugging Face config.json (`hf`, parsed) describes.
 
     Raises:
         UserError: no family of ours can express it; the message names the key.

@@ -51,7 +51,7 @@ class WeightMap:
     parts of a model that we do not have."""
 
     def export(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors under Hugging Face's names (views where nothing is joined).
+        """Return our tensors under Hugging Face's names (views where nothing is joined).
 
         Raises:
             UserError: a tensor is unknown or missing.
@@ -70,7 +70,7 @@ class WeightMap:
         return theirs
 
     def load(self, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Hugging Face's tensors under our names (views but for stacks); `shapes` are our parameters' shapes.
+        """Return Hugging Face's tensors under our names (views but for stacks); `shapes` are our parameters' shapes.
 
         Raises:
             UserError: a tensor is unknown, missing, of another shape, or differs from the one it should repeat.
@@ -94,7 +94,7 @@ class WeightMap:
         return ours
 
     def _without_extras(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`theirs` with full names, without constants and repeats."""
+        """Return `theirs` with full names, without constants and repeats."""
         if not any(name.startswith(self.prefix) for name in theirs):
             theirs = {self.prefix + name: tensor for name, tensor in theirs.items()}
         kept = {name: tensor for name, tensor in theirs.items() if not re.fullmatch(self.constants, name)}
@@ -105,7 +105,7 @@ class WeightMap:
 
 
 def _swap_rotary(tensor: Tensor, head: int, rotary: int, *, halves: bool) -> Tensor:
-    """From halves to pairs of neighbours or back (see `Rule`); tensor `(rows, ...)`."""
+    """Reorder rotary rows from halves to pairs of neighbours or back (see `Rule`); tensor `(rows, ...)`."""
     heads = tensor.unflatten(0, (-1, head))
     kept, turned = heads.split([head - rotary, rotary], 1)
     sizes = (2, rotary // 2) if halves else (rotary // 2, 2)
@@ -155,7 +155,7 @@ def require(cfg: Any, family: str, *, prefix: str = "model.", **options: object)
 
 
 def require_part(cfg: Any, family: str, name: str) -> Any:
-    """The part `name` of a model's config, which `family`'s Hugging Face form always has."""
+    """Return the part `name` of a model's config, which `family`'s Hugging Face form always has."""
     part = getattr(cfg, name)
     if part is None:
         raise UserError(f"a Hugging Face {family} model cannot express: model.{name}=null")
@@ -171,10 +171,10 @@ def require_hf(hf: Mapping[str, Any], **keys: object) -> None:
 
 
 def value_of(hf: Mapping[str, Any], key: str) -> Any:
-    """What config.json must say.
+    """Return a required key of config.json.
 
     Raises:
-        UserError: it does not.
+        UserError: config.json does not have it.
     """
     if key not in hf:
         raise UserError(f"config.json has no {key}")

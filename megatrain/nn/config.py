@@ -214,7 +214,7 @@ class DecoderConfig:
         )
 
     def has_experts(self, layer: int) -> bool:
-        """Is the feed-forward block of layer number `layer` a mixture of experts?"""
+        """Tell whether layer `layer` has a mixture of experts instead of a feed-forward block."""
         moe = self.experts
         return moe is not None and layer >= moe.first_k_dense and layer % moe.layer_frequency == 0
 

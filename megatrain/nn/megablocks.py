@@ -13,7 +13,7 @@ from megatrain.config.errors import UserError
 
 
 def megablocks_product(x: Tensor, weights: Tensor, group_sizes: Tensor) -> Tensor:
-    """As `megatrain_kernels.grouped_gemm`; an expert's sizes are copied to the host.
+    """Do as `megatrain_kernels.grouped_gemm`, which see; `group_sizes` is copied to the host.
 
     Raises:
         UserError: the inputs are not bf16 on a GPU.
@@ -29,10 +29,10 @@ def megablocks_product(x: Tensor, weights: Tensor, group_sizes: Tensor) -> Tenso
 
 
 def check_megablocks() -> None:
-    """Is it there?
+    """Raise UserError unless MegaBlocks is installed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is missing; says how to install it.
     """
     try:
         found = import_module("megablocks.grouped_gemm_util").grouped_gemm_is_available()

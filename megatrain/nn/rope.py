@@ -11,7 +11,7 @@ from megatrain.nn.config import RopeScaling
 def rope_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None, *, device: torch.device | None = None
 ) -> Tensor:
-    """Radians a token of each pair of dimensions, `(head_dim / 2,)` float64.
+    """Return the frequency of each pair of dimensions in radians per token, `(head_dim / 2,)` float64.
 
     All kinds of stretching have the form `f · (kept + (1 - kept) / factor)`; they differ in how much of which
     frequency is kept as it was. Everything is computed on `device`: a copy to it would make the host wait.
@@ -34,10 +34,10 @@ def rope_frequencies(
 
 
 def _yarn_kept(pair: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """YaRN's ramp over the pairs of dimensions (arXiv 2309.00071, section 3.2)."""
+    """Return YaRN's ramp over the pairs of dimensions (arXiv 2309.00071, section 3.2)."""
 
     def pair_with(turns: float) -> float:
-        """Where the pair lies that turns this often over the original length."""
+        """Return the pair of dimensions that turns this often over the original length."""
         length = scaling.original_max_seq_len / (turns * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(theta))
 
@@ -47,7 +47,7 @@ def _yarn_kept(pair: Tensor, head_dim: int, theta: float, scaling: RopeScaling) 
 
 
 def rope_magnitude(scaling: RopeScaling | None) -> float:
-    """Factor on cos and sin: 1 but for YaRN's temperature (arXiv 2309.00071, section 3.4)."""
+    """Return the factor on cos and sin: 1 but for YaRN's temperature (arXiv 2309.00071, section 3.4)."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -56,7 +56,7 @@ def rope_magnitude(scaling: RopeScaling | None) -> float:
 
 
 def rope_score_factor(scaling: RopeScaling | None) -> float:
-    """Factor on attention scores: 1 but for the temperature as DeepSeek applies it (see `RopeScaling.mscale`)."""
+    """Return the factor on attention scores: 1 but for DeepSeek's temperature (see `RopeScaling.mscale`)."""
     if scaling is None or scaling.kind != "yarn" or scaling.mscale is None:
         return 1.0
     return (0.1 * scaling.mscale * math.log(scaling.factor) + 1.0) ** 2
@@ -65,7 +65,7 @@ def rope_score_factor(scaling: RopeScaling | None) -> float:
 def rope_angles(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin `(..., head_dim / 2)`, float32, of `positions` `(...)`."""
+    """Return cos and sin `(..., head_dim / 2)`, float32, of `positions` `(...)`."""
     frequencies = rope_frequencies(head_dim, theta, scaling, device=positions.device)
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies.to(torch.float32)
     magnitude = rope_magnitude(scaling)

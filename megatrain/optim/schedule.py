@@ -6,7 +6,7 @@ from megatrain.optim.config import ConstantConfig, CosineConfig, LinearConfig, S
 
 
 def lr_factor(cfg: ScheduleConfig, step: int, *, total_steps: int) -> float:
-    """Share of the peak learning rate that step `step` (the first is 0) uses.
+    """Return the share of the peak learning rate that step `step` (the first is 0) uses.
 
     Warm-up grows linearly and reaches 1 at step `warmup_steps`; its first step is not 0. The last step,
     `total_steps - 1`, uses the schedule's final ratio.
@@ -26,7 +26,7 @@ def lr_factor(cfg: ScheduleConfig, step: int, *, total_steps: int) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """How far `step` is from `start` (0) to `end` (1)."""
+    """Return how far `step` is from `start` (0) to `end` (1)."""
     if step >= end:
         return 1.0 if end > start else 0.0
     return max(0.0, (step - start) / (end - start))

@@ -48,7 +48,7 @@ def local_view(name: str, parameter: nn.Parameter) -> torch.Tensor:
 
 
 def local_view_without_bias(name: str, parameter: nn.Parameter) -> torch.Tensor:
-    """As `local_view`, but zero for a bias: of a row-parallel product, on all ranks but the first.
+    """Do as `local_view`, but return zero for a bias: of a row-parallel product, on all ranks but the first.
 
     The ranks' partial outputs are summed, so one rank alone may add the bias.
     """

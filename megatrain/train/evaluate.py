@@ -22,7 +22,7 @@ class Evaluation:
 
 
 def evaluate(parallel: ParallelModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
-    """Mean loss over every valid token of `batches`; the model's mode and weights are left as they were.
+    """Return the mean loss over every valid token of `batches`; the model's mode and weights are left as they were.
 
     Ranks that read different data take turns; each computes equally many batches, since they compute together.
 

@@ -86,7 +86,7 @@ def export(
 
 
 def _pieces(mapping: WeightMap, reader: CheckedReader, prefix: str) -> Iterator[dict[str, Tensor]]:
-    """What each rule of `mapping` makes, one after the other, under Hugging Face's names."""
+    """Yield what each rule of `mapping` makes, one after the other, under Hugging Face's names."""
     parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
     parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
     kinds = reader.kinds()
@@ -111,7 +111,7 @@ def _counting(
 def _write_shards(
     directory: Path, pieces: Iterator[dict[str, Tensor]], dtype: torch.dtype, shard_bytes: int
 ) -> tuple[int, int]:
-    """Files of about `shard_bytes` and, for several, their index; returns their number, and that of parameters."""
+    """Write files of about `shard_bytes`, and an index of several; returns the numbers of files and parameters."""
     shard: dict[str, Tensor] = {}
     places: dict[str, int] = {}
     files, size, parameters, total = 0, 0, 0, 0
@@ -139,7 +139,7 @@ def _write_shards(
 
 
 def _unnamed(number: int) -> str:
-    """A file's name until their number, which is a part of the final one, is known."""
+    """Return a file's name until the number of files, which is a part of the final one, is known."""
     return f"part-{number}"
 
 
@@ -148,7 +148,7 @@ def _save(directory: Path, number: int, shard: dict[str, Tensor]) -> None:
 
 
 def _write_tokenizer(source: Path, target: Path) -> dict[str, Any]:
-    """The tokenizer, where Hugging Face has a form for it; what config.json says of it."""
+    """Write the tokenizer if Hugging Face has a form for it; returns what config.json says of it."""
     tokenizer = load_tokenizer(source)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save_pretrained(target)

@@ -12,7 +12,7 @@ TOKENS = 64
 
 @torch.no_grad()
 def largest_difference(run: Path, exported: Path) -> float:
-    """The largest difference between the logits of `run`'s newest model and those of `exported`, on random tokens.
+    """Return the largest difference of logits between `run`'s newest model and `exported`, on random tokens.
 
     Raises:
         UserError: transformers is not installed.

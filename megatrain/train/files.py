@@ -12,12 +12,12 @@ CONFIG_FILE = "config.yaml"
 
 
 def run_directory(cfg: Config) -> Path:
-    """Where the run lives."""
+    """Return the directory of the run."""
     return Path(cfg.run.dir) / cfg.run.name
 
 
 def read_config(directory: Path) -> Config:
-    """The config that the run in `directory` was last started with.
+    """Return the config that the run in `directory` was last started with.
 
     Raises:
         UserError: there is none, or it can't be read by this version.

@@ -14,7 +14,7 @@ from megatrain.train.files import read_config
 
 
 def restore_model(directory: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, Config, int]:
-    """The model of the newest checkpoint in float32, its tokenizer, its config, and the step.
+    """Load the model of the newest checkpoint in float32, its tokenizer, its config, and the step.
 
     Raises:
         UserError: `directory` is not a run directory, or has no checkpoint.

@@ -28,7 +28,7 @@ FREE = (
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """Keys outside `FREE` whose values differ: key -> (old, new)."""
+    """Return the keys outside `FREE` whose values differ: key -> (old, new)."""
     before, after = flatten(old), flatten(new)
     free = set(FREE)
     if new.train.precision == "fp8" and new.train.fp8_scaling == "tensor":

@@ -63,7 +63,7 @@ class Verdict:
 
 
 def shrink(cfg: Config) -> Config:
-    """A run of a few seconds with `cfg`'s features: ratio of heads, experts, ties, window, documents, optimizer."""
+    """Return a run of a few seconds with `cfg`'s features: head ratio, experts, ties, window, documents, optimizer."""
     model = cfg.model
     ratio = min(8, model.n_heads // model.kv_heads)
     small: ModelConfig = dataclasses.replace(
@@ -116,7 +116,7 @@ def _shrink_experts(moe: ExpertsConfig) -> ExpertsConfig:
 
 
 def layouts(cfg: Config) -> list[ParallelConfig]:
-    """The config's own layout, if it has several processes and this machine can hold them, and `LAYOUTS` or more."""
+    """Return the layouts to try: the config's own, if this machine can hold its processes, and `LAYOUTS` or more."""
     own = dataclasses.replace(cfg.parallel, dp_shard=max(1, cfg.parallel.dp_shard), pp_split=())
     chosen = [own] if 1 < world_size(own) <= MOST_PROCESSES else []
     tried = LAYOUTS if cfg.model.experts is None else LAYOUTS + EXPERT_LAYOUTS
@@ -124,7 +124,7 @@ def layouts(cfg: Config) -> list[ParallelConfig]:
 
 
 def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], None]) -> Iterator[Verdict]:
-    """A verdict for each layout that fits the shrunk config.
+    """Yield a verdict for each layout that fits the shrunk config.
 
     Args:
         fault: one of `parity.FAULTS`, planted in every layout to see that it is caught.
@@ -143,7 +143,7 @@ def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], N
 
 
 def describe(layout: ParallelConfig) -> str:
-    """What of a layout differs from one process."""
+    """Return what of a layout differs from one process, as a user writes it."""
     plain = ParallelConfig()
     names = (*AXES, "ep", "zero_stage", "pp_schedule", "cp_kind")
     changed = [
@@ -153,7 +153,7 @@ def describe(layout: ParallelConfig) -> str:
 
 
 def compare(layout: str, found: Trace, truth: Trace) -> Verdict:
-    """`found` beside `truth`."""
+    """Compare `found` with `truth`."""
 
     def worst(a: Any, b: Any) -> tuple[str, float]:
         errors = relative_errors(a, b)

@@ -39,7 +39,7 @@ MIXING = ("mscale", "mscale_all_dim")
 
 
 def weight_map(cfg: DeepseekV3Config) -> WeightMap:
-    """Names of the tensors of `DeepseekV3ForCausalLM`'s files; what predicts further tokens is passed over."""
+    """Return the names of the tensors of `DeepseekV3ForCausalLM`'s files, without multi-token prediction."""
     check(cfg)
     plain = llama_like_map(cfg, NORMS)
     rules = [rule for layer in range(cfg.n_layers) for rule in _layer_rules(cfg, layer)]
@@ -90,7 +90,7 @@ def check(cfg: DeepseekV3Config) -> None:
 
 
 def hf_config(cfg: DeepseekV3Config) -> dict[str, Any]:
-    """config.json of `DeepseekV3ForCausalLM`."""
+    """Return config.json of `DeepseekV3ForCausalLM`."""
     check(cfg)
     common = llama_like_config(cfg)
     del common["head_dim"]
@@ -109,7 +109,7 @@ def hf_config(cfg: DeepseekV3Config) -> dict[str, Any]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DeepseekV3Config:
-    """The config of a `DeepseekV3ForCausalLM`."""
+    """Return the config of a `DeepseekV3ForCausalLM`."""
     fixed = {
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -129,7 +129,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DeepseekV3Config:
 
 
 def _without_mixing(hf: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """config.json without the temperatures in its description of rotary positions; and their common value.
+    """Return config.json without the temperatures in its description of rotary positions; and their common value.
 
     Raises:
         UserError: the two differ, so that cos and sin would have a factor too.

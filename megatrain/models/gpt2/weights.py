@@ -19,7 +19,7 @@ ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 
 
 def weight_map(cfg: GPT2Config) -> WeightMap:
-    """Names of `GPT2LMHeadModel`'s parameters."""
+    """Return the names of `GPT2LMHeadModel`'s parameters."""
     check(cfg)
     rules = [
         Rule("transformer.wte.weight", ("embed.weight",)),
@@ -70,7 +70,7 @@ def check(cfg: GPT2Config) -> None:
 
 
 def hf_config(cfg: GPT2Config) -> dict[str, Any]:
-    """config.json of `GPT2LMHeadModel`."""
+    """Return config.json of `GPT2LMHeadModel`."""
     check(cfg)
     return {
         "model_type": "gpt2",
@@ -94,7 +94,7 @@ def hf_config(cfg: GPT2Config) -> dict[str, Any]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> GPT2Config:
-    """The config of a `GPT2LMHeadModel`. Dropout, which concerns training only, is not taken over."""
+    """Return the config of a `GPT2LMHeadModel`. Dropout, which concerns training only, is not taken over."""
     require_hf(
         hf,
         scale_attn_weights=True,

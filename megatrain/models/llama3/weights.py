@@ -50,7 +50,7 @@ SCALING_FIELDS = {
 
 
 def weight_map(cfg: Llama3Config) -> WeightMap:
-    """Names of `LlamaForCausalLM`'s parameters."""
+    """Return the names of `LlamaForCausalLM`'s parameters."""
     check(cfg)
     return llama_like_map(cfg, MODULES)
 
@@ -61,20 +61,20 @@ def check(cfg: Llama3Config) -> None:
 
 
 def hf_config(cfg: Llama3Config) -> dict[str, Any]:
-    """config.json of `LlamaForCausalLM`."""
+    """Return config.json of `LlamaForCausalLM`."""
     check(cfg)
     own = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": cfg.mlp_bias}
     return own | llama_like_config(cfg)
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Llama3Config:
-    """The config of a `LlamaForCausalLM`, of any generation of Llama."""
+    """Return the config of a `LlamaForCausalLM`, of any generation of Llama."""
     data = llama_like_from_hf(hf) | {"mlp_bias": hf.get("mlp_bias", False)}
     return load(Llama3Config, data)
 
 
 def llama_like_map(cfg: DecoderConfig, modules: Mapping[str, str]) -> WeightMap:
-    """The map of a model laid out as Llama, with `modules` inside each layer."""
+    """Return the map of a model laid out as Llama, with `modules` inside each layer."""
     rules = [
         Rule("model.embed_tokens.weight", ("embed.weight",)),
         Rule("model.norm.weight", ("norm.weight",)),
@@ -96,7 +96,7 @@ def llama_like_map(cfg: DecoderConfig, modules: Mapping[str, str]) -> WeightMap:
 
 
 def llama_like_config(cfg: DecoderConfig) -> dict[str, Any]:
-    """What config.json has in common for models laid out as Llama.
+    """Return what config.json has in common for models laid out as Llama.
 
     Rotary positions are written as `rope_theta` and `rope_scaling`, which every version of transformers reads.
     """
@@ -122,7 +122,7 @@ def llama_like_config(cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def llama_like_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data of the config of a model laid out as Llama; the reverse of `llama_like_config`."""
+    """Return plain data of the config of a model laid out as Llama; the reverse of `llama_like_config`."""
     require_hf(hf, hidden_act="silu", quantization_config=None)
     # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -146,13 +146,13 @@ def llama_like_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
-    """transformers' description of stretched rotary positions."""
+    """Return transformers' description of scaled rotary positions."""
     values = {SCALING[name]: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}
     return {"rope_type": scaling.kind} | {key: value for key, value in values.items() if value is not None}
 
 
 def scaling_from_hf(rope: Mapping[str, Any], *, max_seq_len: int) -> dict[str, Any] | None:
-    """Plain data of RopeScaling; None: not stretched. Where no original length is given, transformers takes
+    """Return plain data of RopeScaling, or None without scaling. Where no original length is given, transformers takes
     `max_seq_len`, and so do we.
 
     Raises:

@@ -29,13 +29,13 @@ NO_EXPERTS = {key: value for key, value in LLAMA_LIKE.items() if key != "experts
 
 
 def weight_map(cfg: MixtralConfig) -> WeightMap:
-    """Names of the tensors of `MixtralForCausalLM`'s files."""
+    """Return the names of the tensors of `MixtralForCausalLM`'s files."""
     check(cfg)
     return replace(llama_like_map(cfg, MIXTRAL_MODULES), stacks=expert_stacks(cfg, EXPERTS))
 
 
 def expert_stacks(cfg: DecoderConfig, names: Mapping[str, str]) -> tuple[Stack, ...]:
-    """The stacked matrices of all layers' experts; `names` as `EXPERTS`."""
+    """Return the stacked matrices of all layers' experts; `names` as `EXPERTS`."""
     assert cfg.experts is not None
     return tuple(
         Stack(
@@ -60,7 +60,7 @@ def check(cfg: MixtralConfig) -> None:
 
 
 def hf_config(cfg: MixtralConfig) -> dict[str, Any]:
-    """config.json of `MixtralForCausalLM`."""
+    """Return config.json of `MixtralForCausalLM`."""
     check(cfg)
     assert cfg.experts is not None
     own = {
@@ -75,7 +75,7 @@ def hf_config(cfg: MixtralConfig) -> dict[str, Any]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> MixtralConfig:
-    """The config of a `MixtralForCausalLM`."""
+    """Return the config of a `MixtralForCausalLM`."""
     require_hf(hf, router_jitter_noise=0.0)
     moe = {"n_experts": value_of(hf, "num_local_experts"), "top_k": value_of(hf, "num_experts_per_tok")}
     return load(

@@ -19,7 +19,7 @@ QWEN3_MODULES = MODULES | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "se
 
 
 def weight_map(cfg: Qwen3Config) -> WeightMap:
-    """Names of `Qwen3ForCausalLM`'s parameters."""
+    """Return the names of `Qwen3ForCausalLM`'s parameters."""
     check(cfg)
     return llama_like_map(cfg, QWEN3_MODULES)
 
@@ -30,7 +30,7 @@ def check(cfg: Qwen3Config) -> None:
 
 
 def hf_config(cfg: Qwen3Config) -> dict[str, Any]:
-    """config.json of `Qwen3ForCausalLM`."""
+    """Return config.json of `Qwen3ForCausalLM`."""
     check(cfg)
     windowed = cfg.sliding_window is not None
     own = {
@@ -45,12 +45,12 @@ def hf_config(cfg: Qwen3Config) -> dict[str, Any]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Qwen3Config:
-    """The config of a `Qwen3ForCausalLM`."""
+    """Return the config of a `Qwen3ForCausalLM`."""
     return load(Qwen3Config, llama_like_from_hf(hf) | {"sliding_window": _window(hf)})
 
 
 def _window(hf: Mapping[str, Any]) -> int | None:
-    """The window that all layers share, if there is one."""
+    """Return the sliding window that all layers share, or None."""
     window: int | None = hf.get("sliding_window") if hf.get("use_sliding_window", False) else None
     if window is None:
         return None
