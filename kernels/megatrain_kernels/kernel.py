@@ -250,8 +250,9 @@ def require_one_device(**given: Tensor | None) -> None:
     Raises:
         ValueError: they are not.
     """
-    devices = [x.device for x in given.values() if x is not None]
-    require(all(each == devices[0] for each in devices), f"{_listed(given)} must be on one device", **given)
+    tensors = [x for x in given.values() if x is not None]
+    if any(x.device != tensors[0].device for x in tensors[1:]):
+        require(False, f"{_listed(given)} must be on one device", **given)
 
 
 def require_floating(**given: Tensor | None) -> None:
@@ -260,8 +261,8 @@ def require_floating(**given: Tensor | None) -> None:
     Raises:
         ValueError: they have not.
     """
-    real = all(x is None or (x.is_floating_point() and x.itemsize > 1) for x in given.values())
-    require(real, f"{_listed(given)} must have floating types of 16 bits or more", **given)
+    if any(x is not None and not (x.is_floating_point() and x.itemsize > 1) for x in given.values()):
+        require(False, f"{_listed(given)} must have floating types of 16 bits or more", **given)
 
 
 def _listed(given: Mapping[str, Tensor | None]) -> str:
