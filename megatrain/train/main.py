@@ -21,9 +21,10 @@ from megatrain.observe.sinks import Observer
 from megatrain.parallel.layout import describe
 from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
-from megatrain.runtime.device import choose_precision, pick_device
+from megatrain.runtime.device import choose_precision, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
+from megatrain.train.auto import resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
@@ -105,6 +106,10 @@ def _settle(
     if cfg.train.precision == "auto":
         precision = choose_precision(device) if frozen is None else frozen.train.precision
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+    memory = memory_bytes(device, checkpointer.processes.local_size)
+    if frozen is not None:
+        frozen = resolve_auto(frozen, memory=memory)
+    cfg = resolve_auto(cfg, memory=memory, before=frozen)
     return cfg, {} if frozen is None else check_same_run(frozen, cfg)
 
 
