@@ -7,6 +7,7 @@ that one message names every mistake of the overrides, of the files and of the v
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -29,7 +30,7 @@ from megatrain.config.load import accepts, check, config_classes, dump, hint_at,
 from megatrain.config.nearest import nearest
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 from megatrain.train.config import Config
-from megatrain.train.files import CONFIG_FILE, run_directory
+from megatrain.train.files import CONFIG_FILE, IMPORT_FILE, read_config, run_directory
 
 RECIPE = ("lr", "warmup_fraction", "decay_fraction", "final_ratio", "steps", "seq_len", "global_batch_size")
 """Keys of a recipe (`conf/recipe/`): what files of other groups take from it as `${oc.select:recipe.KEY,DEFAULT}`."""
@@ -60,7 +61,12 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
     with hydra_over(source):
         parsed, broken = parse(overrides)
         tree = _compose_rest(parsed, source, broken)
-    data = _resolved(tree, "", broken)
+        data = _resolved(tree, "", broken)
+        imported = _imported(data)
+        if imported is not None and not broken:
+            broken += _model_overrides(parsed)
+            data = _resolved(_compose(source.config_name, _lines_for(imported, parsed)), "", broken)
+            data["model"] = dump(imported.model)
     broken += _recipe_problems(data.pop("recipe", None))
     cfg, wrong = check(Config, data)
     if not (run_directory(cfg) / CONFIG_FILE).exists():
@@ -142,6 +148,37 @@ def _compose(config_name: str, lines: list[str]) -> DictConfig:
         if choices.get("recipe", ABSENT) is None and loader.repository.config_exists(recipe):
             lines = [f"recipe={choices['model']}", *lines]
     return hydra_compose(config_name, lines)
+
+
+def _imported(data: dict[str, Any]) -> Config | None:
+    """Return the config of the run that `data` names if that run was imported."""
+    try:
+        directory = Path(data["run"]["dir"]) / data["run"]["name"]
+        return read_config(directory) if (directory / IMPORT_FILE).is_file() else None
+    except (KeyError, TypeError):  # no such keys, or no text: the classes' rules will say so
+        return None
+
+
+def _lines_for(imported: Config, parsed: list[Override]) -> list[str]:
+    """Return overrides before which an imported run's own values stand: tokenizer, length and recipe."""
+    given = [override.input_line or "" for override in parsed]
+    tokenizer = Path(imported.run.dir) / imported.run.name / "tokenizer"
+    own = {
+        "recipe": "imported",
+        "seq_len": str(imported.seq_len),
+        "data.tokenizer.kind": "huggingface",
+        "data.tokenizer.path": _quoted(str(tokenizer)),
+    }
+    taken = {override.key_or_group for override in parsed}
+    return [f"{key}={value}" for key, value in own.items() if key not in taken] + given
+
+
+def _model_overrides(parsed: list[Override]) -> list[Problem]:
+    return [
+        Problem(override.key_or_group, override.value(), "the run was imported, and its model is that one's")
+        for override in parsed
+        if override.key_or_group.partition(".")[0] == "model"
+    ]
 
 
 def _recipe_problems(recipe: Any) -> list[Problem]:
