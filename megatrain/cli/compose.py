@@ -7,6 +7,7 @@ that one message names every mistake of the overrides, of the files and of the v
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -18,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -25,9 +27,13 @@ from megatrain.cli.conf import config_dirs, group_options
 from megatrain.cli.mistakes import explain, in_words, must_be_given
 from megatrain.config.errors import UserError
 from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, kind_of
+from megatrain.config.nearest import nearest
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 from megatrain.train.config import Config
+from megatrain.train.files import CONFIG_FILE, IMPORT_FILE, read_config, run_directory
 
+RECIPE = ("lr", "warmup_fraction", "decay_fraction", "final_ratio", "steps", "seq_len", "global_batch_size")
+"""Keys of a recipe (`conf/recipe/`): what files of other groups take from it as `${oc.select:recipe.KEY,DEFAULT}`."""
 QUOTE = str.maketrans({"\\": "\\\\", "'": "\\'"})
 
 
@@ -55,8 +61,16 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
     with hydra_over(source):
         parsed, broken = parse(overrides)
         tree = _compose_rest(parsed, source, broken)
-    data = _resolved(tree, "", broken)
+        data = _resolved(tree, "", broken)
+        imported = _imported(data)
+        if imported is not None and not broken:
+            broken += _model_overrides(parsed)
+            data = _resolved(_compose(source.config_name, _lines_for(imported, parsed)), "", broken)
+            data["model"] = dump(imported.model)
+    broken += _recipe_problems(data.pop("recipe", None))
     cfg, wrong = check(Config, data)
+    if not (run_directory(cfg) / CONFIG_FILE).exists():
+        wrong += cfg.new_run_problems()
     reported = {problem.field for problem in broken}
     broken += [problem for problem in wrong if problem.field not in reported]
     if broken:
@@ -124,22 +138,74 @@ def _required() -> None:
     raise RequiredError
 
 
+def _compose(config_name: str, lines: list[str]) -> DictConfig:
+    """Compose with Hydra; unless a recipe is chosen, or refused by `~recipe`, the chosen model's is taken."""
+    overrides = OverridesParser.create().parse_overrides(lines)
+    if not any(override.key_or_group == "recipe" for override in overrides):
+        loader = GlobalHydra.instance().config_loader()
+        choices = loader.compute_defaults_list(config_name, lines, RunMode.RUN).overrides.known_choices
+        recipe = f"recipe/{choices.get('model')}"
+        if choices.get("recipe", ABSENT) is None and loader.repository.config_exists(recipe):
+            lines = [f"recipe={choices['model']}", *lines]
+    return hydra_compose(config_name, lines)
+
+
+def _imported(data: dict[str, Any]) -> Config | None:
+    """Return the config of the run that `data` names if that run was imported."""
+    try:
+        directory = Path(data["run"]["dir"]) / data["run"]["name"]
+        return read_config(directory) if (directory / IMPORT_FILE).is_file() else None
+    except (KeyError, TypeError):  # no such keys, or no text: the classes' rules will say so
+        return None
+
+
+def _lines_for(imported: Config, parsed: list[Override]) -> list[str]:
+    """Return overrides before which an imported run's own values stand: tokenizer, length and recipe."""
+    given = [override.input_line or "" for override in parsed]
+    tokenizer = Path(imported.run.dir) / imported.run.name / "tokenizer"
+    own = {
+        "recipe": "imported",
+        "seq_len": str(imported.seq_len),
+        "data.tokenizer.kind": "huggingface",
+        "data.tokenizer.path": _quoted(str(tokenizer)),
+    }
+    taken = {override.key_or_group for override in parsed}
+    return [f"{key}={value}" for key, value in own.items() if key not in taken] + given
+
+
+def _model_overrides(parsed: list[Override]) -> list[Problem]:
+    return [
+        Problem(override.key_or_group, override.value(), "the run was imported, and its model is that one's")
+        for override in parsed
+        if override.key_or_group.partition(".")[0] == "model"
+    ]
+
+
+def _recipe_problems(recipe: Any) -> list[Problem]:
+    """Return a problem for each key of the recipe that no other file reads."""
+    return [
+        Problem(f"recipe.{key}", value, "recipes have no such key", nearest(key, RECIPE))
+        for key, value in (recipe or {}).items()
+        if key not in RECIPE
+    ]
+
+
 def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem]) -> DictConfig:
     """Compose with all of `parsed` that can be applied; each other one adds a problem to `broken`."""
     lines = [override.input_line or "" for override in parsed]
     try:
-        return hydra_compose(source.config_name, lines)
+        return _compose(source.config_name, lines)
     except Exception:  # Hydra lets through what OmegaConf, PyYAML, the file system and its own slips raise
         pass  # which override it was is found below, one by one
     try:
-        tree = hydra_compose(source.config_name)
+        tree = _compose(source.config_name, [])
     except Exception as error:
         raise UserError(f"The config files can't be composed: {in_words(error)}") from error
     groups = group_options(source.config_dir)
     accepted: list[str] = []
     for override in sorted(parsed, key=lambda override: override.key_or_group not in groups):
         try:
-            tree = hydra_compose(source.config_name, [*accepted, override.input_line or ""])
+            tree = _compose(source.config_name, [*accepted, override.input_line or ""])
             accepted.append(override.input_line or "")
         except Exception as error:
             broken.append(explain(override, error, tree, groups))

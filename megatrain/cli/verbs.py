@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from keyword import iskeyword
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Verb:
 
     def run(self, argv: list[str]) -> int:
         """Run the verb; returns the process's exit code."""
-        return int(import_module(f"megatrain.cli.{self.name}").run(argv))
+        module = f"{self.name}_" if iskeyword(self.name) else self.name
+        return int(import_module(f"megatrain.cli.{module}").run(argv))
 
 
 VERBS = (
@@ -88,6 +90,24 @@ VERBS = (
             ("--shard-gb GB", "size of a file; default: 5"),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),
+    ),
+    Verb(
+        name="import",
+        summary="make a run of a Hugging Face model, to generate from, to train on and to export again",
+        usage="DIRECTORY run.name=NAME [run.dir=DIR] [--check]",
+        examples=(
+            (
+                "megatrain import Llama-3.2-1B run.name=llama",
+                "config.json, safetensors and tokenizer of a directory",
+            ),
+            ("megatrain import gpt2 run.name=gpt2 --check", "and compare logits with transformers"),
+            (
+                "megatrain import gpt2 run.name=tuned && megatrain train run.name=tuned data.path=my.txt seq_len=512",
+                "and train on, with the recipe `imported` (recipe=... for another)",
+            ),
+        ),
+        takes_config=False,
+        flags=(("--check", "load it with transformers and print the largest difference of logits"),),
     ),
     Verb(
         name="bench",

@@ -138,7 +138,7 @@ def expected(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(expected(member) for member in args)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin is tuple:
         return f"a list of {expected(args[0])}"
     return NAMES[hint]
@@ -157,20 +157,27 @@ def unknown_key(root: type, path: str, value: object, also: Iterable[str] = ()) 
 
 
 def upgrade(root: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `data` with the present key names (`root.RENAMED`) if an earlier `schema_version` wrote it."""
+    """Return `data` with the present keys and values (`root.RENAMED`, `root.CHANGED`) if an earlier
+    `schema_version` wrote it.
+    """
     newest = getattr(root(), "schema_version", None)
     written = data.get("schema_version")
     if not isinstance(written, int) or newest is None or written >= newest:
         return dict(data)
     renamed: Mapping[str, str | None] = getattr(root, "RENAMED", {})
+    changed: Mapping[str, Mapping[object, object]] = getattr(root, "CHANGED", {})
 
     def moved(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in node.items():
             new = renamed.get(prefix + key, prefix + key)
-            if new is not None:
-                name = new.rpartition(".")[2]
-                found[name] = moved(value, f"{new}.") if isinstance(value, Mapping) else value
+            if new is None:
+                continue
+            name = new.rpartition(".")[2]
+            if isinstance(value, Mapping):
+                found[name] = moved(value, f"{new}.")
+            else:
+                found[name] = changed[new].get(value, value) if new in changed else value
         return found
 
     return moved(data, "") | {"schema_version": newest}

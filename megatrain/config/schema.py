@@ -71,9 +71,14 @@ class ConfigError(UserError):
 
 
 def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
-    """Problems of those `fields` of `cfg` that are below `low` (None is allowed), not finite, or above `MAX_INT`."""
+    """Yield a problem for each of `fields` that is below `low`, not finite, or above `MAX_INT`.
+
+    `null` and `auto` are allowed.
+    """
     for name in fields:
         value = getattr(cfg, name)
+        if value == "auto":
+            continue
         if isinstance(value, int) and value > MAX_INT:
             yield Problem(name, value, "must fit in 63 bits", (MAX_INT,))
         elif value == math.inf:
@@ -83,7 +88,7 @@ def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
 
 
 def between(cfg: Any, low: float, high: float, *fields: str) -> Iterator[Problem]:
-    """Problems of those `fields` of `cfg` that are outside `[low, high]` (None is allowed)."""
+    """Yield a problem for each of `fields` that is outside `[low, high]`; `null` is allowed."""
     for name in fields:
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:

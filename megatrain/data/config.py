@@ -12,8 +12,8 @@ class TokenizerConfig:
     """bpe: byte-level BPE trained on the data itself; bytes: one token a byte; the others read `path`."""
     path: str | None = None
     """huggingface: a directory with tokenizer.json, or that file; tiktoken: a file of base64 ranks."""
-    vocab_size: int = 4096
-    """bpe: tokens to train, special token included."""
+    vocab_size: int | Literal["auto"] = "auto"
+    """bpe: tokens to train, special token included; auto: the model's vocab_size."""
 
     def problems(self) -> Iterator[Problem]:
         if self.kind == "bpe":

@@ -88,7 +88,8 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
     Errors: UserError for every fault of the input, of the tokenizer, or of the cache directory.
     """
     if cfg.kind == "synthetic":
-        return _synthetic(cfg, vocab_size or cfg.tokenizer.vocab_size)
+        assert vocab_size is not None, "synthetic tokens are drawn from the model's vocabulary"
+        return _synthetic(cfg, vocab_size)
     corpus = find_corpus(cfg.path, text_field=cfg.text_field)
     root = cache_root(cfg.cache_dir)
     shortcut = root / "shortcuts" / _key(cfg, corpus.stamp(), _stamp(tokenizer_files(cfg.tokenizer)))
@@ -155,6 +156,7 @@ def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress)
     pieces = partial(_pieces, corpus, cfg.val_fraction, survey)
     if cfg.tokenizer.kind == "bpe":
         sample = _training_sample(pieces(), survey, progress)
+        assert cfg.tokenizer.vocab_size != "auto"
         tokenizer: Tokenizer = train_bpe(sample, vocab_size=cfg.tokenizer.vocab_size)
     else:
         tokenizer = read_tokenizer(cfg.tokenizer)

@@ -74,6 +74,16 @@ def pick_device(index: int = 0) -> torch.device:
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def memory_bytes(device: torch.device, processes: int = 1) -> int:
+    """Return the bytes of memory that a process has: the GPU's, or its share of what the machine gives `processes`."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no limit: "max", or no such file
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total // processes
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
     """Best FLOP/s of `device` in `dtype`: published for a known GPU, measured for a CPU, else None.
 

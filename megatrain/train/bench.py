@@ -14,8 +14,9 @@ from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throug
 from megatrain.observe.profile import breakdown
 from megatrain.parallel.layout import describe
 from megatrain.parallel.mesh import make_mesh
-from megatrain.runtime.device import choose_precision, peak_flops, pick_device
+from megatrain.runtime.device import choose_precision, memory_bytes, peak_flops, pick_device
 from megatrain.runtime.processes import Processes
+from megatrain.train.auto import resolve_auto
 from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.step import train_step
@@ -57,6 +58,7 @@ def bench(
     if cfg.train.precision == "auto":
         precision = processes.from_first(lambda: choose_precision(device))
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+    cfg = processes.from_first(lambda: resolve_auto(cfg, memory=memory_bytes(device, processes.local_size)))
     data = processes.agree(lambda: prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size))
     mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
     state, batches = build_state(cfg, device, mesh), build_loader(cfg, data.train, mesh).batches(0)

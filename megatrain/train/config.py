@@ -18,9 +18,10 @@ from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, Sched
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
+from megatrain.train.micro_batch import micro_batch_choices
 
-SCHEMA_VERSION = 2
-"""2: the keys of `Config.RENAMED` got their present names."""
+SCHEMA_VERSION = 3
+"""2: the keys of `Config.RENAMED` got their present names. 3: so did the values of `Config.CHANGED`."""
 
 
 @config
@@ -90,6 +91,8 @@ class Config:
         "engine": None,
     }
     """Key of an earlier version -> its present name; None: removed."""
+    CHANGED: ClassVar[Mapping[str, Mapping[object, object]]] = {"schedule.warmup_steps": {None: "auto"}}
+    """Present key -> values of an earlier version -> their present form."""
 
     schema_version: int = SCHEMA_VERSION
     run: RunConfig = RunConfig()
@@ -106,8 +109,16 @@ class Config:
     """Tokens of a training sequence."""
     global_batch_size: int = 16
     """Sequences of one optimizer step, over all devices."""
-    micro_batch_size: int = 16
-    """Sequences computed at once on one device; the rest of the global batch is accumulated."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences computed at once on one device; the rest of the global batch is accumulated. auto: as many as fit in
+    the device's memory by an estimate, with enough micro-batches for a pipeline."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """`micro_batch_size`, once it is resolved."""
+        if self.micro_batch_size == "auto":
+            raise ValueError("micro_batch_size=auto is not resolved yet (train/auto.py)")
+        return self.micro_batch_size
 
     def problems(self) -> Iterator[Problem]:
         broken = [*at_least(self, 1, "seq_len", "global_batch_size", "micro_batch_size")]
@@ -121,17 +132,28 @@ class Config:
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
-        if (self.schedule.warmup_steps or 0) > self.train.steps:
+        if self.schedule.warmup_steps != "auto" and self.schedule.warmup_steps > self.train.steps:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
-        tokenizer = self.data.tokenizer
-        if (
-            self.data.kind == "text"
-            and tokenizer.kind == "bpe"
-            and tokenizer.vocab_size > self.model.vocab_size
-        ):
-            rule = f"must be at least data.tokenizer.vocab_size ({tokenizer.vocab_size})"
-            yield Problem("model.vocab_size", self.model.vocab_size, rule, (tokenizer.vocab_size,))
+        if self._trained_vocab_size() > self.model.vocab_size:
+            rule = f"must be at least data.tokenizer.vocab_size ({self._trained_vocab_size()})"
+            yield Problem("model.vocab_size", self.model.vocab_size, rule, (self._trained_vocab_size(),))
+
+    def new_run_problems(self) -> Iterator[Problem]:
+        """Yield the rules that hold for new runs only; earlier versions have started others."""
+        size = self._trained_vocab_size()
+        if 0 < size < self.model.vocab_size:
+            rule = (
+                f"differs from model.vocab_size ({self.model.vocab_size}), so rows of the embedding would never be "
+                "trained; set model.vocab_size, which the tokenizer follows (auto)"
+            )
+            yield Problem("data.tokenizer.vocab_size", size, rule, ("auto",))
+
+    def _trained_vocab_size(self) -> int:
+        """Return the size asked of a tokenizer that is trained on the data; 0: none is, or as the model's."""
+        size = self.data.tokenizer.vocab_size
+        is_trained = self.data.kind == "text" and self.data.tokenizer.kind == "bpe"
+        return size if is_trained and size != "auto" else 0
 
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel
@@ -149,16 +171,19 @@ class Config:
             )
             return
         rows = self.global_batch_size // readers
-        if rows % self.micro_batch_size:
+        micro_batch = self.micro_batch_size
+        if micro_batch == "auto":
+            micro_batch = micro_batch_choices(parallel, rows)[0]
+        if rows % micro_batch:
             share = (
                 "global_batch_size" if readers == 1 else f"a rank's share of global_batch_size / {readers}"
             )
-            legal = nearest_divisors(rows, self.micro_batch_size)
-            yield Problem("micro_batch_size", self.micro_batch_size, f"must divide {share} ({rows})", legal)
+            legal = nearest_divisors(rows, micro_batch)
+            yield Problem("micro_batch_size", micro_batch, f"must divide {share} ({rows})", legal)
             return
         plan = decoder_plan(self.model)
         yield from layout_problems(
-            parallel, plan, self.seq_len, self.global_batch_size, self.micro_batch_size
+            parallel, plan, self.seq_len, self.global_batch_size, micro_batch
         )
         if self.train.precision == "fp8":
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)

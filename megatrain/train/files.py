@@ -9,6 +9,8 @@ from megatrain.config.text import from_yaml, to_yaml
 from megatrain.train.config import Config
 
 CONFIG_FILE = "config.yaml"
+IMPORT_FILE = "import.json"
+"""Where an imported run says what it was made from. Its model is the one in `config.yaml`, whatever is composed."""
 
 
 def run_directory(cfg: Config) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.store import Checkpointer
+from megatrain.checkpoint.store import Checkpointer, Found
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.prepare import prepare
@@ -21,12 +21,14 @@ from megatrain.observe.sinks import Observer
 from megatrain.parallel.layout import describe
 from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
-from megatrain.runtime.device import choose_precision, pick_device
+from megatrain.runtime.device import choose_precision, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
+from megatrain.train.auto import resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
+from megatrain.train.import_hf import is_untrained_import, take_up_weights
 from megatrain.train.loop import train_loop
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
@@ -105,6 +107,12 @@ def _settle(
     if cfg.train.precision == "auto":
         precision = choose_precision(device) if frozen is None else frozen.train.precision
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+    if is_untrained_import(directory, checkpointer):
+        frozen = None
+    memory = memory_bytes(device, checkpointer.processes.local_size)
+    if frozen is not None:
+        frozen = resolve_auto(frozen, memory=memory)
+    cfg = resolve_auto(cfg, memory=memory, before=frozen)
     return cfg, {} if frozen is None else check_same_run(frozen, cfg)
 
 
@@ -183,15 +191,19 @@ def _resume(run: Run) -> tuple[str, ...]:
     """Load the newest checkpoint, if there is one, and open the run's files; returns warnings."""
     cfg, state, log = run.cfg, run.state, run.log
     run.processes.from_first(run.checkpointer.sweep)
-    found = run.checkpointer.load(state.tensors())
-    if found is not None:
+    found: Found | None = None
+    warnings: tuple[str, ...] = ()
+    if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
+        warnings = take_up_weights(run.checkpointer, state)
+    elif found := run.checkpointer.load(state.tensors()):
         check_same_data(found.manifest.info["data_fingerprint"], run.data.fingerprint, cfg)
         state.restore(found.state)
+        warnings = found.warnings
     run.processes.from_first(lambda: _write_inputs(run))
     log.open(state.step)
     fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": run.changes}
     log.event("start" if found is None else "resume", **fields)
-    return () if found is None else found.warnings
+    return warnings
 
 
 def _write_inputs(run: Run) -> None:

@@ -13,6 +13,7 @@ FREE = (
     "checkpoint.*",
     "parallel.*",
     "micro_batch_size",
+    "schedule.warmup_fraction",  # warmup_steps, which follows from it, is compared
     "moe.*",
     "train.stop_at",
     "train.resume",

@@ -32,11 +32,18 @@ def own(directory: Path, **files: str) -> Source:
 def test_no_override_gives_the_default_run() -> None:
     cfg = compose([])
     assert isinstance(cfg, Config)
-    assert cfg.model.vocab_size == cfg.data.tokenizer.vocab_size
+    assert (cfg.model.vocab_size, cfg.data.tokenizer.vocab_size) == (2048, "auto")
 
 
-def test_small_model_follows_the_tokenizer() -> None:
-    assert compose(["data.tokenizer.vocab_size=777"]).model.vocab_size == 777
+def test_the_tokenizer_follows_the_model() -> None:
+    assert compose(["model.vocab_size=777"]).data.tokenizer.vocab_size == "auto"
+    assert compose(["model.vocab_size=777", "data.tokenizer.vocab_size=777"]).model.vocab_size == 777
+    found = mistakes("data.tokenizer.vocab_size=777")
+    assert "differs from model.vocab_size (2048)" in found["data.tokenizer.vocab_size"]
+    found = mistakes("data.tokenizer.vocab_size=7777")
+    assert "must be at least data.tokenizer.vocab_size (7777)" in found["model.vocab_size"]
+    for kind in ("bytes", "huggingface"):  # ready-made tokenizers may be smaller
+        compose([f"data.tokenizer.kind={kind}", "data.tokenizer.path=x", "data.tokenizer.vocab_size=777"])
 
 
 def test_groups_values_lists_and_null() -> None:

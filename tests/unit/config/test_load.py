@@ -189,7 +189,7 @@ def test_a_field_of_wrong_type_is_reported_once() -> None:
     assert [problem.rule for problem in found.values()] == ["must be a whole number"]
     with pytest.raises(ConfigError) as caught:  # the default that stands in for "x" would break a rule
         load(Config, {"schedule": {"kind": "cosine", "warmup_steps": "x"}, "train": {"steps": 10}})
-    assert [problem.rule for problem in caught.value.problems] == ["must be a whole number or null"]
+    assert [problem.rule for problem in caught.value.problems] == ["must be a whole number or auto"]
 
 
 def test_check_repairs_by_defaults() -> None:

@@ -1,5 +1,8 @@
 """Key names of earlier versions: run directories are read on, and users are told the present name."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from megatrain.cli.compose import compose
@@ -8,8 +11,12 @@ from megatrain.config.schema import ConfigError
 from megatrain.config.text import from_yaml, to_yaml
 from megatrain.models.llama3.config import Llama3Config
 from megatrain.nn.config import ExpertsConfig
+from megatrain.optim.config import ConstantConfig
+from megatrain.optim.schedule import warmup_steps
 from megatrain.parallel.config import ParallelConfig
+from megatrain.train.auto import resolve_auto
 from megatrain.train.config import Config
+from megatrain.train.resume import changed_keys
 
 OLD = """
 schema_version: 1
@@ -29,6 +36,23 @@ NEW = Config(
 
 def test_a_config_of_an_earlier_version_is_read() -> None:
     assert from_yaml(Config, OLD) == NEW == from_yaml(Config, to_yaml(NEW))
+
+
+def test_a_whole_run_of_an_earlier_version_is_the_same_run() -> None:
+    """As written by the first release for the bare command, whose keys and defaults were others."""
+    old = from_yaml(Config, (Path(__file__).parent / "version_1.yaml").read_text(encoding="utf-8"))
+    assert not isinstance(old.schedule, ConstantConfig)
+    assert (old.schedule.warmup_steps, old.schedule.warmup_fraction) == ("auto", None)
+    assert (old.micro_batch_size, old.data.tokenizer.vocab_size) == (8, 2048)
+    assert warmup_steps(old.schedule, 400) == 40
+    new = compose([])
+    as_before = replace(old, schedule=replace(old.schedule, warmup_steps=40))
+    assert changed_keys(resolve_auto(as_before, memory=1 << 40), resolve_auto(new, memory=1 << 40)) == {}
+    shorter = resolve_auto(compose(["train.steps=330"]), memory=1 << 40)
+    assert changed_keys(resolve_auto(as_before, memory=1 << 40), shorter) == {
+        "train.steps": (1650, 330),
+        "schedule.warmup_steps": (40, 8),
+    }
 
 
 @pytest.mark.parametrize(("old", "new"), [(old, new) for old, new in Config.RENAMED.items() if new])

@@ -205,7 +205,6 @@ def test_synthetic_data_reads_and_writes_nothing(cache: Path) -> None:
     assert made.val != made.train
     assert made.token_bytes.shape == (77,)
     assert not cache.exists()
-    assert prepare(cfg, progress=Phases()).train == SyntheticStore(cfg.tokenizer.vocab_size)
 
 
 # --- the cache ---

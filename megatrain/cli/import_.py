@@ -1,0 +1,58 @@
+"""`megatrain import`: a Hugging Face model as a run, to generate from, export or train on."""
+
+from pathlib import Path
+
+from megatrain.cli.options import Parser
+from megatrain.config.errors import UserError
+from megatrain.config.load import load
+from megatrain.train.config import RunConfig
+
+
+def run(argv: list[str]) -> int:
+    """Import, and compare logits if asked to; returns the exit code."""
+    parser = Parser("import")
+    parser.add_argument("directory")
+    parser.add_argument("run", nargs="*", metavar="run.name=NAME run.dir=DIR")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_intermixed_args(argv)
+    named = _run_config(options.run)
+    from megatrain.observe.display import make_display  # these import torch: only for a right command line
+    from megatrain.train.export_check import largest_difference
+    from megatrain.train.files import run_directory
+    from megatrain.train.import_hf import import_hf
+
+    source = Path(options.directory).expanduser()
+    display = make_display("auto")
+    try:
+        done = import_hf(source, named, progress=display.phase)
+    finally:
+        display.close()
+    target = run_directory(done.cfg)
+    print(
+        f"{target}: {done.cfg.model.kind}, {done.parameters / 1e6:.1f}M parameters from {done.files} file(s)"
+    )
+    if options.check:
+        print(f"largest difference of logits to transformers: {largest_difference(target, source):.2e}")
+    print(
+        "Try next:\n"
+        f'  megatrain generate {target} "Once"\n'
+        f"  megatrain train run.name={named.name} data.path=FILE_OR_DIRECTORY train.steps=1000"
+    )
+    return 0
+
+
+def _run_config(words: list[str]) -> RunConfig:
+    """Return the name and place of the new run.
+
+    Raises:
+        UserError: the name is missing or illegal, or another key is given.
+    """
+    given = dict(word.partition("=")[::2] for word in words)
+    if unknown := [key for key in given if key not in ("run.name", "run.dir")]:
+        raise UserError(
+            f"import: {', '.join(unknown)}: only run.name and run.dir belong here; the model is the imported one's, "
+            "and everything else is given to `megatrain train`"
+        )
+    if not given.get("run.name"):
+        raise UserError("import: name the new run: megatrain import DIRECTORY run.name=NAME")
+    return load(RunConfig, {key.removeprefix("run."): value for key, value in given.items()})

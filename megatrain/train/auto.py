@@ -1,0 +1,47 @@
+"""Values that a config leaves to the run (`auto`), resolved once before the first step."""
+
+import dataclasses
+
+from megatrain.optim.schedule import warmup_steps
+from megatrain.parallel.layout import data_ranks
+from megatrain.train.config import Config
+from megatrain.train.micro_batch import largest_fitting, micro_batch_choices
+
+
+def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> Config:
+    """Return `cfg` with the sizes that are `auto` as numbers; its layout and precision are known.
+
+    Args:
+        memory: bytes of a rank's device.
+        before: the config of the run that goes on. Its micro-batch is kept where the layout and the memory allow it,
+            so that the run computes the same bits, and always where scales in fp8 depend on it.
+    """
+    tokenizer = cfg.data.tokenizer
+    if tokenizer.vocab_size == "auto":
+        tokenizer = dataclasses.replace(tokenizer, vocab_size=cfg.model.vocab_size)
+    steps = warmup_steps(cfg.schedule, cfg.train.steps)
+    resolved = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, tokenizer=tokenizer),
+        schedule=dataclasses.replace(cfg.schedule, warmup_steps=steps),
+    )
+    if cfg.micro_batch_size != "auto":
+        return resolved
+    return dataclasses.replace(resolved, micro_batch_size=_micro_batch(cfg, memory, before))
+
+
+def _micro_batch(cfg: Config, memory: int, before: Config | None) -> int:
+    choices = micro_batch_choices(cfg.parallel, cfg.global_batch_size // data_ranks(cfg.parallel))
+    precision = cfg.train.precision
+    largest = largest_fitting(
+        choices, cfg.model, cfg.parallel, cfg.seq_len, precision=precision, memory=memory
+    )
+    if before is None or before.micro_batch_size == "auto":
+        return largest
+    if precision == "fp8" and cfg.train.fp8_scaling == "tensor":
+        return before.micro_batch_size
+    return (
+        before.micro_batch_size
+        if before.micro_batch_size in choices and before.micro_batch_size <= largest
+        else largest
+    )

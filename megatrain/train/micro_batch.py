@@ -1,0 +1,99 @@
+"""How many sequences a device computes at once: what a layout allows, and what fits in memory by a simple estimate."""
+
+from megatrain.models.flops import n_params
+from megatrain.nn.config import GATED, DecoderConfig
+from megatrain.parallel.config import MULTI_STAGE, ParallelConfig
+
+USABLE = 0.8
+"""Share of a device's memory that the estimate may fill; the rest is for workspaces, fragmentation and what is not
+counted."""
+MOST_TOKENS = 65536
+"""Tokens of a micro-batch beyond which no matrix product gets faster."""
+ROUNDS = 4
+"""Micro-batches for each rank of a pipeline, where there are as many rows: a fifth of the time, at most, is bubble."""
+
+
+def micro_batch_choices(parallel: ParallelConfig, rows: int) -> list[int]:
+    """Return the micro-batch sizes that divide `rows`, a rank's sequences of one step, the best first.
+
+    A pipeline wants `ROUNDS` micro-batches for each of its ranks, and some schedules refuse fewer than one or two, and
+    other numbers than multiples of `pp`. Where no size satisfies the schedule the only choice is 1, which the layout's
+    rules refuse by name.
+    """
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    if parallel.pp == 1:
+        return sizes
+    if parallel.pp_schedule in MULTI_STAGE:
+        least = 2 * parallel.pp if parallel.pp_schedule == "dualpipe_v" else parallel.pp
+        sizes = [size for size in sizes if rows // size % parallel.pp == 0 and rows // size >= least]
+    return [size for size in sizes if rows // size >= ROUNDS * parallel.pp] or sizes[-1:] or [1]
+
+
+def largest_fitting(
+    choices: list[int],
+    model: DecoderConfig,
+    parallel: ParallelConfig,
+    seq_len: int,
+    *,
+    precision: str,
+    memory: int,
+) -> int:
+    """Return the largest of `choices` whose estimate fits in `memory` (bytes) and `MOST_TOKENS`, else the smallest."""
+    room = USABLE * memory - state_bytes(model, parallel, precision=precision)
+    sequence = activation_bytes(model, parallel, seq_len, precision=precision)
+    limit = max(1, MOST_TOKENS * parallel.cp // seq_len)
+    fitting = [size for size in choices if size * sequence <= room and size <= limit]
+    return max(fitting, default=min(choices))
+
+
+def state_bytes(model: DecoderConfig, parallel: ParallelConfig, *, precision: str) -> float:
+    """Estimate the bytes a rank holds between steps: weights, gradients and AdamW's two moments in float32.
+
+    Under bf16 and fp8 the model's own copy of the weights comes on top. ZeRO (arXiv 1910.02054) shards what its stage
+    says over `dp_shard`.
+    """
+    parameters = n_params(model) / (parallel.pp * parallel.tp)
+    width = 8 if precision == "fp64" else 4
+    copy = 2 if precision in ("bf16", "fp8") else 0
+    parts = {1: 3 * width, 2: width, 3: copy}
+    shards = max(1, parallel.dp_shard)
+    return parameters * sum(
+        size / (shards if parallel.zero_stage >= stage else 1) for stage, size in parts.items()
+    )
+
+
+def activation_bytes(
+    model: DecoderConfig, parallel: ParallelConfig, seq_len: int, *, precision: str
+) -> float:
+    """Estimate the bytes of one sequence that a rank keeps for the backward pass.
+
+    Counted are the inputs of matrix products, norms, activations and attention, as in Korthikanti et al. (arXiv
+    2205.05198, section 4) without dropout and stored attention scores. With a pipeline, 1F1B and its kin keep as many
+    micro-batches as the pipeline has ranks, so a rank's share of the layers cancels.
+    """
+    size = {"fp64": 8, "fp32": 4}.get(precision, 2)
+    layers = sum(
+        _kept_values(model, layer, parallel.activation_checkpointing) for layer in range(model.n_layers)
+    )
+    if parallel.activation_checkpointing == "full":  # one block at a time is computed again
+        layers += max(_kept_values(model, layer, "none") for layer in range(model.n_layers))
+    head = 4 * model.hidden_size
+    return (layers + head) * size * seq_len / (parallel.cp * parallel.tp)
+
+
+def _kept_values(model: DecoderConfig, layer: int, checkpointing: str) -> int:
+    """Count the values that the block number `layer` keeps for each token."""
+    hidden = model.hidden_size
+    if checkpointing == "full":
+        return hidden  # its input
+    queries, values = model.n_heads * model.qk_head_dim, model.n_heads * model.v_head_dim
+    keys_values = model.kv_heads * (model.qk_head_dim + model.v_head_dim)
+    inner = model.ffn_size
+    copies = 1
+    if model.experts is not None and model.has_experts(layer):
+        copies = model.experts.top_k + model.experts.n_shared_experts
+        inner = model.expert_ffn_size * copies
+    matrices = 3 if model.activation in GATED else 2  # gate, up and their product; up and its activation
+    if checkpointing == "selective":  # the outputs of linear layers and attention
+        return queries + keys_values + values + (2 + copies) * hidden + (matrices - 1) * inner
+    return queries + keys_values + values + (3 + 2 * copies) * hidden + matrices * inner
