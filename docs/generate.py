@@ -83,10 +83,19 @@ def presets_page() -> str:
     recipes = []
     for name in group_options()["experiment"]:
         cfg = compose([f"experiment={name}"])
-        batch = f"{cfg.global_batch_size} x {cfg.seq_len} = {_count(cfg.global_batch_size * cfg.seq_len)} tokens"
+        batch = (
+            f"{cfg.global_batch_size} x {cfg.seq_len} = {_count(cfg.global_batch_size * cfg.seq_len)} tokens"
+        )
         optim = f"{cfg.optim.kind}, {cfg.optim.lr:g}, {cfg.schedule.kind}"
         recipes.append(
-            _cells(f"`{name}`", _first_comment("experiment", name), _model_of(name), batch, optim, cfg.train.steps)
+            _cells(
+                f"`{name}`",
+                _first_comment("experiment", name),
+                _model_of(name),
+                batch,
+                optim,
+                cfg.train.steps,
+            )
         )
     return "\n\n".join(
         [
@@ -114,7 +123,9 @@ def api_index() -> str:
         "siblings do not import each other.",
     ]
     for name in PACKAGES:
-        documented = [(module, path) for module, path in _modules(name) if "kernels" not in name or "." not in module]
+        documented = [
+            (module, path) for module, path in _modules(name) if "kernels" not in name or "." not in module
+        ]
         listed = "\n".join(f"| `{module}` | {_summary(path)} |" for module, path in documented)
         lines.append(f"## [{name}]({name}.md)\n\n| module | what it owns |\n|---|---|\n{listed}")
     return "\n\n".join(lines) + "\n"
@@ -122,7 +133,9 @@ def api_index() -> str:
 
 def api_page(name: str) -> str:
     """Return the page of one package, for mkdocstrings to fill in: every module, or the kernels' public functions."""
-    documented = _public_functions() if name == "megatrain_kernels" else [module for module, _ in _modules(name)]
+    documented = (
+        _public_functions() if name == "megatrain_kernels" else [module for module, _ in _modules(name)]
+    )
     return f"# {name}\n\n" + "\n\n".join(f"::: {each}" for each in documented) + "\n"
 
 
