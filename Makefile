@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install train test test-all sweep lint format bench bench-gpu test-gpu clean
+.PHONY: install train test test-all sweep lint format docs bench bench-gpu test-gpu clean
 
 install: .venv/.dev
 
@@ -37,6 +37,11 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a website in site/; a broken link or reference is an error. To read it:
+# .venv/bin/python -m http.server --directory site
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
 # Training speed on this machine, side by side with Hugging Face models in a plain PyTorch loop.
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
@@ -64,5 +69,10 @@ test-gpu: .venv/.dev
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+.venv/.docs: .venv/.run
+	@echo "Installing the documentation tools into .venv"
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache

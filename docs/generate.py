@@ -1,0 +1,205 @@
+"""Pages made from the code when the site is built, so that they cannot go stale: config keys, presets, recipes, API.
+
+mkdocs calls `on_files` (see `hooks` in mkdocs.yml). Nothing here imports torch.
+"""
+
+import ast
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from megatrain.cli.compose import compose
+from megatrain.cli.conf import group_options, shipped_dir
+from megatrain.config.docs import Key, describe
+from megatrain.models.flops import n_params
+from megatrain.train.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "train": ROOT / "megatrain" / "train",
+    "parallel": ROOT / "megatrain" / "parallel",
+    "models": ROOT / "megatrain" / "models",
+    "nn": ROOT / "megatrain" / "nn",
+    "optim": ROOT / "megatrain" / "optim",
+    "data": ROOT / "megatrain" / "data",
+    "checkpoint": ROOT / "megatrain" / "checkpoint",
+    "observe": ROOT / "megatrain" / "observe",
+    "resilience": ROOT / "megatrain" / "resilience",
+    "runtime": ROOT / "megatrain" / "runtime",
+    "config": ROOT / "megatrain" / "config",
+    "megatrain_kernels": ROOT / "kernels" / "megatrain_kernels",
+}
+"""Page of the API -> its package. The command (`megatrain/cli`) is documented by its own help."""
+GENERATED = "<!-- Made by docs/generate.py; edit that, or the source it reads. -->\n\n"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages to the site."""
+    pages = {"config.md": config_page(), "presets.md": presets_page(), "api/index.md": api_index()}
+    pages |= {f"api/{name}.md": api_page(name) for name in PACKAGES}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=GENERATED + text))
+    # griffe warns about its parser's doubts, which are no faults of the site
+    logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
+    return files
+
+
+def config_page() -> str:
+    """Return the page of every config key, with type, default and meaning, in one table a section."""
+    sections: dict[str, list[Key]] = {}
+    for key in describe(Config):
+        sections.setdefault(key.path.partition(".")[0] if "." in key.path else "", []).append(key)
+    parts = [
+        "# Every config key",
+        "A key is set on the command line as `key=value`, or in a YAML file. `megatrain train --cfg job` prints the "
+        "config that a command line gives, `megatrain train --cfg schema` the JSON schema. The defaults below are "
+        "those of the config classes; a group's option or an experiment may set others.",
+        "Keys under `model`, `optim` and `schedule` belong to the option that the group chooses: "
+        "`optim=muon optim.ns_steps=6`.",
+    ]
+    groups = group_options()
+    for name, keys in sorted(sections.items(), key=lambda item: bool(item[0])):
+        parts.append(f"## {f'`{name}`' if name else 'The run as a whole'}")
+        if options := groups.get(name):
+            parts.append(f"Options of the group: {', '.join(f'`{name}={option}`' for option in options)}.")
+        parts.append("| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(map(_row, keys)))
+    return "\n\n".join(parts) + "\n"
+
+
+def presets_page() -> str:
+    """Return the page of all model presets and all recipes (`conf/model`, `conf/experiment`)."""
+    rows = []
+    for name in group_options()["model"]:
+        cfg = compose([f"model={name}"]).model
+        total, active = n_params(cfg), n_params(cfg, active=True)
+        size = _count(total) if total == active else f"{_count(total)} ({_count(active)} active)"
+        heads = f"{cfg.n_heads} / {cfg.kv_heads}"
+        cells = (f"`{name}`", _first_comment("model", name), size, cfg.n_layers, cfg.hidden_size, heads)
+        rows.append(_cells(*cells, f"{cfg.vocab_size:,}", f"{cfg.max_seq_len:,}"))
+    recipes = []
+    for name in group_options()["experiment"]:
+        cfg = compose([f"experiment={name}"])
+        batch = (
+            f"{cfg.global_batch_size} x {cfg.seq_len} = {_count(cfg.global_batch_size * cfg.seq_len)} tokens"
+        )
+        optim = f"{cfg.optim.kind}, {cfg.optim.lr:g}, {cfg.schedule.kind}"
+        recipes.append(
+            _cells(
+                f"`{name}`",
+                _first_comment("experiment", name),
+                _model_of(name),
+                batch,
+                optim,
+                cfg.train.steps,
+            )
+        )
+    return "\n\n".join(
+        [
+            "# Presets and recipes",
+            "A **preset** is the architecture of one model: `model=llama3_8b`. A **recipe** is a whole run, with data, "
+            "batch, optimizer and schedule: `experiment=smoke`. Both are files under `conf/`; your own go into a "
+            "directory named by `--config-dir`, in folders of the same names.",
+            "## Presets",
+            "Each size is built in the tests and has the published number of parameters. Context is the longest "
+            "sequence that the model is defined for; `seq_len` sets what a run trains on.",
+            "| preset | model | parameters | layers | width | heads / KV | vocabulary | context |\n"
+            "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
+            "## Recipes",
+            "| recipe | what | model | global batch | optimizer, rate, schedule | steps |\n|---|---|---|---|---|---|\n"
+            + "\n".join(recipes),
+        ]
+    )
+
+
+def api_index() -> str:
+    """Return the list of packages with the first lines of what each module says of itself."""
+    lines = [
+        "# API",
+        "Everything public, from the docstrings. A package may import only what stands below it in this list; "
+        "siblings do not import each other.",
+    ]
+    for name in PACKAGES:
+        documented = [
+            (module, path) for module, path in _modules(name) if "kernels" not in name or "." not in module
+        ]
+        listed = "\n".join(f"| `{module}` | {_summary(path)} |" for module, path in documented)
+        lines.append(f"## [{name}]({name}.md)\n\n| module | what it owns |\n|---|---|\n{listed}")
+    return "\n\n".join(lines) + "\n"
+
+
+def api_page(name: str) -> str:
+    """Return the page of one package, for mkdocstrings to fill in: every module, or the kernels' public functions."""
+    documented = (
+        _public_functions() if name == "megatrain_kernels" else [module for module, _ in _modules(name)]
+    )
+    return f"# {name}\n\n" + "\n\n".join(f"::: {each}" for each in documented) + "\n"
+
+
+def _public_functions() -> list[str]:
+    """Return the full names of what `megatrain_kernels` offers, in the order of its imports."""
+    package = ast.parse((PACKAGES["megatrain_kernels"] / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in package.body if isinstance(node, ast.ImportFrom)]
+    return [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+
+
+def _modules(name: str) -> Iterator[tuple[str, Path]]:
+    """Yield dotted name and file of every module of a package that has something public to say."""
+    package = PACKAGES[name]
+    top = package.parents[len(package.relative_to(ROOT).parts) - 2]  # megatrain/'s parent, or kernels/
+    root = top.parent if name != "megatrain_kernels" else package.parent
+    for path in sorted(package.rglob("*.py")):
+        dotted = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        private = any(part.startswith("_") for part in dotted.split("."))
+        if not private and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))):
+            yield dotted, path
+
+
+def _summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring, on one line."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return _escaped(" ".join(doc.split("\n\n")[0].split()))
+
+
+def _first_comment(group: str, name: str) -> str:
+    """Return the comment at the top of a config file, without the mark of a package."""
+    lines = (shipped_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    said = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            said.append(line.lstrip("# "))
+    return _escaped(" ".join(said))
+
+
+def _model_of(recipe: str) -> str:
+    """Return the preset that a recipe names, or the default."""
+    text = yaml.safe_load((shipped_dir() / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    for default in text.get("defaults", ()):
+        if isinstance(default, dict) and "override /model" in default:
+            return f"`{default['override /model']}`"
+    return "the default"
+
+
+def _row(key: Key) -> str:
+    only = f" *{', '.join(key.only)} only.*" if key.only else ""
+    return _cells(f"`{key.path}`", _escaped(key.type), f"`{key.default}`", _escaped(key.doc) + only)
+
+
+def _cells(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("<", "&lt;")

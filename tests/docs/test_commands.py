@@ -1,0 +1,277 @@
+"""Every command that the documentation shows is run, or as much of it as one machine without a cluster can.
+
+All fenced `bash` and `console` blocks are collected. Each command is first composed exactly as it is shown; then it runs
+for real, in a folder of its own, made small by overrides that are appended. What cannot run here has a reason beside it
+(`NOT_RUN`), and is checked as far as it goes: a layout of several processes is composed, torchrun's own parser reads
+torchrun's arguments, and the SLURM script runs with stand-ins for SLURM's commands.
+"""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from megatrain.cli.compose import compose
+from megatrain.cli.main import main
+from megatrain.cli.options import parse_options
+from megatrain.cli.verbs import find_verb
+from megatrain.config.docs import describe
+from megatrain.data.tokenizer import train_bpe
+from megatrain.parallel.layout import fill, world_size
+from megatrain.train.config import Config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SMALL = (
+    "model.n_layers=2", "model.hidden_size=32", "model.n_heads=2", "model.n_kv_heads=2", "model.head_dim=16",
+    "model.ffn_size=64", "model.vocab_size=300", "seq_len=32", "global_batch_size=2", "micro_batch_size=2",
+    "train.steps=2", "train.eval_tokens=64", "train.sample_tokens=4", "train.precision=fp32", "schedule.warmup_steps=0",
+    "data.prefetch=0", "log.wandb=off", "log.display=plain",
+)  # fmt: skip
+NOT_RUN = {
+    "source": "it changes the shell; the Makefile and the installation make the file",
+    "sbatch": "it needs SLURM; `test_the_slurm_script` runs the script",
+    "make": "installing and testing take minutes and stand in .ci/run; make reads the target with -n",
+    "python -m benchmarks": "it measures for a minute; tests/unit/benchmarks runs it, here the module is found",
+    "verify": "it trains in eight processes for a minute; tests/distributed/test_verify.py runs it, here it is composed",
+    "several processes": "tests/e2e/test_layouts.py starts layouts; here they are composed",
+}
+"""Why a command is only checked in part."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One command as a reader sees it: on which page and line, and for a console what it prints."""
+
+    page: Path
+    line: int
+    command: str
+    output: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT).as_posix()}:{self.line}"
+
+
+def blocks(language: str) -> Iterator[tuple[Path, int, str, str]]:
+    """Yield page, line, title and text of every fenced block of `language`."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for found in re.finditer(
+            rf'^```{language}(?: title="([^"\n]*)")?\n(.*?)^```', text, re.MULTILINE | re.DOTALL
+        ):
+            yield page, text[: found.start()].count("\n") + 2, found[1] or "", found[2]
+
+
+def commands() -> list[Shown]:
+    """Return every command of the `bash` blocks, continued lines joined and comments taken off."""
+    found = []
+    for page, line, title, text in blocks("bash"):
+        if not title:
+            joined = text.replace("\\\n", " ").splitlines()
+            found += [Shown(page, line, each.split("  #")[0].strip()) for each in joined if each.strip()]
+    return found
+
+
+def consoles() -> list[Shown]:
+    """Return every command of the `console` blocks with the lines below it."""
+    found = []
+    for page, line, _, text in blocks("console"):
+        for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+            command, *output = part.rstrip().splitlines()
+            found.append(Shown(page, line, command, tuple(output)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with what the pages speak of: a text, a corpus, a tokenizer, runs, an exported model."""
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = [f"Line {n}: the square of {n} is {n * n}." for n in range(300)]
+    (folder / "my.txt").write_text("\n".join(lines))
+    (folder / "corpus").mkdir()
+    rows = "".join(f'{{"text": "{line}", "content": "{line}"}}\n' for line in lines)
+    (folder / "corpus" / "part.jsonl").write_text(rows)
+    (folder / "tokenizer").mkdir()
+    train_bpe(iter(lines), vocab_size=270).save_pretrained(folder / "tokenizer")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    with pytest.MonkeyPatch.context() as patch, chdir(folder):
+        patch.setenv("MEGATRAIN_CACHE", str(folder / "cache"))
+        assert main(["train", "data.path=my.txt", "run.name=mine", *small("data.path=my.txt")]) == 0
+        assert main(["export", "runs/mine", "meta-llama-3.2-1b"]) == 0
+        shutil.copytree("runs/mine", "runs/default")
+        yield folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of `prepared` for one command, which is the working directory."""
+    for each in prepared.iterdir():
+        if each.name != "cache":
+            (shutil.copytree if each.is_dir() else shutil.copy)(each, tmp_path / each.name)
+    with chdir(tmp_path):
+        yield tmp_path
+
+
+def small(*words: str) -> list[str]:
+    """Return the overrides that make a run small, for a command line of `words`."""
+    text = " ".join(words)
+    own = (
+        []
+        if "data.tokenizer" in text or "data=synthetic" in text or "smoke" in text
+        else ["data.tokenizer.kind=bytes"]
+    )
+    reads = "data.path" in text or "synthetic" in text or "smoke" in text
+    return [*SMALL, *own, *([] if reads else ["data.path=my.txt"])]
+
+
+def composed(words: list[str]) -> Config:
+    """Return the config of `words`, exactly as they are shown."""
+    return compose(parse_options("train", words).overrides)
+
+
+@pytest.mark.parametrize("shown", commands(), ids=str)
+def test_command(shown: Shown, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(shown.command.replace("$HEAD", "localhost"))
+    while "=" in words[0]:  # an environment variable
+        words = words[1:]
+    program, rest = words[0], words[1:]
+    if program == "megatrain":
+        check_megatrain(rest)
+    elif program == "torchrun":
+        check_torchrun(rest)
+    elif program == "make":
+        subprocess.run(["make", "-n", "-C", str(ROOT), *rest], check=True, capture_output=True)
+    elif program == "sbatch":
+        assert rest == ["train.sbatch"]
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
+    elif words[:2] == ["python", "-m"]:
+        assert find_spec(words[2]) is not None
+    else:
+        assert program in ("ls", "tail", "grep", "sed"), f"{shown}: say how to check {program}"
+        done = subprocess.run(words, check=False, capture_output=True)
+        assert done.returncode == (1 if "failure" in words else 0)  # grep: a good run has none
+
+
+def check_megatrain(words: list[str]) -> None:
+    """Run one `megatrain` command line, or check it as far as it goes."""
+    verb, rest = words[0], words[1:]
+    known = find_verb(verb)
+    if known is None and verb == "import":
+        pytest.skip("the verb is not part of this tree yet; it is run as soon as it is")
+    assert known is not None, f"there is no verb {verb}"
+    if "--help" in rest or "--cfg" in rest or not known.takes_config:
+        extra = small(*rest)[: len(SMALL)] if verb == "import" else []
+        assert main([*words, *extra]) == 0
+    elif "-m" in rest or "--multirun" in rest or verb == "verify":
+        assert main([*words, "--cfg", "job"]) == 0
+    else:
+        cfg = composed([word for word in rest if not word.startswith("--") and not word.isdigit()])
+        if cfg.parallel.dp_shard == -1 or world_size(cfg.parallel) == 1:
+            shown = [re.sub(r"^\d+$", "1", word) for word in words]  # bench --steps 1
+            assert main([*shown, *small(*rest)]) == 0
+
+
+def check_torchrun(words: list[str]) -> None:
+    """Read torchrun's arguments with its parser, and compose the layout for the processes that it would start."""
+    options = get_args_parser().parse_args(words)
+    assert (options.module, options.training_script) == (True, "megatrain")
+    verb, *rest = options.training_script_args
+    assert verb == "train"
+    processes = int(options.nnodes) * int(options.nproc_per_node)
+    assert options.rdzv_backend == "c10d"
+    assert world_size(fill(composed(rest).parallel, processes)) == processes
+
+
+@pytest.mark.parametrize("shown", consoles(), ids=str)
+def test_console(shown: Shown, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *words = shlex.split(shown.command)
+    assert program == "megatrain"
+    main(words)
+    printed = "".join(capsys.readouterr())
+    for line in shown.output:
+        assert line == "..." or line in printed, f"{shown}: {line!r} is not what it prints:\n{printed}"
+
+
+def test_the_slurm_script(folder: Path) -> None:
+    """It runs with stand-ins: torchrun gets arguments that fit, and a run that was stopped and saved is requeued."""
+    ((_, _, _, script),) = [block for block in blocks("bash") if block[2] == "train.sbatch"]
+    stand_ins = (
+        'srun() { "$@"; }\n'
+        'scontrol() { if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> requeued; fi; }\n'
+        "torchrun() { printf '%s\\n' \"$@\" > arguments; }\n"
+    )
+    environment = {
+        "SLURM_JOB_NODELIST": "n[1-4]",
+        "SLURM_NNODES": "4",
+        "SLURM_JOB_ID": "7",
+        "PATH": "/usr/bin:/bin",
+    }
+    for code, expected in (("0", False), ("75", True)):
+        (folder / "runs" / "mine" / "status.json").write_text(f'{{\n "exit_code": {code}\n}}\n')
+        subprocess.run(["bash", "-eu", "-c", stand_ins + script], env=environment, check=True)
+        assert (folder / "requeued").exists() == expected
+    assert (folder / "requeued").read_text() == "requeue 7\n"
+    arguments = (folder / "arguments").read_text().splitlines()
+    assert "--rdzv-endpoint=first:29400" in arguments
+    check_torchrun(arguments)
+
+
+def test_python_blocks_are_python() -> None:
+    for page, line, _, text in blocks("python"):
+        ast.parse(text, filename=f"{page}:{line}")
+
+
+def test_there_are_commands_on_every_page_that_tells_how() -> None:
+    pages = {shown.page.name for shown in commands()}
+    wanted = {"README.md", "first-run.md", "data.md", "choosing-a-layout.md", "machines.md", "checkpoints.md"}
+    assert wanted <= pages
+    assert len(commands()) > 40
+
+
+KEY = re.compile(r"`(?:megatrain \w+ )?'?((?:%s)\.[a-z0-9_.]+)" % "|".join(  # noqa: UP031 - braces are part of it
+    ("run", "model", "data", "optim", "schedule", "parallel", "train", "log", "checkpoint", "moe")
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_keys_verbs_and_files_that_are_named_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    keys = {key.path for key in describe(Config)}
+    groups = {path.rpartition(".")[0] for path in keys}
+    for found in KEY.findall(text):
+        named = found.rstrip(".")
+        is_file = named.endswith((".py", ".yaml", ".jsonl", ".json", ".sbatch"))
+        assert is_file or named in keys | groups, f"{named} is no config key"
+    for verb in re.findall(r"`megatrain ([a-z]+)[ `]", text):
+        assert find_verb(verb) or verb == "import", f"there is no verb {verb}"
+    for path in re.findall(r"`((?:megatrain|kernels|conf|tests|benchmarks|docs)/[\w/.\-]+)`", text):
+        assert (ROOT / path).exists(), f"{path} does not exist"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    """mkdocs checks the links of the site; these pages are outside it."""
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_a_wrong_command_is_noticed(folder: Path) -> None:
+    with pytest.raises(AssertionError, match="no verb"):
+        check_megatrain(["trian"])
+    with pytest.raises(Exception, match="no such key"):
+        check_megatrain(["train", "train.stepz=3"])
+    with pytest.raises(AssertionError):
+        check_torchrun(
+            shlex.split("--nnodes=1 --nproc-per-node=3 --rdzv-backend=c10d -m megatrain train parallel.tp=2")
+        )
