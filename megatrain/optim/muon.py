@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
-from megatrain.optim import adamw as adamw_rule
+from megatrain.optim import adamw
 from megatrain.optim.config import MuonConfig
 from megatrain.optim.rule import OptimizerRule
 from megatrain.parallel.shards import full_tensor, local_tensor, shard_like, sharding_of
@@ -48,10 +47,10 @@ class Muon(Optimizer):
     def step(self) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient. Ranks that share a matrix must call this together."""
         for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None]
             if not group["use_muon"]:
-                self._adamw(held, group)
+                adamw.update(self, group, self.cfg)
                 continue
+            held = [p for p in group["params"] if p.grad is not None]
             for alike in _of_one_shape(held):
                 self._muon(alike, lr=group["lr"], decay=group["weight_decay"])
 
@@ -74,27 +73,6 @@ class Muon(Optimizer):
         buffer.lerp_(gradient, 1 - self.cfg.momentum)
         return gradient.lerp(buffer, self.cfg.momentum) if self.cfg.nesterov else buffer
 
-    def _adamw(self, held: list[nn.Parameter], group: dict[str, Any]) -> None:
-        def states(key: str) -> list[Tensor]:
-            return [local_tensor(self.state[p][key]) for p in held]
-
-        adamw(
-            [local_tensor(p) for p in held],
-            [local_tensor(p.grad) for p in held if p.grad is not None],
-            states("exp_avg"),
-            states("exp_avg_sq"),
-            [],
-            states("step"),
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            beta1=self.cfg.beta1,
-            beta2=self.cfg.beta2,
-            eps=self.cfg.eps,
-        )
-
 
 def _of_one_shape(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Group `parameters` by shape and sharding, in the same order on all ranks, up to `TOGETHER` elements a group."""
@@ -110,7 +88,7 @@ def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: MuonConfi
     """Return a zero momentum buffer for Muon's matrices, AdamW's state for the rest."""
     if group["use_muon"]:
         return {"momentum_buffer": torch.zeros_like(parameter)}
-    return adamw_rule.initial_state(parameter, group, cfg)
+    return adamw.initial_state(parameter, group, cfg)
 
 
 RULE = OptimizerRule(Muon, initial_state)

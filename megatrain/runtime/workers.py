@@ -15,6 +15,8 @@ from torch import multiprocessing as mp
 
 T = TypeVar("T")
 TIMEOUT_S = 120
+TORCH = ("torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.pipelining")
+"""Modules that every worker needs and that are slow to import."""
 
 
 class WorkerError(RuntimeError):
@@ -24,13 +26,14 @@ class WorkerError(RuntimeError):
 class WorkerPool:
     """Processes for functions that run on several ranks. Use as a context manager.
 
-    Every run has processes of its own, since torch keeps meshes and groups of earlier ones. They are forked from a
-    server that has imported the function's module, torch with it: eight are there after a tenth of a second.
+    Every run has processes of its own, since torch caches the meshes and groups of earlier ones. They are forked from
+    a server that has imported torch and `preload` once: importing them in each process would take seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *preload: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="megatrain-workers-")
         self._runs = 0
+        mp.set_forkserver_preload([*TORCH, *preload])  # heeded by the first process that this one starts
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -39,14 +42,13 @@ class WorkerPool:
         self._folder.cleanup()
 
     def run(self, function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
-        """`function(*args)` on each of `world_size` ranks joined by gloo; results by rank.
+        """Call `function(*args)` on each of `world_size` ranks joined by gloo; returns the results by rank.
 
         Raises:
             WorkerError: it raised on some rank, or a process ended. The others are ended: they may wait forever.
         """
         self._runs += 1
         meeting = str(Path(self._folder.name) / f"run-{self._runs}")
-        mp.set_forkserver_preload([function.__module__])  # counts before the first run only
         team = [_start(rank, world_size, meeting, function, args) for rank in range(world_size)]
         results: dict[int, Any] = {}
         waiting: dict[Any, int] = {pipe: rank for rank, (_, pipe) in enumerate(team)}
@@ -101,7 +103,7 @@ def _serve(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    """A worker's life: join the others, run, and send the result."""
+    """Join the other ranks, run the function, and send its result."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     try:

@@ -133,7 +133,7 @@ def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], N
     store = SyntheticStore(small.model.vocab_size, n_tokens=1 << 14, documents=600)
     truth = trace(small, store, STEPS)
     tried = layouts(cfg)
-    with WorkerPool() as pool:
+    with WorkerPool("megatrain.train.parity") as pool:
         for n, layout in enumerate(tried):
             progress(describe(layout), n / len(tried))
             each = dataclasses.replace(small, parallel=layout)

@@ -9,5 +9,5 @@ from megatrain.runtime.workers import WorkerPool
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
-    with WorkerPool() as pool:
+    with WorkerPool("megatrain.train.parity") as pool:
         yield pool

@@ -1,8 +1,8 @@
 """Every command that the documentation shows is run, or as much of it as one machine without a cluster can.
 
-All fenced `bash` and `console` blocks are collected. Each command is first composed exactly as it is shown; then it runs
-for real, in a folder of its own, made small by overrides that are appended. What cannot run here has a reason beside it
-(`NOT_RUN`), and is checked as far as it goes: a layout of several processes is composed, torchrun's own parser reads
+All fenced `bash` and `console` blocks are collected. Each command is first composed exactly as it is shown; then it
+runs for real, in a folder of its own, made small by overrides that are appended. What cannot run here has a reason beside
+it (`NOT_RUN`), and is checked as far as it goes: a layout of several processes is composed, torchrun's own parser reads
 torchrun's arguments, and the SLURM script runs with stand-ins for SLURM's commands.
 """
 
@@ -42,7 +42,7 @@ NOT_RUN = {
     "sbatch": "it needs SLURM; `test_the_slurm_script` runs the script",
     "make": "installing and testing take minutes and stand in .ci/run; make reads the target with -n",
     "python -m benchmarks": "it measures for a minute; tests/unit/benchmarks runs it, here the module is found",
-    "verify": "it trains in eight processes for a minute; tests/distributed/test_verify.py runs it, here it is composed",
+    "verify": "it trains in eight processes for a minute; tests/distributed/test_verify.py runs it",
     "several processes": "tests/e2e/test_layouts.py starts layouts; here they are composed",
 }
 """Why a command is only checked in part."""
