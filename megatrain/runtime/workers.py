@@ -39,7 +39,7 @@ class WorkerPool:
         self._folder.cleanup()
 
     def run(self, function: Callable[..., T], world_size: int, *args: Any) -> list[T]:
-        """`function(*args)` on each of `world_size` ranks joined by gloo; results by rank.
+        """Run `function(*args)` on each of `world_size` ranks joined by gloo; return the results by rank.
 
         Raises:
             WorkerError: it raised on some rank, or a process ended. The others are ended: they may wait forever.
@@ -101,7 +101,7 @@ def _serve(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    """A worker's life: join the others, run, and send the result."""
+    """Join the others, run, and send the result."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     try:

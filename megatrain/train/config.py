@@ -182,8 +182,6 @@ class Config:
             yield Problem("micro_batch_size", micro_batch, f"must divide {share} ({rows})", legal)
             return
         plan = decoder_plan(self.model)
-        yield from layout_problems(
-            parallel, plan, self.seq_len, self.global_batch_size, micro_batch
-        )
+        yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)
         if self.train.precision == "fp8":
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)
