@@ -96,6 +96,6 @@ def _processes_needed(cfg: Config) -> int:
     if 0 < gpus < needed and not is_started():
         raise UserError(
             f"The layout ({layout_summary(cfg.parallel)}) needs {needed} GPUs, and this machine has {gpus}. "
-            "Use smaller degrees, or start it on several machines with torchrun: torchrun --nnodes ... -m megatrain train ..."
+            "Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain train ..."
         )
     return needed
