@@ -6,7 +6,7 @@ import textwrap
 from megatrain.cli.conf import group_options
 from megatrain.cli.options import FLAGS, Options, parse_options
 from megatrain.cli.verbs import VERBS, Verb
-from megatrain.config.docs import Key, describe_keys
+from megatrain.config.docs import Key, describe
 from megatrain.config.load import flatten
 from megatrain.config.schema import ConfigError, shown
 from megatrain.train.config import Config
@@ -56,7 +56,7 @@ def verb_help(verb: Verb, argv: list[str]) -> str:
 def _config_help(options: Options, *, every_key: bool) -> list[str]:
     groups = [(group, " ".join(names)) for group, names in group_options(options.config_dir).items()]
     values, said = _values(options)
-    keys = describe_keys(Config)
+    keys = describe(Config)
     chosen = keys if every_key else [key for key in keys if key.path in USUAL]
     title = "Keys" if every_key else "Keys used most (all of them: --help --all)"
     return [

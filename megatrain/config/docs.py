@@ -28,16 +28,16 @@ class Key:
     """The kinds of its section that have it; empty: all."""
 
 
-def describe_keys(cls: type, prefix: str = "") -> list[Key]:
+def describe(cls: type, prefix: str = "") -> list[Key]:
     """Return every leaf that a config of type `cls` may have, in the order of the fields."""
     rows: list[Key] = []
     defaults = {field.name: field.default for field in fields(cls)}
     for name, hint in hints(cls).items():
         path, classes = prefix + name, config_classes(hint)
         if len(classes) == 1:
-            rows += describe_keys(classes[0], f"{path}.")
+            rows += describe(classes[0], f"{path}.")
         elif classes:
-            kinds = {kind_of(inner): describe_keys(inner, f"{path}.") for inner in classes}
+            kinds = {kind_of(inner): describe(inner, f"{path}.") for inner in classes}
             default = kind_of(type(defaults[name]))
             rows.append(
                 Key(f"{path}.kind", f"one of {', '.join(kinds)}", default, "Set by the choice of the group.")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatrain.config.docs import Key, describe_keys, json_schema
+from megatrain.config.docs import Key, describe, json_schema
 from megatrain.config.load import flatten, kind_of
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import DecoderConfig
@@ -11,7 +11,7 @@ from megatrain.train.config import Config
 
 
 def by_path() -> dict[str, Key]:
-    return {key.path: key for key in describe_keys(Config)}
+    return {key.path: key for key in describe(Config)}
 
 
 def test_every_leaf_of_the_default_config_is_described() -> None:
@@ -24,13 +24,13 @@ def test_every_leaf_of_the_default_config_is_described() -> None:
 def test_docs_are_those_that_pydantic_finds() -> None:
     schema = json_schema(DecoderConfig)
     expected = {name: part.get("description", "") for name, part in schema["properties"].items()}
-    found = {key.path: key.doc for key in describe_keys(DecoderConfig) if "." not in key.path}
+    found = {key.path: key.doc for key in describe(DecoderConfig) if "." not in key.path}
     assert found.items() <= {name: " ".join(text.split()) for name, text in expected.items()}.items()
     assert found["n_heads"] == "Query heads."
 
 
 def test_a_field_redefined_without_words_keeps_its_base_class_words() -> None:
-    found = {key.path: key.doc for key in describe_keys(Qwen3Config)}
+    found = {key.path: key.doc for key in describe(Qwen3Config)}
     assert found["vocab_size"] == "Rows of the embedding; at least the tokenizer's size."
 
 
