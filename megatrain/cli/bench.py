@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
 
 
 def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
-    """The value of --steps N, and the other words."""
+    """Return the value of --steps N and the other words."""
     if "--steps" not in argv:
         return DEFAULT_STEPS, argv
     place = argv.index("--steps")
@@ -54,7 +54,7 @@ def _bench(cfg: Config, processes: Processes, *, steps: int, as_json: bool) -> i
 
 
 def render(result: "BenchResult") -> str:
-    """The result as text."""
+    """Return the result as text."""
     rates = result.rates
     fastest, slowest = result.spread_s
     layout = f" ({result.layout})" if result.layout else ""
@@ -72,8 +72,8 @@ def render(result: "BenchResult") -> str:
         )
     lines.append(f"  peak memory  {result.peak_memory_gib:.2f} GiB")
     total = sum(seconds for _, seconds in result.classes) or 1.0
-    lines.append("One step by class of operation (profiled, so a little slower):")
+    lines.append("Time of one step by class of operation (under the profiler, so a little slower):")
     lines += [f"  {name:22s} {s * 1e3:8.1f} ms  {s / total:6.1%}" for name, s in result.classes]
-    lines.append("Its dearest operators:")
+    lines.append("Slowest operators:")
     lines += [f"  {name[:48]:48s} {s * 1e3:8.1f} ms  {s / total:6.1%}" for name, s in result.operators]
     return "\n".join(lines)

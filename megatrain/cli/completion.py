@@ -46,7 +46,7 @@ TOP_FLAGS = ("--help", "--version", "--shell-completion")
 
 
 def script(shell: str) -> str:
-    """The completion script of a shell, to be evaluated in its start file.
+    """Return a shell's completion script, to be evaluated in its start file.
 
     Raises:
         UserError: there is none for that shell.
@@ -60,7 +60,7 @@ def script(shell: str) -> str:
 
 
 def candidates(line: str) -> list[str]:
-    """The words that may stand where `line`, a command line up to the cursor, ends."""
+    """Return the words that may stand at the end of `line`, a command line up to the cursor."""
     words = line.split()
     word = "" if not words or line[-1].isspace() else words.pop()
     start = next((i + 1 for i, each in enumerate(words) if Path(each).name == "megatrain"), 0)
@@ -95,7 +95,7 @@ def _for_verb(verb: Verb, before: list[str], word: str) -> list[str]:
 
 
 def _keys(word: str, groups: dict[str, list[str]]) -> list[str]:
-    """Groups, and keys up to their next dot."""
+    """Return the groups, and the keys up to their next dot."""
     sections = {key.rpartition(".")[0] for key in keys(Config)}
     found = [f"{group}=" for group in groups]
     for key in keys(Config):
@@ -106,7 +106,7 @@ def _keys(word: str, groups: dict[str, list[str]]) -> list[str]:
 
 
 def _values(word: str, groups: dict[str, list[str]]) -> list[str]:
-    """What may follow `key=`; after a comma, one more value of a sweep."""
+    """Return what may follow `key=`; after a comma, one more value of a sweep."""
     key, _, value = word.partition("=")
     hint = hint_at(Config, key)
     if key in groups:
@@ -122,7 +122,7 @@ def _values(word: str, groups: dict[str, list[str]]) -> list[str]:
 
 
 def _choices(key: str, hint: Any) -> list[str]:
-    """The values of a leaf that can be listed."""
+    """Return those values of a leaf that can be listed."""
     section = hint_at(Config, key.rpartition(".")[0])
     if key.endswith(".kind") and len(config_classes(section)) > 1:
         return [kind_of(cls) for cls in config_classes(section)]
@@ -138,7 +138,7 @@ def _choices(key: str, hint: Any) -> list[str]:
 
 
 def _files(start: str) -> list[str]:
-    """Paths that begin with `start`, directories with a slash at their end."""
+    """Return the paths that begin with `start`, directories with a slash at their end."""
     parent, slash, name = start.rpartition("/")
     try:
         entries = sorted(Path(parent + slash or ".").expanduser().iterdir())

@@ -52,7 +52,7 @@ class Source:
 
 
 def compose(overrides: list[str], source: Source = Source()) -> Config:
-    """The config of one run.
+    """Compose and check the config of one run.
 
     Raises:
         ConfigError: with every problem of overrides, files and values.
@@ -80,7 +80,7 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
 
 @contextmanager
 def hydra_over(source: Source) -> Iterator[None]:
-    """Hydra set up over the config directories, the user's own before the shipped one."""
+    """Set Hydra up over the config directories, the user's own before the shipped one."""
     _register()
     *own, shipped = config_dirs(source.config_dir)
     with initialize_config_dir(
@@ -95,7 +95,7 @@ def hydra_over(source: Source) -> Iterator[None]:
 
 
 def parse(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override], list[Problem]]:
-    """The overrides that are well formed by Hydra's grammar, and a problem for each other one."""
+    """Return the overrides that are well formed by Hydra's grammar, and a problem for each other one."""
     parser = OverridesParser.create()
     parsed, broken = [], []
     for text in overrides:
@@ -134,7 +134,7 @@ def _register() -> None:
 
 
 def _required() -> None:
-    """`key: ${required:}` in a config file: the user must give this key."""
+    """Refuse to resolve `key: ${required:}` in a config file: the user must give this key."""
     raise RequiredError
 
 
@@ -213,7 +213,7 @@ def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem])
 
 
 def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str, Any]:
-    """Plain data with interpolations resolved; what can't be, or must still be given, becomes a problem."""
+    """Return plain data with interpolations resolved; what can't be, or must still be given, becomes a problem."""
     data: dict[str, Any] = {}
     for key in node:
         path = prefix + str(key)

@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def shipped_dir() -> Path:
-    """The project's `conf/`: beside the package in a checkout, under `share/megatrain` when installed.
+    """Return the project's `conf/`: beside the package in a checkout, under `share/megatrain` when installed.
 
     Raises:
         UserError: the installation has none.
@@ -23,7 +23,7 @@ def shipped_dir() -> Path:
 
 
 def config_dirs(config_dir: str | None) -> list[Path]:
-    """The directories searched for config files, the first match wins: the user's own, then the shipped one.
+    """Return the directories searched for config files; the first match wins: the user's own, then the shipped one.
 
     Raises:
         UserError: the user's directory does not exist.
@@ -37,7 +37,7 @@ def config_dirs(config_dir: str | None) -> list[Path]:
 
 
 def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
-    """Group -> the names of its options, sorted, as `group=option` takes them."""
+    """Return each group with its options' names, sorted, as `group=option` takes them."""
     found: dict[str, set[str]] = {}
     for root in config_dirs(config_dir):
         for path in root.glob("*/**/*.yaml"):

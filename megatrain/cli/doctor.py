@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
 
 
 def _look(function: Callable[[], list[Row]]) -> list[Row]:
-    """A part that can't be looked at is a finding too."""
+    """Look at one part; that it can't be looked at is a finding too."""
     try:
         return function()
     except Exception as error:
@@ -46,7 +46,7 @@ def _look(function: Callable[[], list[Row]]) -> list[Row]:
 
 
 def _show(found: dict[str, list[Row]]) -> None:
-    """A coloured table on a terminal, plain lines elsewhere."""
+    """Print a coloured table on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty():
         try:
             from rich.console import Console

@@ -4,14 +4,19 @@ import shutil
 import textwrap
 
 from megatrain.cli.conf import group_options
-from megatrain.cli.options import FLAGS, parse_options
+from megatrain.cli.options import FLAGS, Options, parse_options
 from megatrain.cli.verbs import VERBS, Verb
 from megatrain.config.docs import Key, describe
+from megatrain.config.load import flatten
+from megatrain.config.schema import ConfigError, shown
 from megatrain.train.config import Config
 
 HELP_FLAGS = ("--help", "-h")
 HELP = ("--help, -h", "this text")
-HELP_WITH_KEYS = ("--help, -h", "this text; with --all also every key with its type, default and meaning")
+HELP_WITH_KEYS = (
+    "--help, -h",
+    "this text; with --all every key with its value here, its type and its meaning",
+)
 TOP_FLAGS = (
     ("--help, -h", "this text; `megatrain VERB --help` has a verb's"),
     ("--version", "versions of MegaTrain, Python and PyTorch"),
@@ -25,7 +30,7 @@ USUAL = (
 
 
 def command_help() -> str:
-    """What `megatrain --help` prints."""
+    """Return what `megatrain --help` prints."""
     verbs = [(verb.name, verb.summary) for verb in VERBS]
     return "\n\n".join(
         [
@@ -39,41 +44,56 @@ def command_help() -> str:
 
 
 def verb_help(verb: Verb, argv: list[str]) -> str:
-    """What `megatrain VERB --help [--all] [--config-dir DIR]` prints."""
+    """Return what `megatrain VERB --help [--all] [overrides]` prints; values are those that the verb would use."""
     parts = [f"usage: megatrain {verb.name} {verb.usage}", _wrapped(_sentence(verb.summary))]
     if verb.takes_config:
         rest = [word for word in argv if word not in (*HELP_FLAGS, "--all")]
-        parts += _config_help(parse_options(verb.name, rest).config_dir, every_key="--all" in argv)
+        parts += _config_help(parse_options(verb.name, rest), every_key="--all" in argv)
     flags = (*verb.flags, *((*FLAGS, HELP_WITH_KEYS) if verb.takes_config else (HELP,)))
     return "\n\n".join([*parts, _table("Flags", flags), _table("Examples", verb.examples)])
 
 
-def _config_help(config_dir: str | None, *, every_key: bool) -> list[str]:
-    groups = [(group, " ".join(options)) for group, options in group_options(config_dir).items()]
+def _config_help(options: Options, *, every_key: bool) -> list[str]:
+    groups = [(group, " ".join(names)) for group, names in group_options(options.config_dir).items()]
+    values, said = _values(options)
     keys = describe(Config)
     chosen = keys if every_key else [key for key in keys if key.path in USUAL]
     title = "Keys" if every_key else "Keys used most (all of them: --help --all)"
-    what = (
-        "write group=option"
-        if every_key
-        else "write group=option; `megatrain train --cfg job` shows what comes out"
-    )
-    return [_table(f"Config groups ({what})", groups), _key_list(title, chosen)]
+    return [
+        _table("Config groups (write group=option)", groups),
+        _key_list(f"{title}, {said}", chosen, values),
+    ]
 
 
-def _key_list(title: str, keys: list[Key]) -> str:
-    """`path  type = default`, and below it the meaning."""
+def _values(options: Options) -> tuple[dict[str, object], str]:
+    """Return the value of each key as composed, and what they are the values of."""
+    from megatrain.cli.compose import Source, compose  # imports Hydra, which `--help` alone need not wait for
+
+    source = Source(options.config_dir, options.config_name)
+    given = " ".join(options.overrides)
+    try:
+        return flatten(
+            compose(options.overrides, source)
+        ), f"with the values {'of ' + given if given else 'by default'}"
+    except ConfigError as error:
+        problems = "; ".join(str(problem).rstrip(".") for problem in error.problems)
+        return flatten(compose([], source)), f"with the values by default ({problems})"
+
+
+def _key_list(title: str, keys: list[Key], values: dict[str, object]) -> str:
+    """Return `path = value  (type)` of each key and below it the meaning; kinds not chosen have their defaults."""
     lines = [_wrapped(f"{title}:")]
     for key in keys:
         only = f"  [{'|'.join(key.only)} only]" if key.only else ""
-        lines.append(_wrapped(f"{key.path} = {key.default}  ({key.type}){only}", indent=2, hang=6))
+        value = shown(values[key.path]) if key.path in values else key.default
+        lines.append(_wrapped(f"{key.path} = {value}  ({key.type}){only}", indent=2, hang=6))
         if key.doc:
             lines.append(_wrapped(key.doc, indent=6, hang=6))
     return "\n".join(lines)
 
 
 def _table(title: str, rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> str:
-    """Two columns; a first column that is too wide stands on its own line."""
+    """Lay out two columns; a first one that is too wide stands on its own line."""
     width = min(max(len(left) for left, _ in rows), _columns() // 3)
     lines = [_wrapped(f"{title}:")]
     for left, right in rows:

@@ -11,7 +11,7 @@ from megatrain.cli.sweep import plan_sweep, run_sweep
 from megatrain.config.docs import json_schema
 from megatrain.config.errors import UserError
 from megatrain.config.text import to_yaml
-from megatrain.parallel.layout import describe, fill, world_size
+from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
 from megatrain.train.config import Config
@@ -52,7 +52,7 @@ def run_job(
 def run_in_layout(
     verb: str, argv: list[str], words: list[str], job: Callable[[Config, Processes], int]
 ) -> int:
-    """As `run_job`, in as many processes as the config's layout has; they are started here, if nobody did.
+    """Run `job` as `run_job` does, in as many processes as the layout has; they are started here, if nobody did.
 
     Args:
         argv: what follows the verb. words: the part of it that describes the config.
@@ -74,7 +74,7 @@ def run_in_layout(
 
 
 def _log_of(cfg: Config, rank: int) -> str:
-    """Where to read about the failure of the process `rank`."""
+    """Say where to read about the failure of the process `rank`."""
     from megatrain.train.files import run_directory
 
     log = run_directory(cfg) / "logs" / f"rank-{rank}.log"
@@ -82,7 +82,7 @@ def _log_of(cfg: Config, rank: int) -> str:
 
 
 def _processes_needed(cfg: Config) -> int:
-    """How many processes the layout has on this machine; `parallel.dp_shard=-1` takes all its GPUs.
+    """Return how many processes the layout has on this machine; `parallel.dp_shard=-1` takes all its GPUs.
 
     Raises:
         UserError: this machine has GPUs, but not as many.
@@ -95,7 +95,7 @@ def _processes_needed(cfg: Config) -> int:
     needed = world_size(fill(cfg.parallel, gpus or 1))
     if 0 < gpus < needed and not is_started():
         raise UserError(
-            f"The layout ({describe(cfg.parallel)}) has {needed} processes, and this machine {gpus} GPUs. Take smaller "
-            "degrees, or start it on several machines with torchrun: torchrun --nnodes ... -m megatrain train ..."
+            f"The layout ({layout_summary(cfg.parallel)}) needs {needed} GPUs, and this machine has {gpus}. "
+            "Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain train ..."
         )
     return needed

@@ -53,7 +53,7 @@ class Row:
 
 
 def versions() -> list[Row]:
-    """Python, and the packages that no run can do without, each really imported."""
+    """Try Python, and the packages that no run can do without, each really imported."""
     rows = [
         Row("python", f"{platform.python_version()} ({sys.executable})"),
         Row("system", platform.platform()),
@@ -69,7 +69,7 @@ def versions() -> list[Row]:
 
 
 def cpu() -> list[Row]:
-    """Model, cores that this process may use, instruction sets."""
+    """Find the CPU's model, the cores that this process may use, and instruction sets."""
     info = _read("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     flags = {
@@ -86,7 +86,7 @@ def cpu() -> list[Row]:
 
 
 def cuda() -> list[Row]:
-    """The GPUs that PyTorch can use, and why not if there are some that it can't."""
+    """Find the GPUs that PyTorch can use, and why not if there are some that it can't."""
     import torch
 
     if torch.cuda.is_available():
@@ -105,7 +105,7 @@ def cuda() -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Main memory and shared memory, in GiB."""
+    """Find main memory and shared memory, in GiB."""
     amounts = {}
     for line in _read("/proc/meminfo").splitlines():
         name, _, rest = line.partition(":")
@@ -124,7 +124,7 @@ def memory() -> list[Row]:
 
 
 def compiler() -> list[Row]:
-    """A C++ compiler (a program is really compiled), Python's headers and ninja: for torch.compile."""
+    """Try a C++ compiler (a program is really compiled), and find Python's headers and ninja: for torch.compile."""
     use = "parallel.compile=true"
     rows = []
     name = os.environ.get("CXX") or next(
@@ -153,7 +153,7 @@ def compiler() -> list[Row]:
 
 
 def network() -> list[Row]:
-    """Interfaces with their addresses, InfiniBand, and whether this host's name leads back to it."""
+    """Find interfaces with their addresses, InfiniBand, and whether this host's name leads back to it."""
     rows = []
     for _, name in socket.if_nameindex():
         state = _read(f"/sys/class/net/{name}/operstate").strip() or "unknown"
@@ -178,7 +178,7 @@ def network() -> list[Row]:
 
 
 def paths() -> list[Row]:
-    """The directories that a run writes to, each really written to."""
+    """Try the directories that a run writes to, each really written to."""
     places = {
         "runs": (Path("runs").absolute(), "write elsewhere with run.dir=DIR"),
         "data cache": (
@@ -201,7 +201,7 @@ def paths() -> list[Row]:
 
 
 def features() -> list[Row]:
-    """Optional packages: what each is for, and how to get those that are missing."""
+    """Find optional packages: what each is for, and how to get those that are missing."""
     rows = []
     for name, purpose in FEATURES:
         if find_spec(name) is None:
@@ -226,7 +226,7 @@ def _read(path: str) -> str:
 
 
 def _first_line(command: list[str]) -> str:
-    """The first line that a command prints; empty if it can't be run or fails."""
+    """Return the first line that a command prints; empty if it can't be run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -235,7 +235,7 @@ def _first_line(command: list[str]) -> str:
 
 
 def _compile_error(name: str) -> str:
-    """Why the compiler can't build a program; empty if it can."""
+    """Say why the compiler can't build a program; empty if it can."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "probe.cpp"
         source.write_text("#include <vector>\nint main() { return std::vector<int>{0}[0]; }\n")
@@ -248,7 +248,7 @@ def _compile_error(name: str) -> str:
 
 
 def _address_of(interface: str) -> str:
-    """The interface's IPv4 address; empty if it has none, or off Linux."""
+    """Return the interface's IPv4 address; empty if it has none, or off Linux."""
     try:
         import fcntl
 
@@ -260,12 +260,12 @@ def _address_of(interface: str) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or its nearest parent that exists."""
+    """Return the path, or its nearest parent that exists."""
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _write_error(path: Path) -> str:
-    """Why nothing can be written at `path` (made if need be, and removed again); empty if it can."""
+    """Say why nothing can be written at `path` (made if need be, and removed again); empty if it can."""
     try:
         with tempfile.TemporaryFile(dir=_existing(path)) as file:
             file.write(b"\0" * 65536)

@@ -16,7 +16,7 @@ NOISE = ("See https://", "full_key:", "object_type=", "reference_type=", "Set th
 
 
 def explain(override: Override, error: Exception, tree: DictConfig, groups: dict[str, list[str]]) -> Problem:
-    """Why `override` can't be applied to `tree`, which holds all that could be applied before it."""
+    """Explain why `override` can't be applied to `tree`, which holds all that could be applied before it."""
     key, field = override.key_or_group, override.get_key_element()
     value: object = ABSENT if override.is_delete() else override.value()
     if isinstance(value, Mapping):
@@ -38,12 +38,12 @@ def explain(override: Override, error: Exception, tree: DictConfig, groups: dict
 
 
 def must_be_given(path: str) -> Problem:
-    """A key without a default that the user did not give."""
+    """Report a key without a default that the user did not give."""
     return Problem(path, ABSENT, f"must be given; write {path}=VALUE")
 
 
 def in_words(error: BaseException) -> str:
-    """An error of Hydra, OmegaConf or PyYAML as one sentence, without hints for programmers."""
+    """Put an error of Hydra, OmegaConf or PyYAML into one sentence, without hints for programmers."""
     text = str(error) or str(error.__cause__ or type(error).__name__)
     text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
     lines = [line.strip() for line in text.splitlines()]
@@ -55,7 +55,7 @@ def _no_such_key(path: str, value: object, *groups: str) -> Problem:
 
 
 def _not_here(path: str, value: object, tree: DictConfig) -> Problem | None:
-    """A key that exists, but not under what is chosen here."""
+    """Report a key that exists, but not under what is chosen here."""
     parent, _, name = path.rpartition(".")
     section = OmegaConf.select(tree, parent)
     if section is None:  # as model.rope_scaling is, unless set

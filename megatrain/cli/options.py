@@ -32,7 +32,7 @@ class Parser(ArgumentParser):
         self.verb = verb
 
     def error(self, message: str) -> NoReturn:
-        """argparse calls this for every mistake.
+        """Refuse the command line; argparse calls this for every mistake.
 
         Raises:
             UserError: always.

@@ -34,7 +34,7 @@ class Job:
 
 
 def plan_sweep(overrides: list[str], source: Source) -> list[Job]:
-    """All jobs, composed and checked, in the order of Hydra's own sweeper (the last key varies fastest).
+    """Return all jobs, composed and checked, in the order of Hydra's own sweeper (the last key varies fastest).
 
     Raises:
         UserError: names every problem of every job.
@@ -91,7 +91,7 @@ class _Options:
         self.groups = group_options(source.config_dir)
 
     def get_group_options(self, group_name: str, results_filter: object = None) -> list[str]:
-        """Hydra's name and parameters."""
+        """Return a group's options; Hydra's name and parameters."""
         return self.groups.get(group_name, [])
 
 
@@ -105,7 +105,7 @@ def _combinations(parsed: list[Override], source: Source) -> list[list[str]]:
 
 
 def _label(lines: list[str], swept: list[str]) -> str:
-    """`lr=0.001,seed=1`: what distinguishes a job, as a part of its run's name."""
+    """Return what distinguishes a job, as a part of its run's name: `lr=0.001,seed=1`."""
     pairs = [line.lstrip("+").partition("=") for line in lines]
     text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if key in swept)
     return re.sub(r"[^A-Za-z0-9._=,-]+", "-", text).replace("..", ".")[:NAME_LENGTH].rstrip("-.,=") or "job"

@@ -22,7 +22,7 @@ def _train(cfg: Config, processes: Processes) -> int:
 
 
 def _show_result(cfg: Config, code: int) -> None:
-    """A sample of text, where everything is, and what to do next."""
+    """Print a sample of text, where everything is, and what to do next."""
     from megatrain.train.files import run_directory
 
     directory = run_directory(cfg)

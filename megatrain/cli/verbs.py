@@ -43,7 +43,7 @@ VERBS = (
             ),
             (
                 "megatrain train -m run.name=lr optim.lr=1e-3,3e-3 train.seed=0,1",
-                "four runs, one after another",
+                "a sweep: four runs, one after another",
             ),
         ),
         takes_config=True,
@@ -60,20 +60,20 @@ VERBS = (
             ('megatrain generate runs/default "import " --temperature 0', "the likeliest token every time"),
             (
                 "megatrain generate runs/default --tokens 500 --seed 7",
-                "without a prompt, longer, another draw",
+                "without a prompt, longer, with another seed",
             ),
         ),
         takes_config=False,
         flags=(
-            ("--tokens N", "tokens to make at most; default: 200"),
-            ("--temperature T", "0: the likeliest token; higher: more varied; default: 0.8"),
-            ("--top-k K", "draw among the K likeliest tokens; default: all"),
-            ("--seed N", "seed of the draw; default: 0"),
+            ("--tokens N", "most tokens to generate; default: 200"),
+            ("--temperature T", "sampling temperature; 0: always the likeliest token; default: 0.8"),
+            ("--top-k K", "sample from the K likeliest tokens; default: all"),
+            ("--seed N", "seed of the sampling; default: 0"),
         ),
     ),
     Verb(
         name="export",
-        summary="write the model of a run as a directory that Hugging Face's transformers load",
+        summary="export a run's model as a Hugging Face directory (config.json, safetensors, tokenizer)",
         usage="RUN DIRECTORY [flags]",
         examples=(
             (
@@ -86,14 +86,14 @@ VERBS = (
         takes_config=False,
         flags=(
             ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
-            ("--average", "the moving average of the weights (train.ema_decay) instead of the weights"),
+            ("--average", "export the moving average of the weights (train.ema_decay)"),
             ("--shard-gb GB", "size of a file; default: 5"),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),
     ),
     Verb(
         name="import",
-        summary="make a run of a Hugging Face model, to generate from, to train on and to export again",
+        summary="import a Hugging Face directory as a run, to generate from, train on and export",
         usage="DIRECTORY run.name=NAME [run.dir=DIR] [--check]",
         examples=(
             (
@@ -117,34 +117,34 @@ VERBS = (
             ("megatrain bench", "the default config on its own data"),
             (
                 "megatrain bench data=synthetic model=gpt2_124m seq_len=512 --steps 5",
-                "a preset on random tokens",
+                "a model preset on random tokens",
             ),
             ("megatrain bench train.precision=fp32 --json", "float32, for programs"),
         ),
         takes_config=True,
         flags=(
-            ("--steps N", "steps to count after three of warm-up; default: 20"),
+            ("--steps N", "steps to measure, after three of warm-up; default: 20"),
             ("--json", "print one JSON object instead of a table"),
         ),
     ),
     Verb(
         name="verify",
-        summary="check on this machine's CPU that layouts of several processes compute what one process does",
+        summary="check on the CPU that your layout, and a list of others, match a single process",
         usage="[group=option] [key=value] [flags]",
         examples=(
-            ("megatrain verify", "the default config, shrunk, in a list of layouts"),
+            ("megatrain verify", "the default config, made small, in a list of layouts"),
             (
                 "megatrain verify model=llama3_70b parallel.tp=4 parallel.pp=2",
                 "your layout as well, up to 8 processes",
             ),
-            ("megatrain verify --fault dropped_reduction", "plant an error and see that it is caught"),
+            ("megatrain verify --fault dropped_reduction", "inject an error and see that it is caught"),
         ),
         takes_config=True,
-        flags=(("--fault NAME", "plant an error: dropped_reduction or doubled_tokens"),),
+        flags=(("--fault NAME", "inject an error: dropped_reduction or doubled_tokens"),),
     ),
     Verb(
         name="doctor",
-        summary="say what this machine offers, what is missing for which feature, and how to get it",
+        summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
         usage="[--json]",
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
@@ -158,5 +158,5 @@ VERBS = (
 
 
 def find_verb(name: str) -> Verb | None:
-    """The verb of that name."""
+    """Return the verb of that name, if there is one."""
     return next((verb for verb in VERBS if verb.name == name), None)

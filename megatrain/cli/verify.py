@@ -12,7 +12,7 @@ def run(argv: list[str]) -> int:
 
 
 def _take_fault(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --fault, and the other words."""
+    """Return the value of --fault and the other words."""
     if "--fault" not in argv:
         return None, argv
     place = argv.index("--fault")
@@ -48,9 +48,9 @@ def _verify(cfg: Config, fault: str | None) -> int:
         )
     if fault is not None:
         print(
-            "The planted fault was missed in a layout."
+            "The injected fault was missed in a layout."
             if good
-            else f"The planted fault ({fault}) was caught."
+            else f"The injected fault ({fault}) was caught."
         )
         return int(good)
     return 0 if good else 1

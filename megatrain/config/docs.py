@@ -29,7 +29,7 @@ class Key:
 
 
 def describe(cls: type, prefix: str = "") -> list[Key]:
-    """Every leaf that a config of type `cls` may have, in the order of the fields."""
+    """Return every leaf that a config of type `cls` may have, in the order of the fields."""
     rows: list[Key] = []
     defaults = {field.name: field.default for field in fields(cls)}
     for name, hint in hints(cls).items():
@@ -49,14 +49,14 @@ def describe(cls: type, prefix: str = "") -> list[Key]:
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """JSON schema of a config class, with the field docstrings as descriptions (needs pydantic)."""
+    """Return the JSON schema of a config class, with the field docstrings as descriptions (needs pydantic)."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls).json_schema()
 
 
 def _merged(by_kind: dict[str, list[Key]], *, besides: str) -> list[Key]:
-    """The keys of a section's kinds as one list: each key once, with the kinds it belongs to."""
+    """Merge the keys of a section's kinds: each key once, with the kinds it belongs to."""
     found: dict[str, dict[str, Key]] = {}
     for kind, rows in by_kind.items():
         for row in rows:
@@ -77,7 +77,7 @@ def _merged(by_kind: dict[str, list[Key]], *, besides: str) -> list[Key]:
 
 @cache
 def _own_docs(cls: type) -> dict[str, str]:
-    """Field name -> docstring of one class; a field without one takes its base class's."""
+    """Return the docstring of each field of a class; a field without one takes its base class's."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if is_dataclass(base):
@@ -87,7 +87,7 @@ def _own_docs(cls: type) -> dict[str, str]:
 
 @cache
 def _docs_in_source(module: str) -> dict[str, dict[str, str]]:
-    """Class name -> field name -> docstring, from a module's source."""
+    """Return class name -> field name -> docstring, from a module's source."""
     source = Path(sys.modules[module].__file__ or "").read_text(encoding="utf-8")
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     return {node.name: dict(_documented(node.body)) for node in classes}

@@ -23,7 +23,7 @@ NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def load(cls: type[T], data: Mapping[str, Any]) -> T:
-    """The config of type `cls` that `data` describes; keys that are not given have their defaults.
+    """Return the config of type `cls` that `data` describes; keys that are not given have their defaults.
 
     Raises:
         ConfigError: with all problems of the whole tree.
@@ -35,7 +35,7 @@ def load(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[Problem]]:
-    """As `load`, but returns the problems beside a config in which values of wrong type are the defaults."""
+    """Load, but return the problems beside a config in which values of wrong type are the defaults."""
     walk = _Walk(cls)
     cfg = walk.build(cls, data, "")
     reported = {problem.field for problem in walk.broken}
@@ -43,7 +43,7 @@ def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[Problem]]:
 
 
 def rule_problems(cfg: Any, prefix: str = "") -> Iterator[Problem]:
-    """What the `problems` methods of `cfg` and of all configs inside it report, with full paths."""
+    """Yield what the `problems` methods of `cfg` and of all configs inside it report, with full paths."""
     for problem in getattr(cfg, "problems", tuple)():
         yield Problem(prefix + problem.field, problem.value, problem.rule, problem.legal)
     for field in fields(cfg):
@@ -53,12 +53,12 @@ def rule_problems(cfg: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def dump(cfg: Any) -> dict[str, Any]:
-    """Plain dicts, lists and scalars; `load(type(cfg), dump(cfg)) == cfg`."""
+    """Return plain dicts, lists and scalars; `load(type(cfg), dump(cfg)) == cfg`."""
     return {field.name: _plain(getattr(cfg, field.name)) for field in fields(cfg)}
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, object]:
-    """Dotted path -> value of every leaf, in the order of the classes' fields."""
+    """Return dotted path -> value of every leaf, in the order of the classes' fields."""
     flat: dict[str, object] = {}
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -70,14 +70,14 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, object]:
 
 
 def digest(cfg: Any) -> str:
-    """SHA-256 (hex) of the config's values, the same on every machine."""
+    """Return the SHA-256 (hex) of the config's values, the same on every machine."""
     text = json.dumps(dump(cfg), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
 def keys(cls: type, prefix: str = "") -> tuple[str, ...]:
-    """Dotted paths of all sections and leaves that a config of type `cls` may have, of any kind."""
+    """Return the dotted paths of all sections and leaves that a config of type `cls` may have, of any kind."""
     found: dict[str, None] = {}
     for name, hint in hints(cls).items():
         found[prefix + name] = None
@@ -87,7 +87,7 @@ def keys(cls: type, prefix: str = "") -> tuple[str, ...]:
 
 
 def hint_at(cls: type, path: str) -> Any:
-    """The annotation of the leaf or section at a dotted path, or None if no kind has such a key."""
+    """Return the annotation of the leaf or section at a dotted path, or None if no kind has such a key."""
     name, _, rest = path.partition(".")
     hint = hints(cls).get(name)
     if not rest or hint is None:
@@ -98,28 +98,28 @@ def hint_at(cls: type, path: str) -> Any:
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
-    """Field name -> resolved annotation of a config class."""
+    """Return field name -> resolved annotation of a config class."""
     found = get_type_hints(cls)
     return {field.name: found[field.name] for field in fields(cls)}
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; a one-tuple for any other annotation."""
+    """Return the alternatives of a union; a one-tuple for any other annotation."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def config_classes(hint: Any) -> tuple[type, ...]:
-    """The config classes that a field annotated with `hint` may hold; empty for a leaf."""
+    """Return the config classes that a field annotated with `hint` may hold; empty for a leaf."""
     return tuple(member for member in members(hint) if is_dataclass(member) and isinstance(member, type))
 
 
 def kind_of(cls: type) -> str:
-    """The value of `kind` that selects this class in a union."""
+    """Return the value of `kind` that selects this class in a union."""
     return str(get_args(hints(cls)["kind"])[0])
 
 
 def accepts(hint: Any, value: object) -> bool:
-    """Is `value`, as read from YAML, legal for a leaf annotated with `hint`?"""
+    """Return whether `value`, as read from YAML, is legal for a leaf annotated with `hint`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(accepts(member, value) for member in args)
@@ -133,7 +133,7 @@ def accepts(hint: Any, value: object) -> bool:
 
 
 def expected(hint: Any) -> str:
-    """What `accepts` wants, in words."""
+    """Say in words what `accepts` wants."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(expected(member) for member in args)
@@ -157,8 +157,9 @@ def unknown_key(root: type, path: str, value: object, also: Iterable[str] = ()) 
 
 
 def upgrade(root: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `data` with the present keys and values (`root.RENAMED`, `root.CHANGED`) if an earlier
-    `schema_version` wrote it.
+    """Return `data` with the present keys and values if an earlier `schema_version` wrote it.
+
+    `root.RENAMED` and `root.CHANGED` say what changed.
     """
     newest = getattr(root(), "schema_version", None)
     written = data.get("schema_version")
@@ -197,7 +198,7 @@ class _Walk:
         self.broken: list[Problem] = []
 
     def build(self, cls: type[T], data: Mapping[str, Any], prefix: str) -> T:
-        """`cls` from `data`; a value that can't be taken leaves the default."""
+        """Build `cls` from `data`; a value that can't be taken leaves the default."""
         known = hints(cls)  # type: ignore[arg-type]
         for key in data:
             if key not in known:
@@ -212,7 +213,7 @@ class _Walk:
         return cls(**values)
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
-        """The value of one field; None, with a problem, if it can't be taken."""
+        """Return the value of one field; None, with a problem, if it can't be taken."""
         classes = config_classes(hint)
         if not classes and accepts(hint, value):
             return _convert(hint, value)
@@ -227,7 +228,7 @@ class _Walk:
         return self.section(classes, value, path)
 
     def section(self, classes: tuple[type, ...], data: Mapping[str, Any], path: str) -> Any:
-        """One of `classes`; where there are several, the key `kind` says which."""
+        """Build one of `classes`; where there are several, the key `kind` says which."""
         if len(classes) == 1:
             return self.build(classes[0], data, f"{path}.")
         kinds = {kind_of(cls): cls for cls in classes}
@@ -243,7 +244,7 @@ class _Walk:
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """An accepted value as the dataclass holds it: lists as tuples, whole numbers as floats where asked."""
+    """Convert an accepted value to what the dataclass holds: lists to tuples, whole numbers to floats where asked."""
     fitting = [member for member in members(hint) if accepts(member, value)]
     member = next((member for member in fitting if member is type(value)), fitting[0])
     if get_origin(member) is tuple:
@@ -257,7 +258,7 @@ def _convert(hint: Any, value: Any) -> Any:
 
 
 def _nearest_values(hint: Any, value: object) -> tuple[object, ...]:
-    """Legal values that the user may have meant."""
+    """Return legal values that the user may have meant."""
     choices = [
         str(arg) for member in members(hint) if get_origin(member) is Literal for arg in get_args(member)
     ]

@@ -8,7 +8,7 @@ CUTOFF = 0.6
 
 
 def nearest(word: str, names: Iterable[str], count: int = 2) -> tuple[str, ...]:
-    """At most `count` of `names`, the most similar first.
+    """Return at most `count` of `names`, the most similar first.
 
     Dotted keys are compared as a whole and by their last part, so that `lr` finds `optim.lr`; a name is taken
     when either is similar enough, and only those nearly as similar as the best one stay.

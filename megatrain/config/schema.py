@@ -46,7 +46,7 @@ class Problem:
 
 
 def shown(value: object) -> str:
-    """A value as the user writes it."""
+    """Return a value as the user writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
@@ -98,6 +98,6 @@ def between(cfg: Any, low: float, high: float, *fields: str) -> Iterator[Problem
 
 
 def nearest_divisors(n: int, wanted: int, count: int = 2) -> tuple[int, ...]:
-    """The `count` divisors of `n` that are nearest to `wanted`."""
+    """Return the `count` divisors of `n` that are nearest to `wanted`."""
     divisors = [d for d in range(1, n + 1) if n % d == 0] if n > 0 else []
     return tuple(sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:count]))

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def to_yaml(cfg: Any) -> str:
-    """All keys with their values, in the classes' order; `from_yaml(type(cfg), to_yaml(cfg)) == cfg`."""
+    """Write all keys with their values, in the classes' order; `from_yaml(type(cfg), to_yaml(cfg)) == cfg`."""
     import yaml
 
     dumper = _with_plain_exponents(yaml.SafeDumper)  # so that text which looks like a number is quoted
@@ -37,7 +37,7 @@ def from_yaml(cls: type[T], text: str) -> T:
 
 
 def _with_plain_exponents(base: Any) -> Any:
-    """PyYAML's safe loader or dumper, for which `1e-3` is a number as in YAML 1.2 (YAML 1.1 wants `1.0e-3`)."""
+    """Derive a safe loader or dumper that takes `1e-3` for a number, as YAML 1.2 does (1.1 wants `1.0e-3`)."""
     plain: Any = type(base.__name__, (base,), {})
     number = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
     plain.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))

@@ -27,10 +27,10 @@ class RopeScaling:
     beta_slow: float = 1.0
     """yarn: dimensions that turn less often than this are divided by `factor`."""
     attention_factor: float | None = None
-    """yarn: factor on cos and sin; None takes `0.1 ln(factor) + 1` (YaRN, arXiv 2309.00071, section 3.4)."""
+    """yarn: factor on cos and sin; null takes `0.1 ln(factor) + 1` (YaRN, arXiv 2309.00071, section 3.4)."""
     mscale: float | None = None
     """yarn in latent attention: scores are multiplied by `(0.1 mscale ln(factor) + 1)²`, and cos and sin are left as
-    they are (DeepSeek-V2's published code); None: as `attention_factor` says."""
+    they are (DeepSeek-V2's published code); null: as `attention_factor` says."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "factor", "original_max_seq_len")
@@ -144,9 +144,9 @@ class DecoderConfig:
     n_heads: int = 4
     """Query heads."""
     n_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention); None: as many as query heads."""
+    """Key and value heads (grouped-query attention); null: as many as query heads."""
     head_dim: int | None = None
-    """None: hidden_size / n_heads."""
+    """Size of a head; null: hidden_size / n_heads."""
     ffn_size: int = 1024
     """Width inside the feed-forward block."""
     vocab_size: int = 4096
@@ -163,7 +163,7 @@ class DecoderConfig:
     qk_norm: bool = False
     """RMSNorm over each query and key head."""
     sliding_window: int | None = None
-    """Sliding window: a token sees itself and the `sliding_window - 1` tokens before it; None: all."""
+    """Sliding window: a token sees itself and the `sliding_window - 1` tokens before it; null: all."""
     attention_bias: bool = False
     """Bias in the query, key and value projections."""
     output_bias: bool = False
@@ -176,7 +176,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     """The output head is the embedding."""
     logit_softcap: float | None = None
-    """c: logits become c·tanh(logits / c) (Gemma 2, arXiv 2408.00118); None: off."""
+    """c: logits become c·tanh(logits / c) (Gemma 2, arXiv 2408.00118); null: off."""
     init_std: float = 0.02
     """Standard deviation of matrices and embeddings at initialization."""
     init_scaling: Literal["none", "depth"] = "depth"

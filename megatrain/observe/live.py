@@ -8,17 +8,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatrain.observe.display import (
-    REFRESH_S,
-    Clock,
-    Course,
-    Row,
-    describe,
-    one_line,
-    sparkline,
-    unbreakable_output,
-)
+from megatrain.observe.figures import Clock, Course, Row, one_line, row_figures, sparkline, unbreakable_output
 
+REFRESH_S = 0.2  # it is drawn again no more often than this
 KEPT_NOTICES = 4
 STICKY = ("eval/loss", "eval/bits_per_byte")
 DRAWING_SHARE = 0.01  # of the time, at most, goes into drawing
@@ -26,7 +18,7 @@ DRAWING_SHARE = 0.01  # of the time, at most, goes into drawing
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read the output has gone; rich's own way is to end the process.
+        """Raise: whoever read the output has gone, and rich would end the process.
 
         Raises:
             BrokenPipeError: always; the display deals with it.
@@ -108,10 +100,10 @@ class LiveDisplay:
 
     def _figures(self) -> Table:
         table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
-        facts = describe(self._row)
-        for name, _ in facts:
+        figures = row_figures(self._row)
+        for name, _ in figures:
             table.add_column(name, header_style="dim", no_wrap=True)
-        table.add_row(*(value for _, value in facts))
+        table.add_row(*(value for _, value in figures))
         return table
 
 

@@ -58,7 +58,7 @@ class Interval:
         self._rows.append({key: row[key] for key in (*TIMES, *RATES) if key in row})
 
     def averages(self) -> dict[str, float]:
-        """Mean seconds a step, and rates over all its seconds; a new interval begins."""
+        """Return the mean seconds a step, and rates over all its seconds; begin a new interval."""
         rows, self._rows = self._rows, []
         found = {key: sum(row[key] for row in rows) / len(rows) for key in TIMES if key in rows[0]}
         for key in RATES:
@@ -69,7 +69,7 @@ class Interval:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin anew with `peak_memory_gib`, so that it does not tell of what came before (preparing the data, say).
+    """Restart `peak_memory_gib`, so that it does not tell of what came before (preparing the data, say).
 
     On a CPU that takes Linux; elsewhere the peak remains that of the process's whole life.
     """
@@ -80,7 +80,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far, GiB: by torch on a GPU, by the whole process on a CPU."""
+    """Return the most memory held so far, GiB: by torch on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with contextlib.suppress(OSError, IndexError):

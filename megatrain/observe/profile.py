@@ -36,7 +36,7 @@ CLASSES: dict[str, Names] = {
 
 
 def classify(operator: str, callers: Names = ()) -> str:
-    """The class of an operator such as `aten::mm`, called by `callers`."""
+    """Return the class of an operator such as `aten::mm`, called by `callers`."""
     name = operator.lower()
     lineage = [name, *(caller.lower() for caller in callers)]
     is_loss = any(part in each for each in lineage for part in LOSS)
@@ -54,7 +54,7 @@ def classify(operator: str, callers: Names = ()) -> str:
 
 
 def breakdown(step: Callable[[], object]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Seconds of one call of `step` by class, and of its ten dearest operators; both largest first.
+    """Profile one call of `step`: its seconds by class, and those of its ten slowest operators, both largest first.
 
     Means over a few calls. The classes add up to the whole duration: on a CPU operators are counted by their own
     time in the calling thread, on a GPU by that of the kernels they started.
@@ -82,7 +82,7 @@ def breakdown(step: Callable[[], object]) -> tuple[list[tuple[str, float]], list
 
 
 def _callers(event: FunctionEvent) -> Names:
-    """Names of the operators and annotations around an event, nearest first."""
+    """Yield the names of the operators and annotations around an event, nearest first."""
     names = []
     while event.cpu_parent is not None:
         event = event.cpu_parent

@@ -84,12 +84,12 @@ def _now() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """The row as one line of strict JSON, ASCII only."""
+    """Return the row as one line of strict JSON, ASCII only."""
     return json.dumps(_plain(row), allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """`value` with what JSON lacks replaced: numbers of other libraries by Python's, nan and inf by null."""
+    """Replace what JSON lacks: numbers of other libraries by Python's, nan and inf by null."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -139,7 +139,7 @@ def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Each line with its row, one at a time (the file of a long run is large); None for a torn one."""
+    """Yield each line with its row, one at a time (the file of a long run is large); None for a torn one."""
     with path.open(errors="replace", newline="\n") as file:
         for line in file:
             try:

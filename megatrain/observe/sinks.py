@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from megatrain.config.errors import UserError
 from megatrain.observe.config import LogConfig
-from megatrain.observe.display import Display, Row
+from megatrain.observe.display import Display
+from megatrain.observe.figures import Row
 from megatrain.observe.metrics import Interval
 from megatrain.observe.rundir import RunLog
 
@@ -39,7 +40,7 @@ class Observer:
             )
 
     def step(self, row: Row) -> None:
-        """One step's row; every `log.every`-th is recorded, and each with a validation.
+        """Take in one step's row; every `log.every`-th is recorded, and each with a validation.
 
         Its times and rates are those of all steps since the one before it; everything else is the step's own.
         """
@@ -53,7 +54,7 @@ class Observer:
             self._attempt(name, partial(sink, row))
 
     def notice(self, text: str) -> None:
-        """Something that a person should know: shown, and kept in events.jsonl."""
+        """Show something that a person should know, and keep it in events.jsonl."""
         self._log.event("notice", text=text)
         self._display.notice(text)
 
@@ -111,7 +112,7 @@ class Observer:
 
 
 def _run_id(file: Path) -> str:
-    """The run's id at Weights & Biases, the same after every resume."""
+    """Return the run's id at Weights & Biases, the same after every resume."""
     if file.exists():
         return file.read_text().strip()
     run_id = os.urandom(4).hex()

@@ -8,7 +8,7 @@ RISES = 3  # validations in a row with rising validation and falling training lo
 def update(
     counters: dict[str, Any], *, step: int, train_loss: float, eval_loss: float
 ) -> tuple[dict[str, Any], str | None]:
-    """The counters after one more validation, and a notice when over-fitting shows.
+    """Return the counters after one more validation, and a notice when over-fitting shows.
 
     Counters: best, best_step; without_best: validations since the best; rises: validations in a row in which the
     validation loss rose while the training loss fell; eval_loss, train_loss: the last ones.

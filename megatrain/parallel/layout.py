@@ -23,9 +23,16 @@ def world_size(cfg: ParallelConfig) -> int:
     return math.prod(getattr(cfg, axis) for axis in AXES)
 
 
-def describe(cfg: ParallelConfig) -> str:
-    """Return the degrees that are not 1, as a user writes them; empty for one process."""
-    return " ".join(f"{axis}={getattr(cfg, axis)}" for axis in (*AXES, "ep") if getattr(cfg, axis) != 1)
+def layout_summary(cfg: ParallelConfig, *, options: bool = False) -> str:
+    """Return the degrees that are not 1, as a user writes them; empty for one process.
+
+    Args:
+        options: also those of ZeRO stage, pipeline schedule and context parallelism that are not the defaults.
+    """
+    plain = ParallelConfig()
+    names = (*AXES, "ep", *(("zero_stage", "pp_schedule", "cp_kind") if options else ()))
+    changed = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(plain, name)}
+    return " ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def require_processes(cfg: ParallelConfig, started: int) -> None:
@@ -36,7 +43,7 @@ def require_processes(cfg: ParallelConfig, started: int) -> None:
     """
     needed = world_size(cfg)
     if started != needed:
-        layout = describe(cfg) or "every degree 1"
+        layout = layout_summary(cfg) or "every degree 1"
         raise UserError(
             f"{started} process{'es' * (started > 1)} started, but the layout ({layout}) has {needed}. Start {needed}, "
             "change a degree, or let parallel.dp_shard=-1 fill what the other degrees leave."

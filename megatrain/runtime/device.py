@@ -70,7 +70,7 @@ class Peak:
 
 
 def pick_device(index: int = 0) -> torch.device:
-    """The GPU of that index, or the CPU."""
+    """Return the GPU of that index, or the CPU."""
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -85,7 +85,7 @@ def memory_bytes(device: torch.device, processes: int = 1) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
-    """Best FLOP/s of `device` in `dtype`: published for a known GPU, measured for a CPU, else None.
+    """Return the best FLOP/s of `device` in `dtype`: published for a known GPU, measured for a CPU, else None.
 
     On a CPU, the best that any process on this machine ever measured, so that a moment in which others kept the
     machine busy does not lower the ceiling for good. Takes a tenth of a second.
@@ -103,7 +103,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak | None:
 
 
 def published_tflops(name: str, dtype: torch.dtype) -> float | None:
-    """Dense TFLOP/s in `dtype` of the GPU that its driver calls `name`; None if they are not known.
+    """Return the dense TFLOP/s in `dtype` of the GPU that its driver calls `name`; None if they are not known.
 
     float32 is counted as TF32 where `torch.set_float32_matmul_precision` allows it.
     """
@@ -120,7 +120,7 @@ def published_tflops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def choose_precision(device: torch.device) -> Literal["bf16", "fp32"]:
-    """bf16 where the device multiplies it clearly faster than float32.
+    """Choose bf16 where the device multiplies it clearly faster than float32.
 
     On a CPU by a measurement of 0.3 s, kept in the cache directory.
     """
@@ -136,7 +136,7 @@ def choose_precision(device: torch.device) -> Literal["bf16", "fp32"]:
 
 
 def _measure(dtypes: Iterable[torch.dtype], *, seconds: float) -> dict[torch.dtype, float]:
-    """FLOP/s of matrix products on this CPU, best of many; the types take turns, so that noise hits them alike."""
+    """Measure the best FLOP/s of matrix products on this CPU; the types take turns, so that noise hits them alike."""
     products = {dtype: _affordable_product(dtype) for dtype in dtypes}
     best = dict.fromkeys(products, 0.0)
     deadline = time.perf_counter() + seconds
@@ -148,7 +148,7 @@ def _measure(dtypes: Iterable[torch.dtype], *, seconds: float) -> dict[torch.dty
 
 
 def _affordable_product(dtype: torch.dtype) -> Callable[[], float]:
-    """A product of GEMM_SHAPE, or of fewer rows where it would take long.
+    """Return a product of GEMM_SHAPE, or of fewer rows where it would take long.
 
     (A CPU without instructions for bf16 can be hundreds of times slower in it than in float32.)
     """
@@ -163,7 +163,7 @@ def _affordable_product(dtype: torch.dtype) -> Callable[[], float]:
 
 
 def _product(dtype: torch.dtype, rows: int) -> Callable[[], float]:
-    """Multiplies matrices once a call, into the same memory, and returns the FLOP/s."""
+    """Make a function that multiplies matrices once, into the same memory, and returns the FLOP/s."""
     _, inner, columns = GEMM_SHAPE
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
     out = torch.ones(rows, columns, dtype=dtype)
@@ -177,7 +177,7 @@ def _product(dtype: torch.dtype, rows: int) -> Callable[[], float]:
 
 
 def _key(dtype: torch.dtype) -> str:
-    """What a measured peak depends on."""
+    """Name what a measured peak depends on."""
     precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else "as is"
     threads = torch.get_num_threads()
     return f"{_cpu_name()}, {threads} threads, torch {torch.__version__}, {dtype}, {precision}"

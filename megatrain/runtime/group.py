@@ -70,6 +70,6 @@ def _places() -> tuple[int, int, int, int]:
 
 
 def _die_with_parent() -> None:
-    """Linux: end when the launcher is killed; it could not end this process any more."""
+    """End when the launcher is killed (on Linux); it could not end this process any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

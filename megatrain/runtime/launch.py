@@ -79,7 +79,7 @@ def passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
             child.send_signal(number)
 
     def wait_for_children(number: int, frame: FrameType | None) -> None:
-        """Ctrl-C reaches them by itself: they are in the terminal's foreground group."""
+        """Do nothing: Ctrl-C reaches the children by itself, in the terminal's foreground group."""
 
     passed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, pass_on) for number in passed}

@@ -5,5 +5,5 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """$MEGATRAIN_CACHE, or ~/.cache/megatrain. It need not exist yet."""
+    """Return $MEGATRAIN_CACHE, or ~/.cache/megatrain. It need not exist yet."""
     return Path(os.environ.get("MEGATRAIN_CACHE") or Path.home() / ".cache" / "megatrain")

@@ -40,11 +40,14 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Return every process's value, by rank."""
         return [value]
 
     def agree(self, work: Callable[[], T]) -> T:
-        """`work()` of this process. If it fails on one, it fails on all: with the own error, else the first's."""
+        """Run `work()` on every process; if it fails on one, all raise.
+
+        Each raises its own error, or that of the first rank that failed.
+        """
         if self.size == 1:
             return work()
         result, error = None, None
@@ -60,7 +63,7 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work()` returns or raises on the first process; the others do not call it."""
+        """Return what `work()` returns or raises on the first process; the others do not call it."""
         found: list[T | None] = self.gather(self.agree(work if self.is_first else _nothing))
         return found[0]  # type: ignore[return-value]
 
@@ -70,7 +73,7 @@ def _nothing() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """`error`, or if it cannot travel its text."""
+    """Return `error`, or an error with its text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -80,7 +83,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def is_started() -> bool:
-    """Did a launcher start this process as one of a number that it chose?"""
+    """Return whether a launcher started this process as one of a number that it chose."""
     return "WORLD_SIZE" in os.environ
 
 

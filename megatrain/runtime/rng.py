@@ -22,13 +22,13 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def stream_key(seed: int, name: str) -> int:
-    """A signed 64-bit key of the stream `name` under `seed`."""
+    """Return a signed 64-bit key of the stream `name` under `seed`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def random_bits(counters: Tensor, key: int) -> Tensor:
-    """SplitMix64's output number `counters` (int64, any shape) of the stream `key`, as int64."""
+    """Return SplitMix64's outputs number `counters` (int64, any shape) of the stream `key`, as int64."""
     z = (counters + 1).mul_(GOLDEN).add_(key)  # int64 arithmetic wraps, as SplitMix64 wants
     z.bitwise_xor_(_shift_right(z, 30)).mul_(MIX_1)
     z.bitwise_xor_(_shift_right(z, 27)).mul_(MIX_2)
@@ -36,12 +36,12 @@ def random_bits(counters: Tensor, key: int) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift of signed integers."""
+    """Shift signed integers logically."""
     return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def normal(counters: Tensor, key: int) -> Tensor:
-    """Standard normal float64 values, one a counter, within ±6.8 (the ends of 32 bits)."""
+    """Return standard normal float64 values, one a counter, within ±6.8 (the ends of 32 bits)."""
     bits = random_bits(counters, key)
     angle = (bits & 0xFFFFFFFF).to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
     share = _shift_right(bits, 32).to(torch.float64).add_(0.5).mul_(2.0**-32)  # inside (0, 1)
@@ -65,7 +65,7 @@ def fill_normal_(
 
 
 def _element_numbers(part: Tensor, shape: Sequence[int], offsets: Sequence[int]) -> Tensor:
-    """Row-major number in a tensor of `shape` of each element of `part`, which begins at `offsets`."""
+    """Return the row-major number, in a tensor of `shape`, of each element of `part`, which begins at `offsets`."""
     numbers = torch.zeros((), dtype=torch.int64, device=part.device)
     for size, whole, offset in zip(part.shape, shape, offsets, strict=True):
         place = torch.arange(offset, offset + size, device=part.device)

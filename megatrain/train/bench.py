@@ -12,7 +12,7 @@ from megatrain.data.prepare import prepare
 from megatrain.models.flops import flops_per_token, n_params
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.profile import breakdown
-from megatrain.parallel.layout import describe
+from megatrain.parallel.layout import layout_summary
 from megatrain.parallel.mesh import make_mesh
 from megatrain.runtime.device import choose_precision, memory_bytes, peak_flops, pick_device
 from megatrain.runtime.processes import Processes
@@ -89,7 +89,7 @@ def bench(
     return BenchResult(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         precision=cfg.train.precision,
-        layout=describe(cfg.parallel),
+        layout=layout_summary(cfg.parallel),
         parameters=n_params(cfg.model),
         steps=steps,
         step_time_s=statistics.median(counted),

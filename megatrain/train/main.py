@@ -18,7 +18,7 @@ from megatrain.models.flops import n_params
 from megatrain.observe.display import make_display
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
-from megatrain.parallel.layout import describe
+from megatrain.parallel.layout import layout_summary
 from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, memory_bytes, pick_device
@@ -217,7 +217,7 @@ def _title(run: Run) -> str:
     cfg = run.cfg
     size = n_params(cfg.model) / 1e6
     processes = run.processes.size
-    layout = f"{processes} processes ({describe(cfg.parallel)}), " if processes > 1 else ""
+    layout = f"{processes} processes ({layout_summary(cfg.parallel)}), " if processes > 1 else ""
     return (
         f"{cfg.run.name}: {cfg.model.kind} {size:.1f}M parameters, {layout}{cfg.train.precision}, "
         f"{run.loader.store.n_tokens / 1e6:.1f}M training tokens, seed {cfg.train.seed}"

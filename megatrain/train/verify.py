@@ -9,7 +9,7 @@ from megatrain.data.store import SyntheticStore
 from megatrain.models.config import ModelConfig
 from megatrain.nn.config import ExpertsConfig
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import AXES, world_size
+from megatrain.parallel.layout import layout_summary, world_size
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config
 from megatrain.train.parity import Trace, merged, relative_errors, trace
@@ -135,21 +135,11 @@ def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], N
     tried = layouts(cfg)
     with WorkerPool("megatrain.train.parity") as pool:
         for n, layout in enumerate(tried):
-            progress(describe(layout), n / len(tried))
+            progress(layout_summary(layout, options=True), n / len(tried))
             each = dataclasses.replace(small, parallel=layout)
             if not list(each.problems()):
                 ranks = pool.run(trace, world_size(layout), each, store, STEPS, fault)
-                yield compare(describe(layout), merged(ranks), truth)
-
-
-def describe(layout: ParallelConfig) -> str:
-    """Return what of a layout differs from one process, as a user writes it."""
-    plain = ParallelConfig()
-    names = (*AXES, "ep", "zero_stage", "pp_schedule", "cp_kind")
-    changed = [
-        f"{name}={getattr(layout, name)}" for name in names if getattr(layout, name) != getattr(plain, name)
-    ]
-    return " ".join(changed)
+                yield compare(layout_summary(layout, options=True), merged(ranks), truth)
 
 
 def compare(layout: str, found: Trace, truth: Trace) -> Verdict:

@@ -101,12 +101,37 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [base_gpt2]\n")
     assert main(["train", "-h", "--config-dir", str(tmp_path)]) == 0
     short = capsys.readouterr().out
-    groups = {"checkpoint", "data", "experiment", "log", "model", "optim", "parallel", "schedule", "train"}
+    groups = {
+        "checkpoint",
+        "data",
+        "experiment",
+        "log",
+        "model",
+        "optim",
+        "parallel",
+        "recipe",
+        "schedule",
+        "train",
+    }
     assert group_names(short) == groups
     assert " mine" in short
     assert "train.z_loss" not in short
     assert main(["train", "--help", "--all"]) == 0
     assert "train.z_loss = 0.0" in capsys.readouterr().out
+
+
+def test_help_shows_the_values_that_will_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    bare = capsys.readouterr().out
+    assert all(
+        f"\n  {line} " in bare for line in ("optim.lr = 0.008", "train.steps = 1650", "global_batch_size = 8")
+    )
+    assert main(["train", "model=llama3_8b", "seq_len=64", "--help", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {line} " in out for line in ("optim.lr = 0.0003", "seq_len = 64", "model.n_layers = 32"))
+    assert "None" not in out
+    assert main(["train", "data=text", "--help"]) == 0
+    assert "data.path: must be given" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("columns", [40, 80])

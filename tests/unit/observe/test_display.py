@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from megatrain.observe.display import Clock, Course, PlainDisplay, make_display, sparkline
+from megatrain.observe.display import PlainDisplay, make_display
+from megatrain.observe.figures import Clock, Course, sparkline
 
 ROW = {
     "train/loss": 2.5,

@@ -1,0 +1,128 @@
+"""What displays are made of: the figures of a row, progress and ETA, the course of the loss, and safe output."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+Row = dict[str, Any]
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Clock:
+    """Progress of a run and its ETA, from the mean time between steps since its first one."""
+
+    def __init__(self, total: int = 0, step: int = 0, now: Callable[[], float] = time.monotonic) -> None:
+        self.total = total
+        self.done = step
+        self._now = now
+        self._first: tuple[int, float] | None = None
+        self._step_s = 0.0
+
+    def tick(self, row: Row) -> None:
+        """Take in the row of a step that is now done.
+
+        The time between steps counts, so validations and checkpoints do; what came before the first step does not.
+        """
+        self.done = row["step"]
+        if self._first is None:
+            self._first, self._step_s = (self.done, self._now()), row["perf/step_time_s"]
+        else:
+            step, began = self._first
+            self._step_s = (self._now() - began) / max(self.done - step, 1)
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.total
+
+    def eta(self) -> str:
+        """Return the time left, as 2d03h, 1h02m, 3m20s or 14s."""
+        if self._first is None:
+            return "?"
+        seconds = round(max(self.total - self.done, 0) * self._step_s)
+        minutes, hours = seconds // 60, seconds // 3600
+        if hours >= 24:
+            return f"{hours // 24}d{hours % 24:02d}h"
+        if hours:
+            return f"{hours}h{minutes % 60:02d}m"
+        return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+class Course:
+    """A long series, kept as a bounded number of means of equally many values."""
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._means: list[float] = []
+        self._width = 1
+        self._open: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Append a value; neighbours are merged when there are too many."""
+        self._open.append(value)
+        if len(self._open) < self._width:
+            return
+        self._means.append(sum(self._open) / self._width)
+        self._open = []
+        if len(self._means) == self._most:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._width *= 2
+
+    def values(self) -> list[float]:
+        """Return the means so far, oldest first; the last one may be of fewer values."""
+        return [*self._means, sum(self._open) / len(self._open)] if self._open else self._means
+
+
+def row_figures(row: Row) -> list[tuple[str, str]]:
+    """Return the figures of a row that a person watches, as (name, formatted value)."""
+    figures = [("loss", f"{row['train/loss']:.4f}")]
+    if "eval/loss" in row:
+        figures.append(("val loss", f"{row['eval/loss']:.4f}"))
+    if "eval/bits_per_byte" in row:
+        figures.append(("bits/byte", f"{row['eval/bits_per_byte']:.4f}"))
+    figures += [
+        ("grad norm", f"{row['train/grad_norm']:.3f}"),
+        ("lr", f"{row['train/lr']:.2e}"),
+        ("tokens/s", f"{row['perf/tokens_per_sec']:,.0f}"),
+    ]
+    if "perf/mfu" in row:
+        figures.append(("MFU", f"{row['perf/mfu']:.1%}"))
+    return figures
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Draw `values` as `width` characters, each the mean of its share; the highest is a full block."""
+    if not values:
+        return ""
+    if len(values) > width:
+        cuts = [round(i * len(values) / width) for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in values)
+
+
+def one_line(text: str) -> str:
+    """Return the text without line breaks."""
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def unbreakable_output() -> Iterator[None]:
+    """Let a run go on when whoever read its output has gone (`| head -1`, a lost connection).
+
+    What was not written stays in Python's buffer and would fail again, at the latest when the process ends, and
+    change its exit code; so from then on the output leads nowhere.
+    """
+    try:
+        yield
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+    except ValueError:  # the output is closed
+        pass
