@@ -183,7 +183,7 @@ def _take_up(attempt: Attempt) -> tuple[str, ...]:
     """Load the newest checkpoint, if there is one, and open the run's files; returns warnings."""
     cfg, state, log = attempt.cfg, attempt.parts.state, attempt.log
     processes = attempt.checkpointer.processes
-    processes.from_first(attempt.checkpointer.sweep)
+    processes.from_first(attempt.checkpointer.remove_leftovers)
     found = attempt.checkpointer.load(state.tensors())
     if found is not None:
         check_same_data(found.manifest.info["data_fingerprint"], attempt.data.fingerprint, cfg)
