@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -34,6 +33,9 @@ PACKAGES = {
     "megatrain_kernels": ROOT / "kernels" / "megatrain_kernels",
 }
 """Page of the API -> its package. The command (`megatrain/cli`) is documented by its own help."""
+SHORT_TYPES = {"a whole number": "int", "a number": "float", "true or false": "bool", "text": "str"}
+"""The loader's words for types, and the shorter ones of the tables."""
+RUN_TABLE = "| choose | what | global batch | optimizer, rate, schedule | steps |\n|---|---|---|---|---|\n"
 GENERATED = "<!-- Made by docs/generate.py; edit that, or the source it reads. -->\n\n"
 
 
@@ -80,39 +82,36 @@ def presets_page() -> str:
         heads = f"{cfg.n_heads} / {cfg.kv_heads}"
         cells = (f"`{name}`", _first_comment("model", name), size, cfg.n_layers, cfg.hidden_size, heads)
         rows.append(_cells(*cells, f"{cfg.vocab_size:,}", f"{cfg.max_seq_len:,}"))
-    recipes = []
-    for name in group_options()["experiment"]:
-        cfg = compose([f"experiment={name}"])
-        batch = (
-            f"{cfg.global_batch_size} x {cfg.seq_len} = {_count(cfg.global_batch_size * cfg.seq_len)} tokens"
-        )
-        optim = f"{cfg.optim.kind}, {cfg.optim.lr:g}, {cfg.schedule.kind}"
-        recipes.append(
-            _cells(
-                f"`{name}`",
-                _first_comment("experiment", name),
-                _model_of(name),
-                batch,
-                optim,
-                cfg.train.steps,
-            )
-        )
-    return "\n\n".join(
-        [
-            "# Presets and recipes",
-            "A **preset** is the architecture of one model: `model=llama3_8b`. A **recipe** is a whole run, with data, "
-            "batch, optimizer and schedule: `experiment=smoke`. Both are files under `conf/`; your own go into a "
-            "directory named by `--config-dir`, in folders of the same names.",
-            "## Presets",
-            "Each size is built in the tests and has the published number of parameters. Context is the longest "
-            "sequence that the model is defined for; `seq_len` sets what a run trains on.",
-            "| preset | model | parameters | layers | width | heads / KV | vocabulary | context |\n"
-            "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
+    groups = group_options()
+    experiments = [_run_row("experiment", name) for name in groups["experiment"]]
+    recipes = [_run_row("model", name) for name in groups.get("recipe", ()) if name in groups["model"]]
+    parts = [
+        "# Presets and recipes",
+        "A **preset** is the architecture of one model: `model=llama3_8b`. Its **recipe** is how such a model is "
+        "usually trained: batch, rate, schedule, steps. An **experiment** is a whole run: `experiment=smoke`. All are "
+        "files under `conf/`; your own go into a directory named by `--config-dir`, in folders of the same names.",
+        "## Presets",
+        "Each size is built in the tests and has the published number of parameters. Context is the longest "
+        "sequence that the model is defined for; `seq_len` sets what a run trains on.",
+        "| preset | model | parameters | layers | width | heads / KV | vocabulary | context |\n"
+        "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows),
+    ]
+    if recipes:
+        parts += [
             "## Recipes",
-            "| recipe | what | model | global batch | optimizer, rate, schedule | steps |\n|---|---|---|---|---|---|\n"
-            + "\n".join(recipes),
+            "What a preset brings with it; any key may be overridden.",
+            RUN_TABLE + "\n".join(recipes),
         ]
-    )
+    return "\n\n".join([*parts, "## Experiments", RUN_TABLE + "\n".join(experiments)]) + "\n"
+
+
+def _run_row(group: str, name: str) -> str:
+    """Return the row of the run that `group=name` composes to."""
+    cfg = compose([f"{group}={name}"])
+    batch = f"{cfg.global_batch_size} x {cfg.seq_len} = {_count(cfg.global_batch_size * cfg.seq_len)} tokens"
+    optim = f"{cfg.optim.kind}, {cfg.optim.lr:g}, {cfg.schedule.kind}"
+    what = _first_comment("recipe" if group == "model" else group, name)
+    return _cells(f"`{group}={name}`", what, batch, optim, f"{cfg.train.steps:,}")
 
 
 def api_index() -> str:
@@ -176,18 +175,12 @@ def _first_comment(group: str, name: str) -> str:
     return _escaped(" ".join(said))
 
 
-def _model_of(recipe: str) -> str:
-    """Return the preset that a recipe names, or the default."""
-    text = yaml.safe_load((shipped_dir() / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    for default in text.get("defaults", ()):
-        if isinstance(default, dict) and "override /model" in default:
-            return f"`{default['override /model']}`"
-    return "the default"
-
-
 def _row(key: Key) -> str:
     only = f" *{', '.join(key.only)} only.*" if key.only else ""
-    return _cells(f"`{key.path}`", _escaped(key.type), f"`{key.default}`", _escaped(key.doc) + only)
+    kind = key.type
+    for words, short in SHORT_TYPES.items():
+        kind = kind.replace(words, short)
+    return _cells(f"`{key.path}`", _escaped(kind), f"`{key.default}`", _escaped(key.doc) + only)
 
 
 def _cells(*cells: object) -> str:

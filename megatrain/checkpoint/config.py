@@ -1,4 +1,4 @@
-"""When checkpoints are written and how many stay."""
+"""How often checkpoints are written, how many are kept, and how strictly they are checked."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from megatrain.config.schema import Problem, at_least, config
 @config
 class CheckpointConfig:
     every: int = 100
-    """Steps between two checkpoints; the last step is always saved. 0: only the last."""
+    """Steps between two checkpoints; 0: only the last step, which is always saved."""
     keep: int = 3
-    """Newest checkpoints that stay; 0: all."""
+    """Number of newest checkpoints that are kept; 0: all."""
     verify: bool = True
-    """Check every file's hash before a checkpoint is loaded (its size is always checked)."""
+    """Check the SHA-256 of every file before a checkpoint is loaded (sizes are always checked)."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 0, "every", "keep")

@@ -1,15 +1,15 @@
-"""What can be wrong with a checkpoint."""
+"""Errors of saving and loading a checkpoint."""
 
 from megatrain.config.errors import UserError
 
 
 class CheckpointSaveError(RuntimeError):
-    """A checkpoint could not be saved. What was committed before is untouched."""
+    """A checkpoint could not be saved; those committed before are untouched."""
 
 
 class CheckpointMismatchError(UserError):
-    """A good checkpoint of another model: its tensors are not those that were asked for."""
+    """An intact checkpoint of another model: its tensors are not the requested ones."""
 
 
-class Damage(Exception):
-    """Why one checkpoint is not to be loaded; it is put aside and an older one is taken."""
+class CorruptCheckpointError(Exception):
+    """A checkpoint is incomplete or was changed: it is quarantined, and an older one is loaded."""

@@ -1,4 +1,4 @@
-"""Files that are hashed while they are written, and reach the disk before anybody relies on them."""
+"""Durable file I/O: files are hashed while they are written, and synced before anybody relies on them."""
 
 import hashlib
 import os
@@ -9,25 +9,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WORKERS = (
-    2  # files that a process writes, reads or hashes at once: one core hashes slower than a good disk is
-)
-SYNC_BYTES = 16 << 20  # the disk starts on what is written so far while the rest is hashed
+WORKERS = 2
+"""Files that a process writes, reads or hashes at once: one core hashes more slowly than a good disk reads."""
+SYNC_BYTES = 16 << 20
+"""Bytes after which a sync starts in the background, so that disk and hash work at the same time."""
 READ_BYTES = 1 << 20
+"""Bytes of a read or write buffer."""
 
 
 class FileRecord(NamedTuple):
-    """What the manifest says of a file: its size in bytes and its SHA-256 in hex."""
+    """Size in bytes and SHA-256 in hex of a file, as the manifest lists them."""
 
     size: int
     sha256: str
 
 
 class HashingWriter:
-    """A new file that is hashed as it is written, and goes to the disk in the background.
+    """A new file, hashed as it is written and synced in the background.
 
-    `close` returns after `fsync`; then `record` holds. `abandon` closes without syncing. `failure` is the first
-    OSError, for callers that lose it.
+    `close` returns after `fsync` and sets `record`. `abandon` closes without syncing. `failure` is the first OSError,
+    for callers in between that lose it (torch does).
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,10 +41,10 @@ class HashingWriter:
         self._unsynced = 0
 
     def write(self, data: Any) -> int:
-        """Write all of `data`, a contiguous buffer; its size in bytes."""
+        """Write all of `data`, a contiguous buffer, and return its size in bytes."""
         view = memoryview(data).cast("B")
         self._digest.update(view)
-        with self._noting_failure():
+        with self._recording_failure():
             self._file.write(view)
             self._unsynced += view.nbytes
             if self._unsynced >= SYNC_BYTES and (self._sync is None or self._sync.done()):
@@ -53,16 +54,17 @@ class HashingWriter:
         return view.nbytes
 
     def tell(self) -> int:
+        """Return the number of bytes written so far."""
         return self._file.tell()
 
     def flush(self) -> None:
-        """Nothing: `close` flushes."""
+        """Do nothing; `close` flushes."""
 
     def close(self) -> None:
-        """Sync and close; nothing happens the second time."""
+        """Sync and close the file; a second call does nothing."""
         if self._file.closed:
             return
-        with self._noting_failure():
+        with self._recording_failure():
             self._file.flush()
             self._end_sync()
             os.fsync(self._file.fileno())
@@ -71,16 +73,18 @@ class HashingWriter:
         self._syncer.shutdown()
 
     def abandon(self) -> None:
+        """Close the file without syncing it."""
         self._syncer.shutdown()
         with suppress(OSError):  # what the buffer still holds may not fit either
             self._file.close()
 
     def _end_sync(self) -> None:
+        """Wait for the sync in the background and raise its error."""
         if self._sync is not None:
             self._sync.result()  # the kernel reports a failed write once: it must not be lost here
 
     @contextmanager
-    def _noting_failure(self) -> Iterator[None]:
+    def _recording_failure(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -89,7 +93,7 @@ class HashingWriter:
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
-    """Write and sync a new file."""
+    """Write and sync a new file; return its record."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -98,7 +102,7 @@ def write_file(path: Path, data: bytes) -> FileRecord:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hex, read in pieces."""
+    """Return the SHA-256 of a file in hex, reading it in pieces."""
     digest, buffer = hashlib.sha256(), bytearray(READ_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
@@ -108,7 +112,7 @@ def hash_file(path: Path) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: what was created, renamed or removed in it."""
+    """Sync a directory, so that names created, renamed or removed in it survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -117,7 +121,7 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create `path` and its missing parents, each durable in its own parent."""
+    """Create `path` and its missing parents, and sync each one's parent."""
     if path.is_dir():
         return
     make_directory(path.parent)
@@ -126,5 +130,5 @@ def make_directory(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write on the disk of `path`."""
+    """Return how many bytes this user may still write on the disk of `path`."""
     return shutil.disk_usage(path).free

@@ -1,6 +1,6 @@
-"""`manifest.json`: what a checkpoint consists of, so that a missing or changed byte is noticed.
+"""`manifest.json`: the list of a checkpoint's files with sizes and hashes, so that any changed byte is noticed.
 
-It carries a SHA-256 of itself, and is good only if rendering what it says gives the same bytes again.
+The manifest carries a SHA-256 of itself, and is valid only if rendering its fields gives the same bytes again.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.errors import Damage
+from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.files import WORKERS, FileRecord, hash_file
 from megatrain.config.errors import UserError
 
@@ -45,32 +45,32 @@ class Manifest:
     step: int
     files: dict[str, FileRecord]
     info: dict[str, Any]
-    """What the run says of itself: layout, config digest, data fingerprint."""
+    """Metadata of the run: layout, config digest, data fingerprint."""
     parent: str | None
-    """Name of the checkpoint that this process loaded or saved before."""
+    """Name of the checkpoint that the run loaded or saved before this one."""
     versions: dict[str, str] = field(default_factory=_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
 
     def render(self) -> bytes:
-        """The bytes of `manifest.json`."""
+        """Return the bytes of `manifest.json`."""
         files = {name: record._asdict() for name, record in sorted(self.files.items())}
         return _render(asdict(self) | {"files": files})
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check `manifest.json` of a checkpoint (not yet the files that it lists).
+    """Read and check the manifest of a checkpoint, but not the files that it lists.
 
     Raises:
-        Damage: it is missing, was changed, or is of another step than the directory's name says.
-        UserError: a later version of this program wrote it.
+        CorruptCheckpointError: the manifest is missing or changed, or its step is not that of the directory's name.
+        UserError: a later version of megatrain wrote it.
     """
     if directory.is_symlink():
-        raise Damage("it is a symbolic link")
+        raise CorruptCheckpointError("it is a symbolic link")
     raw = read_bounded(directory / MANIFEST_FILE)
     fields = parse_json(raw, MANIFEST_FILE)
     if not isinstance(fields, dict) or _render(fields) != raw:
-        raise Damage(f"{MANIFEST_FILE} was changed: its own hash is wrong")
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} was changed: its own hash is wrong")
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
@@ -79,84 +79,84 @@ def read_manifest(directory: Path) -> Manifest:
         )
     manifest = _from_fields(fields)
     if directory.name != f"step-{manifest.step:08d}":
-        raise Damage(f"{MANIFEST_FILE} is of step {manifest.step}")
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} belongs to step {manifest.step}")
     return manifest
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """Every listed file is there, is a plain file, and has its size.
+    """Check that every listed file is a plain file of the listed size.
 
     Raises:
-        Damage: names the first that does not.
+        CorruptCheckpointError: a file is not; the message names the first.
     """
     for name, record in manifest.files.items():
         size = file_size(directory / name)
         if size != record.size:
-            raise Damage(f"{name} has {size:,} bytes instead of {record.size:,}")
+            raise CorruptCheckpointError(f"{name} has {size:,} bytes instead of {record.size:,}")
 
 
 def check_hashes(directory: Path, manifest: Manifest) -> None:
-    """Every listed file has its SHA-256.
+    """Check the SHA-256 of every listed file.
 
     Raises:
-        Damage: names the first that has not.
+        CorruptCheckpointError: a hash is wrong; the message names the first file.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
         hashed = pool.map(hash_file, [directory / name for name in manifest.files])
     for (name, record), found in zip(manifest.files.items(), hashed, strict=True):
         if found != record.sha256:
-            raise Damage(_changed(name))
+            raise CorruptCheckpointError(_changed(name))
 
 
 def read_listed(path: Path, manifest: Manifest, *, limit: int) -> bytes:
-    """All bytes of a small file that the manifest lists; its hash is always checked, since what it says is used.
+    """Return all bytes of a small listed file, at most `limit`. Its hash is always checked, since its content is used.
 
     Raises:
-        Damage: it is missing, too large, or was changed.
+        CorruptCheckpointError: the file is missing, too large, or was changed.
     """
     raw = read_bounded(path, limit)
     if hashlib.sha256(raw).hexdigest() != manifest.files[path.name].sha256:
-        raise Damage(_changed(path.name))
+        raise CorruptCheckpointError(_changed(path.name))
     return raw
 
 
 def read_bounded(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """All bytes of a plain file of at most `limit` bytes.
+    """Return all bytes of a plain file of at most `limit` bytes.
 
     Raises:
-        Damage: it is missing, no plain file, or larger.
+        CorruptCheckpointError: the file is missing, larger, or not a plain file.
     """
     size = file_size(path)
     if size > limit:
-        raise Damage(f"{path.name} has {size:,} bytes; more than {limit:,} are not read")
+        raise CorruptCheckpointError(f"{path.name} has {size:,} bytes; more than {limit:,} are not read")
     return path.read_bytes()
 
 
 def file_size(path: Path) -> int:
-    """Size of a plain file in bytes.
+    """Return the size of a plain file in bytes.
 
     Raises:
-        Damage: it is missing or not a plain file (a link may lead anywhere).
+        CorruptCheckpointError: the file is missing or not a plain file (a link may lead anywhere).
     """
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        raise Damage(f"{path.name} is missing") from None
+        raise CorruptCheckpointError(f"{path.name} is missing") from None
     if not stat.S_ISREG(status.st_mode):
-        raise Damage(f"{path.name} is not a plain file")
+        raise CorruptCheckpointError(f"{path.name} is not a plain file")
     return status.st_size
 
 
 def parse_json(raw: bytes, name: str) -> Any:
-    """The JSON value of `raw`.
+    """Parse `raw`, the content of the file `name`.
 
     Raises:
-        Damage: it is not JSON, or is nested too deeply to be ours.
+        CorruptCheckpointError: it is not JSON, or nested too deeply to have been written here.
     """
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise Damage(f"{name} is not JSON ({type(error).__name__})") from None
+        raise CorruptCheckpointError(f"{name} is not JSON ({type(error).__name__})") from None
 
 
 def _changed(name: str) -> str:
@@ -164,27 +164,29 @@ def _changed(name: str) -> str:
 
 
 def _render(fields: dict[str, Any]) -> bytes:
-    """Canonical JSON of `fields`, with the hash of all the others as `sha256`."""
+    """Render `fields` as canonical JSON, with the hash of all other fields as `sha256`."""
     body = {key: value for key, value in fields.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return json.dumps(body | {"sha256": digest}, sort_keys=True, indent=1).encode() + b"\n"
 
 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
-    """The manifest of fields whose hash is right; what they say is still not trusted."""
+    """Build a manifest of fields whose hash is right, but whose values are not trusted yet."""
     try:
         files = {name: FileRecord(**record) for name, record in fields["files"].items()}
         given = {key: value for key, value in fields.items() if key != "sha256"}
         manifest = Manifest(**given | {"files": files})
     except (KeyError, TypeError, AttributeError) as error:
-        raise Damage(f"{MANIFEST_FILE} has other fields than it should ({error})") from None
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} has unexpected or missing fields ({error})") from None
     if not isinstance(manifest.step, int) or not isinstance(manifest.info, dict):
-        raise Damage(f"{MANIFEST_FILE} has fields of the wrong type")
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} has fields of the wrong type")
     for name, (size, sha256) in files.items():
         if not PLAIN_NAME.fullmatch(name):
-            raise Damage(f"{MANIFEST_FILE} lists {name[:80]!r}, which is not a plain file name")
+            raise CorruptCheckpointError(
+                f"{MANIFEST_FILE} lists {name[:80]!r}, which is not a plain file name"
+            )
         if not isinstance(size, int) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
-            raise Damage(f"{MANIFEST_FILE} has no size and hash for {name}")
+            raise CorruptCheckpointError(f"{MANIFEST_FILE} has no size and hash for {name}")
     if missing := {STATE_FILE, METADATA_FILE} - files.keys():
-        raise Damage(f"{MANIFEST_FILE} does not list {', '.join(sorted(missing))}")
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} does not list {', '.join(sorted(missing))}")
     return manifest

@@ -1,8 +1,8 @@
 """Reads what torch.distributed.checkpoint wrote, without trusting it.
 
-Its `.metadata` file is a pickle, which may run any code when it is loaded; here only the few classes that it
-really consists of can be made from it. It may name files anywhere; here only files of the checkpoint are read. It is
-silent about keys that were not asked for, about other dtypes, and about holes; here each is an error.
+Torch's `.metadata` file is a pickle, which may run any code when it is loaded, and may name files anywhere. Here it can
+create objects of the few classes that it really consists of, and only files of the checkpoint are read. Torch's own
+reader ignores tensors that were not requested, other dtypes, and holes; here each of these is an error.
 """
 
 import io
@@ -30,12 +30,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megatrain.checkpoint.errors import CheckpointMismatchError, Damage
+from megatrain.checkpoint.errors import CheckpointMismatchError, CorruptCheckpointError
 from megatrain.checkpoint.files import WORKERS, FileRecord
-from megatrain.checkpoint.writer import as_itself
+from megatrain.checkpoint.writer import original_errors
 
 MAX_METADATA_BYTES = 1 << 30
 MAX_LISTED = 8
+"""Differences that an error message lists."""
 
 _METADATA_CLASSES = (
     "Metadata",
@@ -62,7 +63,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _layout,
 }
-"""All that a metadata file may refer to. None of it does more than hold values."""
+"""Everything that a metadata file may refer to: classes that only hold values."""
 
 # fmt: off
 OPCODES = frozenset((
@@ -72,28 +73,34 @@ OPCODES = frozenset((
     "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD",
 ))
 # fmt: on
-"""The steps that a metadata file is built by. Left out are, for instance, those that ask for any amount of memory."""
+"""Pickle instructions that a metadata file may use. Others, such as those
+that can claim any amount of memory, are refused."""
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Makes objects of `ALLOWED` only; everything else is refused before it is imported or called."""
+    """An unpickler that refuses everything outside `ALLOWED` before it is imported or called."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the allowed object of that name.
+
+        Raises:
+            pickle.UnpicklingError: it is not in `ALLOWED`.
+        """
         try:
             return ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
 
 
-class Kind(NamedTuple):
-    """What must agree between a saved tensor and the one that it is read into."""
+class TensorSpec(NamedTuple):
+    """Dtype and global shape of a tensor: what must agree between a saved tensor and its destination."""
 
     dtype: torch.dtype
     size: torch.Size
 
     @property
     def nbytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the whole tensor, over all ranks."""
         return self.dtype.itemsize * math.prod(self.size)
 
     def __str__(self) -> str:
@@ -101,22 +108,23 @@ class Kind(NamedTuple):
 
 
 class CheckedReader(FileSystemReader):
-    """Reads the files of a checkpoint by metadata that was already checked."""
+    """A reader of a checkpoint's tensor files whose metadata was checked before."""
 
     def __init__(self, directory: Path, checked: Metadata) -> None:
         super().__init__(directory)
         self.checked = checked
 
-    def kinds(self) -> dict[str, Kind]:
-        """All tensors by name."""
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Return dtype and shape of every stored tensor, by name."""
         stored = self.checked.state_dict_metadata.items()
-        return {name: Kind(tensor.properties.dtype, tensor.size) for name, tensor in stored}  # type: ignore[union-attr]
+        return {name: TensorSpec(tensor.properties.dtype, tensor.size) for name, tensor in stored}  # type: ignore[union-attr]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checked metadata; torch calls this instead of reading the file."""
         return self.checked
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """`WORKERS` files at once."""
+        """Read the planned pieces, `WORKERS` files at once."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -130,43 +138,43 @@ class CheckedReader(FileSystemReader):
 
 
 def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:
-    """The checked content of a `.metadata` file of a checkpoint that consists of `files`.
+    """Parse and check `raw`, the `.metadata` file of a checkpoint that consists of `files`.
 
     Raises:
-        Damage: it holds anything but tensors that lie wholly in `files`.
+        CorruptCheckpointError: it describes anything but complete tensors that lie wholly inside `files`.
     """
     try:
         if strange := {opcode.name for opcode, _, _ in pickletools.genops(raw)} - OPCODES:
             raise pickle.UnpicklingError(f"it uses {', '.join(sorted(strange))}")
         found = MetadataUnpickler(io.BytesIO(raw)).load()
     except Exception as error:  # a broken pickle may raise anything
-        raise Damage(f".metadata is refused: {error or type(error).__name__}") from None
+        raise CorruptCheckpointError(f".metadata is refused: {error or type(error).__name__}") from None
     try:
         _check_metadata(found, files)
     except (AttributeError, TypeError, ValueError, LookupError) as error:
-        raise Damage(f".metadata is not of the expected form ({error})") from None
+        raise CorruptCheckpointError(f".metadata is not of the expected form ({error})") from None
     return found
 
 
 def read_tensors(reader: CheckedReader, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors`, in place; of a DTensor this process's part only. No other process is needed."""
-    with as_itself():
+    """Read into `tensors`, in place; of a DTensor only this rank's shard. Involves no other rank."""
+    with original_errors():
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
-def check_same_tensors(saved: Metadata, wanted: Mapping[str, Kind], *, only: str = "") -> None:
-    """Compare names, shapes and dtypes of the saved tensors (those whose name starts with `only`) and `wanted`.
+def check_same_tensors(saved: Metadata, wanted: Mapping[str, TensorSpec], *, only: str = "") -> None:
+    """Compare names, shapes and dtypes of the saved tensors, those whose name starts with `only`, with `wanted`.
 
     Raises:
-        CheckpointMismatchError: lists the differences of each kind.
+        CheckpointMismatchError: they differ; the message lists how.
     """
     have = {name: tensor for name, tensor in saved.state_dict_metadata.items() if name.startswith(only)}
     problems = [f"{name}: not in the checkpoint" for name in sorted(wanted.keys() - have.keys())]
-    problems += [f"{name}: in the checkpoint only" for name in sorted(have.keys() - wanted.keys())]
+    problems += [f"{name}: only in the checkpoint" for name in sorted(have.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & have.keys()):
         stored = have[name]
         assert isinstance(stored, TensorStorageMetadata)  # nothing else passes _check_metadata
-        was, now = Kind(stored.properties.dtype, stored.size), wanted[name]
+        was, now = TensorSpec(stored.properties.dtype, stored.size), wanted[name]
         if was != now:
             problems.append(f"{name}: {was} in the checkpoint, {now} here")
     if problems:
@@ -179,30 +187,37 @@ def check_same_tensors(saved: Metadata, wanted: Mapping[str, Kind], *, only: str
 
 
 def _check_metadata(found: Any, files: dict[str, FileRecord]) -> None:
+    """Check that unpickled metadata describes nothing but complete tensors stored inside `files`."""
     if not isinstance(found, Metadata):
         raise TypeError(f"it holds a {type(found).__name__}")
     for index, place in found.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-            raise TypeError("its table of places holds something else")
+            raise TypeError("its table of locations holds something else")
         if place.relative_path not in files:
-            raise Damage(
+            raise CorruptCheckpointError(
                 f".metadata refers to {str(place.relative_path)[:80]!r}, which is not in the manifest"
             )
         if place.transform_descriptors:
-            raise Damage(f"{index.fqn} is stored with a transformation")
+            raise CorruptCheckpointError(f"{index.fqn} is stored with a transformation")
         if not 0 <= place.offset <= place.offset + place.length <= files[place.relative_path].size:
-            raise Damage(f"{index.fqn} lies outside {place.relative_path}")
+            raise CorruptCheckpointError(f"{index.fqn} lies outside {place.relative_path}")
     for name, tensor in found.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata):
-            raise Damage(f"{name} is not a tensor; only tensors are read")
+            raise CorruptCheckpointError(f"{name} is not a tensor; only tensors are read")
         for chunk in tensor.chunks:
             if MetadataIndex(name, chunk.offsets) not in found.storage_data:
-                raise Damage(f"{name} has a part that is stored nowhere")
+                raise CorruptCheckpointError(f"{name} has a part that is stored nowhere")
         _check_coverage(name, tensor.size, tensor.chunks)
 
 
 def _check_coverage(name: str, size: torch.Size, chunks: list[ChunkStorageMetadata]) -> None:
-    """The chunks lie inside the tensor, do not overlap, and together are as large: so each element is there once."""
+    """Check that every element of the tensor is stored exactly once.
+
+    That is so if its chunks lie inside it, do not overlap, and have as many elements together.
+
+    Raises:
+        CorruptCheckpointError: it is not so.
+    """
     boxes = [
         [(start, start + length) for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
         for chunk in chunks
@@ -210,16 +225,18 @@ def _check_coverage(name: str, size: torch.Size, chunks: list[ChunkStorageMetada
     for box in boxes:
         inside = all(0 <= a <= b <= limit for (a, b), limit in zip(box, size, strict=True))
         if not inside:
-            raise Damage(f"{name} has a part outside its shape {tuple(size)}")
+            raise CorruptCheckpointError(f"{name} has a part outside its shape {tuple(size)}")
     volume = sum(math.prod(chunk.sizes) for chunk in chunks)
     if volume != math.prod(size) or not chunks:
-        raise Damage(f"{name} is not complete: {volume:,} of {math.prod(size):,} elements are stored")
+        raise CorruptCheckpointError(
+            f"{name} is not complete: {volume:,} of {math.prod(size):,} elements are stored"
+        )
     if len(boxes) > 1 and _overlap(boxes):
-        raise Damage(f"{name} has parts that overlap")
+        raise CorruptCheckpointError(f"{name} has parts that overlap")
 
 
 def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:
-    """Whether two of the boxes share an element; a sweep along the dimension that is cut most often."""
+    """Return whether two boxes share an element, by a sweep along the dimension with the most distinct starts."""
     full = [box for box in boxes if all(a < b for a, b in box)]
     sweep = max(range(len(boxes[0])), key=lambda dim: len({box[dim][0] for box in full}), default=0)
     active: list[list[tuple[int, int]]] = []

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds, which of them stay, and where a damaged one goes.
+"""The names in a checkpoint directory: which checkpoints exist, which are kept, and where a damaged one goes.
 
 checkpoints/
   step-00000100/                committed: its name appeared by one rename
@@ -24,16 +24,17 @@ TRASH = ".trash-"
 
 
 def step_name(step: int) -> str:
+    """Return the directory name of a committed checkpoint."""
     return f"step-{step:08d}"
 
 
 def unique_name(prefix: str, step: int) -> str:
-    """A name that no other attempt uses."""
+    """Return a name that no other attempt uses."""
     return f"{prefix}{step_name(step)}-{uuid.uuid4().hex[:12]}"
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Steps that have a committed checkpoint, ascending. Only names are looked at."""
+    """Return the steps that have a committed checkpoint, ascending, judging by names alone."""
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -45,8 +46,8 @@ def committed_steps(directory: Path) -> list[int]:
 def prune(directory: Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints; 0 keeps all.
 
-    Each gets another name first, so that a half-deleted one is never taken for a checkpoint. What can't be
-    deleted now is tried again after the next save.
+    Each is renamed first, so that a half-deleted one is never taken for a checkpoint. What cannot be deleted now is
+    tried again after the next save.
     """
     if not keep:
         return
@@ -58,14 +59,14 @@ def prune(directory: Path, keep: int) -> None:
     _remove_all(directory, TRASH)
 
 
-def sweep(directory: Path) -> None:
-    """Delete what killed processes left. Only for the one process that writes here."""
+def remove_leftovers(directory: Path) -> None:
+    """Delete what killed processes left half-written. Only the one process that writes here may call this."""
     _remove_all(directory, TEMPORARY)
     _remove_all(directory, TRASH)
 
 
 def quarantined(directory: Path) -> list[str]:
-    """Names of the damaged checkpoints that were put aside."""
+    """Return the names of the quarantined checkpoints."""
     try:
         return sorted(os.listdir(directory / QUARANTINE))
     except FileNotFoundError:
@@ -73,10 +74,10 @@ def quarantined(directory: Path) -> list[str]:
 
 
 def quarantine(directory: Path, step: int, reason: str) -> Path:
-    """Move a damaged checkpoint aside and write down why; the new place.
+    """Move a damaged checkpoint to `quarantine/`, write `reason.json` beside it, and return its new path.
 
     Raises:
-        OSError: it can't be moved, for instance on a read-only disk.
+        OSError: it cannot be moved, for instance on a read-only disk.
     """
     target = directory / QUARANTINE / unique_name("", step)
     make_directory(target.parent)
@@ -91,6 +92,7 @@ def quarantine(directory: Path, step: int, reason: str) -> Path:
 
 
 def _remove_all(directory: Path, prefix: str) -> None:
+    """Delete every entry of `directory` whose name starts with `prefix`, as far as possible."""
     try:
         names = os.listdir(directory)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Saves and loads checkpoints. One appears whole by one rename, and is loaded only if every byte is as written.
+"""Saves and loads checkpoints. A checkpoint appears by one rename, and is loaded only if every byte is as written.
 
 checkpoints/step-00000100/
-  __0_0.distcp, .metadata    tensors, as torch.distributed.checkpoint writes them (plain torch can read them)
-  state.json                 everything that is not a tensor
-  manifest.json              size and SHA-256 of each file, versions, what the run says of itself
+  __0_0_0.distcp, .metadata   tensors, as torch.distributed.checkpoint writes them (plain torch can read them)
+  state.json                  everything that is not a tensor
+  manifest.json               size and SHA-256 of each file, versions, metadata of the run
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.errors import CheckpointSaveError, Damage
+from megatrain.checkpoint.errors import CheckpointSaveError, CorruptCheckpointError
 from megatrain.checkpoint.files import free_bytes, make_directory, sync_directory, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -37,7 +37,7 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.reader import (
     MAX_METADATA_BYTES,
     CheckedReader,
-    Kind,
+    TensorSpec,
     check_same_tensors,
     read_metadata,
     read_tensors,
@@ -48,21 +48,23 @@ from megatrain.checkpoint.retention import (
     prune,
     quarantine,
     quarantined,
+    remove_leftovers,
     step_name,
-    sweep,
     unique_name,
 )
 from megatrain.checkpoint.writer import write_tensors
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.runtime.processes import Processes
 
-BYTES_PER_TENSOR = 4096  # names, headers and alignment that a tensor takes beside its elements
-SPARE_BYTES = 64 << 10  # for state, manifest and directories
+BYTES_PER_TENSOR = 4096
+"""Bytes of names, headers and alignment that a tensor takes beside its elements, at most."""
+SPARE_BYTES = 64 << 10
+"""Bytes for state, manifest and directories."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A good checkpoint: what it says, and a warning for each newer one that was damaged."""
+class VerifiedCheckpoint:
+    """A checkpoint whose files were checked, with a warning for each newer one that was damaged."""
 
     step: int
     path: Path
@@ -74,9 +76,9 @@ class Found:
 class Checkpointer:
     """The checkpoints of one run, in `directory`.
 
-    A step is saved once: into a temporary folder that gets its final name as the last act. 'Latest' is found by
-    looking at the names, never by a pointer. All `processes` of a run save and load together, each its own parts of
-    the tensors; the first one names, counts and deletes.
+    A step is saved once, into a temporary directory that gets its final name as the last act. The latest one is found
+    by looking at the names; there is no pointer file. All `processes` of the run save and load together, each its own
+    shards of the tensors; the first one names, commits and deletes.
     """
 
     def __init__(self, directory: Path, cfg: CheckpointConfig, processes: Processes | None = None) -> None:
@@ -86,35 +88,35 @@ class Checkpointer:
         self._parent: str | None = None
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending, by their names alone."""
+        """Return the committed steps, ascending, judging by names alone."""
         return committed_steps(self.directory)
 
     def has_damaged(self) -> bool:
-        """Whether damaged checkpoints were put aside here: if there are no others, loading is refused."""
+        """Return whether damaged checkpoints were quarantined here; if there are no others, loading is refused."""
         return bool(quarantined(self.directory))
 
-    def sweep(self) -> None:
-        """Delete what killed processes left half-written. For the process that trains this run, at its start."""
-        sweep(self.directory)
+    def remove_leftovers(self) -> None:
+        """Delete what killed processes left half-written. For the first process of a run, when it starts."""
+        remove_leftovers(self.directory)
 
     def preflight(self, tensors: dict[str, Tensor]) -> None:
-        """Find out now, not at the first save, whether checkpoints of `tensors` can be written.
+        """Check before training, not at the first save, that checkpoints of `tensors` can be written.
 
         Raises:
-            UserError: the directory can't be written, or the disk has no room for one checkpoint.
+            UserError: the directory is not writable, or the disk has no room for one checkpoint.
         """
-        kinds = self._kinds(tensors)
-        self.processes.from_first(lambda: self._try_out(kinds))
+        specs = self._global_specs(tensors)
+        self.processes.from_first(lambda: self._check_writable(specs))
 
-    def _try_out(self, kinds: dict[str, Kind]) -> None:
+    def _check_writable(self, specs: dict[str, TensorSpec]) -> None:
         probe = self.directory / unique_name(TEMPORARY, 0)
         try:
             make_directory(self.directory)
             probe.mkdir()
             write_file(probe / "probe", b"probe")
-            _check_space(self.directory, kinds)
+            _check_space(self.directory, specs)
         except (OSError, CheckpointSaveError) as error:
-            raise UserError(f"Checkpoints can't be written to {self.directory}: {error}") from None
+            raise UserError(f"Checkpoints cannot be written to {self.directory}: {error}") from None
         finally:
             shutil.rmtree(probe, ignore_errors=True)
 
@@ -125,24 +127,25 @@ class Checkpointer:
         state: dict[str, Any],
         info: dict[str, Any] | None = None,
     ) -> Path:
-        """Commit a checkpoint of `step`, then delete those that are too old; the committed directory.
+        """Commit a checkpoint of `step`, delete those that are too old, and return the committed directory.
 
-        `state` and `info` are JSON. A step that is already there stays as it is if it is the same, byte for byte.
+        `state` (what is restored) and `info` (what describes the run) are JSON. A step that exists already is
+        kept as it is, if it is the same byte for byte.
 
         Raises:
             CheckpointSaveError: nothing was committed (no room, a disk error, another checkpoint of that step);
-                what was committed before is untouched.
+                earlier checkpoints are untouched.
             ValueError: `state` does not survive JSON.
         """
         encoded = _encode(state)
-        kinds = self._kinds(tensors)
+        specs = self._global_specs(tensors)
         staging = self.directory / self.processes.from_first(lambda: unique_name(TEMPORARY, step))
         try:
-            self.processes.from_first(lambda: self._make_room(staging, kinds))
+            self.processes.from_first(lambda: self._create_staging(staging, specs))
             own = self.processes.agree(lambda: write_tensors(staging, tensors, self.processes.group))
             files = {name: record for part in self.processes.gather(own) for name, record in part.items()}
             manifest = Manifest(step=step, files=files, info=info or {}, parent=self._parent)
-            path = self.processes.from_first(lambda: self._finish(staging, manifest, encoded))
+            path = self.processes.from_first(lambda: self._write_state_and_commit(staging, manifest, encoded))
         except OSError as error:
             raise CheckpointSaveError(
                 f"The checkpoint of step {step} was not saved in {self.directory}: {error}. "
@@ -156,73 +159,74 @@ class Checkpointer:
             prune(self.directory, self.cfg.keep)
         return path
 
-    def _make_room(self, staging: Path, kinds: dict[str, Kind]) -> None:
+    def _create_staging(self, staging: Path, specs: dict[str, TensorSpec]) -> None:
         make_directory(self.directory)
-        _check_space(self.directory, kinds)
+        _check_space(self.directory, specs)
         staging.mkdir()
 
-    def _finish(self, staging: Path, manifest: Manifest, state: bytes) -> Path:
-        """Everything beside the tensors, and the rename."""
+    def _write_state_and_commit(self, staging: Path, manifest: Manifest, state: bytes) -> Path:
+        """Write state and manifest, and commit."""
         manifest.files[STATE_FILE] = write_file(staging / STATE_FILE, state)
         write_file(staging / MANIFEST_FILE, manifest.render())
         sync_directory(staging)
         return self._commit(staging, manifest)
 
-    def _kinds(self, tensors: dict[str, Tensor]) -> dict[str, Kind]:
-        """What all processes hold together: not each has every tensor."""
-        own = {name: Kind(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        return {name: kind for part in self.processes.gather(own) for name, kind in part.items()}
+    def _global_specs(self, tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
+        """Return dtype and global shape of the tensors of all processes; under a pipeline none has all of them."""
+        own = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        return {name: spec for part in self.processes.gather(own) for name, spec in part.items()}
 
-    def latest(self) -> Found | None:
-        """The newest good checkpoint, verified but not loaded; None if there never was one.
+    def latest(self) -> VerifiedCheckpoint | None:
+        """Find and verify the newest intact checkpoint without loading it; return None if there never was one.
 
-        A damaged one is moved to `quarantine/`, with the reason, and the next older one is taken.
+        A damaged one is moved to `quarantine/` with the reason, and the next older one is tried.
 
         Raises:
-            DamagedCheckpointError: there were some, and none is good.
+            DamagedCheckpointError: there are checkpoints, and none is intact.
         """
-        return self._newest_good(self._verify)
+        return self._newest_intact(self._verify)
 
     def open(self, step: int) -> CheckedReader:
-        """The tensors of a checkpoint that `latest` has found, to read some of them with `read_tensors`."""
+        """Return a reader of a checkpoint that `latest` has found, to read some of its tensors with `read_tensors`."""
         return self._open(step)[1]
 
-    def load(self, tensors: dict[str, Tensor], *, only: str = "") -> Found | None:
-        """Read the newest good checkpoint into `tensors`, in place; None if there never was one.
+    def load(self, tensors: dict[str, Tensor], *, only: str = "") -> VerifiedCheckpoint | None:
+        """Read the newest intact checkpoint into `tensors`, in place; return None if there never was one.
 
         Names, shapes and dtypes must be exactly the saved ones; with `only`, those of the saved tensors whose name
         starts with it. After an error the values in `tensors` are undefined.
 
         Raises:
-            DamagedCheckpointError: there were some, and none is good.
-            CheckpointMismatchError: the checkpoint is good, but holds other tensors.
+            DamagedCheckpointError: there are checkpoints, and none is intact.
+            CheckpointMismatchError: the checkpoint is intact, but holds other tensors.
         """
-        kinds = self._kinds(tensors)
-        found = self._newest_good(lambda step: self._read(step, tensors, kinds, only))
+        specs = self._global_specs(tensors)
+        found = self._newest_intact(lambda step: self._read(step, tensors, specs, only))
         if found is not None:
             self._parent = found.path.name
         return found
 
     def _commit(self, staging: Path, manifest: Manifest) -> Path:
+        """Give the staging directory its final name, unless the same checkpoint exists already."""
         target = self.directory / step_name(manifest.step)
-        if os.path.lexists(target) and self._is_same(manifest):
+        if os.path.lexists(target) and self._is_identical(manifest):
             return target
-        os.rename(staging, target)  # fails if the name has come into being since
+        os.rename(staging, target)  # fails if the name has appeared since
         sync_directory(self.directory)
         return target
 
-    def _is_same(self, manifest: Manifest) -> bool:
-        """Whether the step is there with the very same files. A damaged one makes room.
+    def _is_identical(self, manifest: Manifest) -> bool:
+        """Return whether the step is already saved with the very same files; quarantine it if it is damaged.
 
         Raises:
-            CheckpointSaveError: it is good, but another one.
+            CheckpointSaveError: it is intact, but differs.
         """
         target = self.directory / step_name(manifest.step)
         try:
             old = read_manifest(target)
             check_sizes(target, old)
             check_hashes(target, old)
-        except Damage as damage:
+        except CorruptCheckpointError as damage:
             quarantine(self.directory, manifest.step, str(damage))
             return False
         if differing := sorted(dict(old.files.items() ^ manifest.files.items())):
@@ -232,19 +236,20 @@ class Checkpointer:
             )
         return True
 
-    def _newest_good(self, read: Callable[[int], Found]) -> Found | None:
+    def _newest_intact(self, read: Callable[[int], VerifiedCheckpoint]) -> VerifiedCheckpoint | None:
+        """Apply `read` to the newest checkpoint, and to older ones while it raises; quarantine the damaged ones."""
         damaged: list[str] = []
         tried: set[int] = set()
-        while (step := self.processes.from_first(lambda: self._newest_but(tried))) is not None:
+        while (step := self.processes.from_first(lambda: self._newest_untried(tried))) is not None:
             tried.add(step)
             try:
                 return replace(self.processes.agree(partial(read, step)), warnings=tuple(damaged))
-            except (Damage, OSError) as error:
-                damaged += self.processes.from_first(partial(self._put_aside, step, error))
+            except (CorruptCheckpointError, OSError) as error:
+                damaged += self.processes.from_first(partial(self._set_aside, step, error))
         self.processes.from_first(lambda: self._require_none(damaged))
         return None
 
-    def _newest_but(self, tried: set[int]) -> int | None:
+    def _newest_untried(self, tried: set[int]) -> int | None:
         return max((step for step in self.steps() if step not in tried), default=None)
 
     def _require_none(self, damaged: list[str]) -> None:
@@ -256,8 +261,8 @@ class Checkpointer:
                 f"{self.directory}."
             )
 
-    def _put_aside(self, step: int, error: Damage | OSError) -> list[str]:
-        """Move a checkpoint that could not be read; a warning, if it is still there.
+    def _set_aside(self, step: int, error: CorruptCheckpointError | OSError) -> list[str]:
+        """Quarantine a checkpoint that could not be read, and return a warning if it still exists.
 
         Raises:
             UserError: the checkpoint is not at fault.
@@ -266,43 +271,45 @@ class Checkpointer:
         if not os.path.lexists(path):
             return []  # deleted meanwhile by the process that trains, which has saved a newer one
         if isinstance(error, OSError) and error.errno != EIO:  # no right to read, say
-            raise UserError(f"{path} can't be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}") from error
         message = f"Checkpoint {step_name(step)} is damaged ({error})"
         try:
             place = quarantine(self.directory, step, str(error))
         except OSError as failure:
-            return [f"{message}. It was passed over, and could not be moved: {failure}."]
+            return [f"{message}. It was skipped, and could not be moved: {failure}."]
         return [f"{message}. It was moved to {place}."]
 
-    def _verify(self, step: int) -> Found:
+    def _verify(self, step: int) -> VerifiedCheckpoint:
         found, _ = self._open(step)
         if self.cfg.verify:
-            check_hashes(found.path, self._share(found.manifest))
+            check_hashes(found.path, self._files_to_check(found.manifest))
         return found
 
-    def _share(self, manifest: Manifest) -> Manifest:
-        """`manifest` with those files that this process checks."""
+    def _files_to_check(self, manifest: Manifest) -> Manifest:
+        """Return `manifest` with only the files that this process checks; the processes share them out."""
         names = sorted(manifest.files)[self.processes.rank :: self.processes.size]
         return replace(manifest, files={name: manifest.files[name] for name in names})
 
-    def _read(self, step: int, tensors: dict[str, Tensor], kinds: dict[str, Kind], only: str) -> Found:
-        """Hash the files and read them at once: what was read counts only when the hashes are right."""
+    def _read(
+        self, step: int, tensors: dict[str, Tensor], specs: dict[str, TensorSpec], only: str
+    ) -> VerifiedCheckpoint:
+        """Read `tensors` in place while the files are hashed; the result counts only if the hashes are right."""
         found, reader = self._open(step)
-        check_same_tensors(reader.checked, kinds, only=only)
-        share = self._share(found.manifest)
+        check_same_tensors(reader.checked, specs, only=only)
+        share = self._files_to_check(found.manifest)
         with ThreadPoolExecutor(1) as helper:
             verified = helper.submit(check_hashes, found.path, share) if self.cfg.verify else None
             try:
                 read_tensors(reader, tensors)
-            except Exception:  # damage, or a fault of the device: the hashes tell
+            except Exception:  # a damaged file, or a fault of the device: the hashes tell which
                 check_hashes(found.path, found.manifest)
                 raise
             if verified is not None:
                 verified.result()
         return found
 
-    def _open(self, step: int) -> tuple[Found, CheckedReader]:
-        """Everything but the tensors, checked: manifest, sizes, metadata, state."""
+    def _open(self, step: int) -> tuple[VerifiedCheckpoint, CheckedReader]:
+        """Read and check everything but the tensors: manifest, sizes, metadata, state."""
         path = self.directory / step_name(step)
         manifest = read_manifest(path)
         check_sizes(path, manifest)
@@ -310,14 +317,14 @@ class Checkpointer:
         checked = read_metadata(metadata, manifest.files)
         state = parse_json(read_listed(path / STATE_FILE, manifest, limit=MAX_JSON_BYTES), STATE_FILE)
         if not isinstance(state, dict):
-            raise Damage(f"{STATE_FILE} is not an object")
-        found = Found(step=step, path=path, state=state, manifest=manifest)
+            raise CorruptCheckpointError(f"{STATE_FILE} is not an object")
+        found = VerifiedCheckpoint(step=step, path=path, state=state, manifest=manifest)
         return found, CheckedReader(path, checked)
 
 
-def _check_space(directory: Path, kinds: dict[str, Kind]) -> None:
-    """Raise CheckpointSaveError unless a checkpoint of tensors of `kinds` fits on the disk."""
-    needed = sum(kind.nbytes + BYTES_PER_TENSOR for kind in kinds.values()) + SPARE_BYTES
+def _check_space(directory: Path, specs: dict[str, TensorSpec]) -> None:
+    """Raise CheckpointSaveError unless a checkpoint of tensors like `specs` fits on the disk."""
+    needed = sum(spec.nbytes + BYTES_PER_TENSOR for spec in specs.values()) + SPARE_BYTES
     free = free_bytes(directory)
     if free < needed:
         raise CheckpointSaveError(
@@ -330,6 +337,6 @@ def _encode(state: dict[str, Any]) -> bytes:
     encoded = json.dumps(state, indent=1)
     if json.loads(encoded) != state:
         raise ValueError(
-            "The state is not plain JSON: it would come back changed (keys that are no strings, tuples, NaN)."
+            "The state is not plain JSON: it would be read back changed (keys other than strings, tuples, NaN)."
         )
     return encoded.encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Writes tensors with torch.distributed.checkpoint, so that every file is hashed and no error is lost."""
+"""Writes tensors with torch.distributed.checkpoint, such that every file is hashed and no error is lost."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from megatrain.checkpoint.files import WORKERS, FileRecord, HashingWriter
 
 
 class HashingFileSystem(FileSystem):
-    """The file system that torch.distributed.checkpoint writes through; keeps a record of every file."""
+    """The file system that torch.distributed.checkpoint writes through, with a record of every file."""
 
     def __init__(self) -> None:
         self.records: dict[str, FileRecord] = {}
@@ -33,7 +33,7 @@ class HashingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """A new, hashed file; `mode` is "wb"."""
+        """Open a new, hashed file; `mode` is "wb"."""
         stream = HashingWriter(Path(path))
         try:
             yield stream
@@ -45,14 +45,15 @@ class HashingFileSystem(FileSystem):
         self.records[Path(path).name] = stream.record
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Rename a file, and its record with it."""
         os.rename(path, new_path)
         self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
 class HashingStorageWriter(FileSystemWriter):
-    """Each rank writes `WORKERS` files at once, each with its own hash.
+    """A writer of `WORKERS` files at once on each rank, each with its own hash.
 
-    torch's own threads lose the errors of all but the first, and publish what they wrote; these do not.
+    Torch's own threads lose the errors of all but the first and commit what they wrote; these do not.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,10 +61,11 @@ class HashingStorageWriter(FileSystemWriter):
         self.fs: HashingFileSystem = HashingFileSystem()
 
     def storage_meta(self) -> StorageMeta:
-        """Without the path (the folder gets another name, and a pickled path ties the file to a Python version)."""
+        """Return metadata without the path: the directory is renamed, and a pickled path depends on Python."""
         return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the planned tensors of this rank."""
         # the option holds for a thread or for all, depending on torch's version; `without_crc` puts the latter back
         with ThreadPoolExecutor(WORKERS, initializer=set_crc32_options, initargs=(False,)) as pool:
             write = partial(super().write_data, planner=planner)
@@ -74,7 +76,7 @@ class HashingStorageWriter(FileSystemWriter):
 
 
 def _split(plan: SavePlan, files: int) -> list[SavePlan]:
-    """The plan of each file; none is empty."""
+    """Split a rank's plan into one plan a file, none of them empty."""
     return [
         replace(
             plan,
@@ -86,7 +88,7 @@ def _split(plan: SavePlan, files: int) -> list[SavePlan]:
 
 
 def split_evenly(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:
-    """Up to `parts` lists of about equal bytes, none of them empty; the same for the same items."""
+    """Partition `items` into up to `parts` non-empty lists of about equal bytes, deterministically."""
     lists: list[list[WriteItem]] = [[] for _ in range(parts)]
     sizes = [0] * parts
     for item in sorted(items, key=_bytes_of, reverse=True):
@@ -103,17 +105,17 @@ def _bytes_of(item: WriteItem) -> int:
 
 
 def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None) -> dict[str, FileRecord]:
-    """Write `tensors` into the empty `directory`; the records of this process's files, all of them synced.
+    """Write `tensors` into the empty `directory` and return the records of this process's files, all synced.
 
     Args:
-        group: the processes that write together, each its own parts of DTensors; None: this one alone.
+        group: process group that writes together, each rank its own shards of DTensors; None: this process alone.
 
     Raises:
-        OSError: as the system gave it, although torch reports another error.
+        OSError: the system's own error, although torch reports another one.
     """
     writer = HashingStorageWriter(directory)
     try:
-        with without_crc(), as_itself():
+        with without_crc(), original_errors():
             dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except Exception as error:
         if writer.fs.failure is not None:
@@ -123,10 +125,10 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None
 
 
 @contextmanager
-def as_itself() -> Iterator[None]:
-    """The error that happened instead of CheckpointException, which no `except Exception` catches.
+def original_errors() -> Iterator[None]:
+    """Raise the error that happened instead of torch's CheckpointException, which no `except Exception` catches.
 
-    Also without the warning that there is one process only.
+    Also silence the warning that there is a single process.
     """
     try:
         with warnings.catch_warnings():
@@ -139,7 +141,7 @@ def as_itself() -> Iterator[None]:
 
 @contextmanager
 def without_crc() -> Iterator[None]:
-    """torch.save without its CRC-32, which no reader checks; the SHA-256 of the file takes its place."""
+    """Switch off torch.save's CRC-32, which no reader checks; the SHA-256 of the file takes its place."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

@@ -1,4 +1,4 @@
-"""Where the text comes from, how it becomes tokens, and how tokens become samples."""
+"""Config of the data: the source of the text, its tokenizer, and how tokens become samples."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,7 +9,7 @@ from megatrain.config.schema import Problem, at_least, between, config
 @config
 class TokenizerConfig:
     kind: Literal["bpe", "bytes", "huggingface", "tiktoken"] = "bpe"
-    """bpe: byte-level BPE trained on the data itself; bytes: one token a byte; the others read `path`."""
+    """bpe: byte-level BPE trained on the data; bytes: one token a byte; huggingface and tiktoken read `path`."""
     path: str | None = None
     """huggingface: a directory with tokenizer.json, or that file; tiktoken: a file of base64 ranks."""
     vocab_size: int | Literal["auto"] = "auto"
@@ -25,7 +25,7 @@ class TokenizerConfig:
 @config
 class DataConfig:
     kind: Literal["text", "synthetic"] = "text"
-    """synthetic: random tokens made on the fly (for benchmarks); nothing is read."""
+    """text: documents under `path`; synthetic: random tokens for benchmarks, nothing is read."""
     path: str | None = None
     """A file (.txt .md .py ..., .jsonl, .parquet), a directory of them, or a glob pattern. null: the source
     text of the Python standard library found on this machine."""
@@ -33,13 +33,13 @@ class DataConfig:
     """Name of the JSONL key or Parquet column that holds the text."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     val_fraction: float = 0.01
-    """Share of the documents (chosen by a hash of their text) held out for validation; 0: none."""
+    """Fraction of the documents held out for validation, chosen by a hash of their text; 0: none."""
     mask_documents: bool = True
-    """Attention stays inside a document and positions restart at its start."""
+    """Mask attention across documents and restart positions at each document (packing without leakage)."""
     cache_dir: str | None = None
-    """Where tokenized shards are kept; null: $MEGATRAIN_CACHE, or ~/.cache/megatrain."""
+    """Directory of the token cache; null: $MEGATRAIN_CACHE, or ~/.cache/megatrain."""
     prefetch: int = 2
-    """Batches prepared ahead in the background; 0: none."""
+    """Global batches prepared ahead in the background; 0: none."""
 
     def problems(self) -> Iterator[Problem]:
         yield from between(self, 0.0, 0.5, "val_fraction")
@@ -47,4 +47,4 @@ class DataConfig:
         if self.path == "":
             yield Problem("path", "''", "must name a file, a directory or a pattern, or be null")
         if self.kind == "synthetic" and self.path is not None:
-            yield Problem("path", self.path, "synthetic data reads nothing; remove it, or use data=text")
+            yield Problem("path", self.path, "synthetic data reads no path; remove it, or use data=text")

@@ -1,8 +1,8 @@
-"""Batches: which samples a step reads, on which rank, and the tensors made of them.
+"""The data loader: which samples a step reads on which rank, and the tensors made of them.
 
-Sample i of a store is its tokens [i * seq_len, (i + 1) * seq_len]: `seq_len` inputs and, one further, as many
-targets. Step s (counted from 0) of a run takes samples number s * global_batch_size onwards of the order in
-`order.py`; each rank makes its own rows only. The loader has no state but the step.
+Sample i of a store is its tokens [i * seq_len, (i + 1) * seq_len]: `seq_len` inputs and, shifted by one, as many
+targets. Step s (counted from 0) takes `global_batch_size` samples from number s * global_batch_size on, in the order of
+`order.py`; each rank makes only its own rows. The loader's whole state is the step.
 """
 
 import hashlib
@@ -19,11 +19,12 @@ from megatrain.data.order import sample_ids
 from megatrain.data.store import TokenSource
 
 IGNORED = -100
+"""Target without a loss, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """int64 tensors (micro_batch, seq_len). A target of -100 counts for nothing.
+    """One micro-batch: int64 tensors `(micro_batch, seq_len)`. A target of -100 has no loss.
 
     `doc_ids` numbers the documents of each row from 0; None: attention crosses documents.
     """
@@ -36,10 +37,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What one rank computes in one optimizer step.
+    """The data of one rank for one optimizer step.
 
-    `sample_ids` (global_batch_size,) int64, `valid_tokens` (targets that are not -100) and `digest` (of the
-    sample ids) are those of the global batch, the same on every rank.
+    `sample_ids` `(global_batch_size,)` int64, `valid_tokens` (number of targets that are not -100) and `digest` (of the
+    sample ids) describe the global batch and are the same on every rank.
     """
 
     step: int
@@ -51,11 +52,13 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loader:
-    """Makes the batches of rank `rank` of `size`. Errors: UserError when no sample can be cut from the data.
+    """The loader of data-parallel rank `rank` of `size`.
 
-    The rank's rows are a contiguous part of the global batch. With `mask_documents`, positions restart at
-    each document, and no target asks for the first token of another document. `prefetch` batches are made
-    ahead by a thread.
+    The rank's rows are a contiguous part of the global batch. With `mask_documents`, positions restart at each
+    document, and no target is the first token of another document. A thread makes `prefetch` batches ahead.
+
+    Raises:
+        UserError: the batch sizes do not divide, or the data is shorter than one sample.
     """
 
     store: TokenSource
@@ -72,7 +75,7 @@ class Loader:
         if self.global_batch_size % (self.micro_batch_size * self.size):
             raise UserError(
                 f"global_batch_size={self.global_batch_size}: must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size}) times the ranks that read different data ({self.size})"
+                f"({self.micro_batch_size}) times the data-parallel ranks ({self.size})"
             )
         if self.n_samples < 1:
             raise UserError(
@@ -82,15 +85,15 @@ class Loader:
 
     @property
     def n_samples(self) -> int:
-        """Samples of one epoch; fewer than seq_len tokens at the end of the data are not used."""
+        """Number of samples in an epoch; fewer than seq_len tokens at the end of the data are unused."""
         return (self.store.n_tokens - 1) // self.seq_len
 
     def batches(self, start_step: int) -> Iterator[StepBatch]:
-        """Batches of step `start_step` (the number of steps done before), of the next, and so on."""
+        """Yield the batches of step `start_step` (the number of steps done before) and of all later ones."""
         return _ahead(self.step_batch, start_step, count=self.prefetch)
 
     def step_batch(self, step: int) -> StepBatch:
-        """The batch of one step."""
+        """Make the batch of one step."""
         first = step * self.global_batch_size
         ids = sample_ids(
             first,
@@ -115,9 +118,9 @@ class Loader:
         return make_batch(rows, starts, self.store.document_starts if self.mask_documents else None)
 
     def _valid_tokens(self, starts: np.ndarray) -> int:
-        """Targets that count, from the document index alone.
+        """Count the targets of the global batch that have a loss, from the document index alone.
 
-        Each document start among a row's targets is one less.
+        Each document that starts among a row's targets takes one away.
         """
         valid = len(starts) * self.seq_len
         if self.mask_documents:
@@ -127,9 +130,9 @@ class Loader:
 
 
 def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray | None) -> Batch:
-    """Tensors of `rows` (batch, seq_len + 1) int64, which begin at tokens `starts` (batch,) of the data.
+    """Make the tensors of `rows` `(batch, seq_len + 1)` int64, which begin at tokens `starts` `(batch,)` of the data.
 
-    With `document_starts` (documents,) the documents of a row are kept apart.
+    With `document_starts` `(documents,)` the documents of a row are kept apart.
     """
     batch, seq_len = rows.shape[0], rows.shape[1] - 1
     targets = rows[:, 1:].copy()
@@ -158,10 +161,10 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
 def validation_batches(
     store: TokenSource, *, seq_len: int, tokens: int, micro_batch_size: int, mask_documents: bool
 ) -> Iterator[Batch]:
-    """The same sequences every time: about `tokens` tokens, evenly from `store`, in full micro-batches.
+    """Yield about `tokens` tokens, spread evenly over `store`, in full micro-batches: the same ones every time.
 
-    Unlike in training the last sequence may be shorter; what is missing, and rows that fill up the last
-    micro-batch, have targets of -100.
+    Unlike in training the last sequence may be shorter. Its missing tokens, and rows that fill up the last micro-batch,
+    have targets of -100.
     """
     n_samples = -(-(store.n_tokens - 1) // seq_len)
     wanted = min(n_samples, -(-tokens // seq_len))
@@ -182,24 +185,21 @@ def validation_batches(
 
 
 def ignored_batch(like: Batch) -> Batch:
-    """`like` with no target that counts."""
+    """Return `like` with all targets -100: a batch without a loss, for a rank that has no data left."""
     return replace(like, targets=torch.full_like(like.targets, IGNORED))
 
 
 def _documents_within(
     document_starts: np.ndarray, starts: np.ndarray, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Range [begin, end) of documents that start in (start, start + seq_len], per element of `starts`."""
+    """Return the range [begin, end) of documents that start in (start, start + seq_len], per element of `starts`."""
     begin = np.searchsorted(document_starts, starts, side="right")
     end = np.searchsorted(document_starts, starts + seq_len, side="right")
     return begin, end
 
 
 def _ahead(make: Callable[[int], StepBatch], start: int, *, count: int) -> Iterator[StepBatch]:
-    """`make(start)`, `make(start + 1)`, ...
-
-    with `count` results made ahead by one thread, which ends with this.
-    """
+    """Yield `make(start)`, `make(start + 1)`, ..., with `count` results made ahead by a thread that ends with this."""
     if count == 0:
         step = start
         while True:

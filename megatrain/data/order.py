@@ -18,26 +18,20 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers.
-
-    The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection.
-    """
+    """Scramble 64-bit integers by the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
 
 
 def keys_of(*parts: object, count: int) -> np.ndarray:
-    """`count` 64-bit keys, a pure function of `parts` (their text)."""
+    """Derive `count` 64-bit keys `(count,)` from the text of `parts`."""
     text = "\0".join(map(str, parts)).encode()
     return np.frombuffer(hashlib.shake_256(text).digest(8 * count), dtype="<u8").astype(np.uint64)
 
 
 def permute(index: np.ndarray, n: int, *, keys: np.ndarray) -> np.ndarray:
-    """Image of each `index` (count,), in [0, n), under the permutation of [0, n) that `keys` choose.
-
-    Int64.
-    """
+    """Map each `index` `(count,)` in [0, n) by the permutation of [0, n) that `keys` choose; returns int64."""
     if n == 1:
         return np.zeros(len(index), dtype=np.int64)
     bits = max((n - 1).bit_length(), 2)
@@ -51,10 +45,7 @@ def permute(index: np.ndarray, n: int, *, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(value: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of [0, 2**bits).
-
-    Halves of `bits // 2` and the rest are changed in turn, each by the other.
-    """
+    """Apply a bijection of [0, 2**bits): two halves of the bits are changed in turn, each by a hash of the other."""
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
@@ -68,7 +59,7 @@ def _feistel(value: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
 
 
 def sample_ids(start: int, count: int, *, n: int, seed: int, fingerprint: str) -> np.ndarray:
-    """Samples `start` .. `start + count - 1` of the run, as numbers in [0, n); (count,) int64."""
+    """Return the ids in [0, n) of samples `start` .. `start + count - 1` of the run, `(count,)` int64."""
     parts = []
     stop = start + count
     while start < stop:

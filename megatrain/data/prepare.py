@@ -1,4 +1,4 @@
-"""From a data config to tokens: list, hash, split, train the tokenizer, encode, and keep it all in a cache.
+"""From a data config to tokens: list, hash, split, train the tokenizer, encode, and cache the result.
 
 The held-out split is chosen by a hash of each document's text, so that it does not depend on names or order
 and equal documents fall on one side. When that leaves one side empty (one document, or few), the tail of the
@@ -42,7 +42,7 @@ from megatrain.data.tokenizer import (
 )
 
 Progress = Callable[[str, float], None]
-"""Called with the phase in words and the share of it that is done, 0 to 1."""
+"""Callback for a phase of the work: its name, and the fraction of it that is done, 0 to 1."""
 
 RECIPE_VERSION = 1  # part of every cache key: raise it when the same input would give other tokens
 PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces: work for all cores, and bounded memory
@@ -52,7 +52,10 @@ TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much tex
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data ready to be read. `token_bytes` (vocab_size,): bytes of text of each id; all 0 for synthetic data."""
+    """Data ready to be read.
+
+    `token_bytes` `(vocab_size,)`: bytes of text that each id stands for; all 0 for synthetic data.
+    """
 
     train: TokenStore | SyntheticStore
     val: TokenStore | SyntheticStore | None
@@ -62,7 +65,7 @@ class Prepared:
 
 
 class Piece(NamedTuple):
-    """A part of a document, and where it goes."""
+    """A part of a document, and the split that it belongs to."""
 
     split: str
     text: str
@@ -71,9 +74,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over the corpus finds out.
+    """Results of one pass over the corpus.
 
-    `cut_document` is the index of the one whose tail is held out.
+    `cut_document` is the index of the document whose tail is held out; None: whole documents are. `skipped` counts what
+    was left out, by reason.
     """
 
     chars: int
@@ -82,10 +86,12 @@ class Survey:
 
 
 def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = None) -> Prepared:
-    """Tokens of `cfg`, from the cache if they are there.
+    """Return the tokens of `cfg`, from the cache if they are there.
 
     `vocab_size` is the model's: synthetic tokens are drawn from it, and a larger tokenizer is refused.
-    Errors: UserError for every fault of the input, of the tokenizer, or of the cache directory.
+
+    Raises:
+        UserError: the input, the tokenizer or the cache directory is unusable; the message says why.
     """
     if cfg.kind == "synthetic":
         assert vocab_size is not None, "synthetic tokens are drawn from the model's vocabulary"
@@ -103,7 +109,7 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
 
 
 def held_out(text: str, val_fraction: float) -> bool:
-    """Whether the document `text` belongs to the validation split."""
+    """Return whether the document `text` belongs to the validation split."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
 
@@ -176,14 +182,17 @@ def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress)
         directory,
         splits=splits,
         tokenizer_digest=tokenizer.digest(),
-        facts={"origin": corpus.origin, "vocab_size": tokenizer.vocab_size, "skipped": survey.skipped},
+        metadata={"origin": corpus.origin, "vocab_size": tokenizer.vocab_size, "skipped": survey.skipped},
     )
 
 
 def _encode(
     pieces: Iterator[Piece], tokenizer: Tokenizer, directory: Path, *, progress: Callable[[int], None]
 ) -> dict[str, dict[str, int]]:
-    """Write the tokens of `pieces`; counts of each split. A split of one token is dropped: it predicts nothing."""
+    """Write the tokens of `pieces` and return the counts of each split.
+
+    A validation split of a single token is dropped: it predicts nothing.
+    """
     sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
     chars = 0
     with SplitWriter(directory, "train", **sizes) as train, SplitWriter(directory, "val", **sizes) as val:
@@ -202,7 +211,7 @@ def _encode(
 
 
 def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
-    """One pass over all documents: how much text there is, and whether the hash leaves a split empty."""
+    """Measure the text in one pass over all documents, and find out whether the hash leaves a split empty."""
     skipped: Counter[str] = Counter()
     chars = documents = held = longest = longest_chars = 0
     expected_bytes = max(1, sum(f.size for f in corpus.files))
@@ -222,7 +231,7 @@ def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
 
 
 def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Piece]:
-    """All text, document by document, each in pieces of at most PIECE_CHARS and marked with its split."""
+    """Yield all text, document by document, in pieces of at most PIECE_CHARS marked with their split."""
     for number, document in enumerate(corpus.documents()):
         if survey.cut_document is None:
             parts = [("val" if held_out(document.text, val_fraction) else "train", document.text)]
@@ -238,14 +247,14 @@ def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Pie
 
 
 def _tail_start(text: str, val_fraction: float) -> int:
-    """Where the held-out tail of a document starts: at the next line start, if one is near."""
+    """Return the index at which the held-out tail of a document starts: the next line start, if one is near."""
     cut = len(text) - int(len(text) * val_fraction)
     line = text.find("\n", cut - 1) + 1
     return line if 0 < line <= (cut + len(text)) // 2 else cut
 
 
 def _training_sample(pieces: Iterator[Piece], survey: Survey, progress: Progress) -> Iterator[str]:
-    """Training text for a tokenizer: all of it, or pieces spread evenly over it."""
+    """Yield training text for a tokenizer: all of it, or pieces spread evenly over it."""
     share = min(1.0, TRAIN_CHARS / survey.chars)
     seen = taken = 0
     for piece in pieces:
@@ -257,7 +266,7 @@ def _training_sample(pieces: Iterator[Piece], survey: Survey, progress: Progress
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in groups of about BATCH_CHARS."""
+    """Yield pieces in groups of about BATCH_CHARS characters."""
     batch: list[Piece] = []
     chars = 0
     for piece in pieces:
@@ -271,7 +280,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _key(cfg: DataConfig, content: object, tokenizer_content: object) -> str:
-    """Name of a cache entry: a digest of all that decides its bytes."""
+    """Return the name of a cache entry: a digest of everything that decides its bytes."""
     tokenizer = cfg.tokenizer
     bpe_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
     recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.text_field, cfg.val_fraction]
@@ -280,7 +289,7 @@ def _key(cfg: DataConfig, content: object, tokenizer_content: object) -> str:
 
 
 def _stamp(files: list[Path]) -> list[tuple[str, int, int, int]]:
-    """Names, sizes and times of `files`: equal stamps mean equal content."""
+    """Return names, sizes and times of `files`; equal stamps mean equal content."""
     stats = [(str(file.absolute()), file.stat()) for file in files]
     return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
 
@@ -293,7 +302,7 @@ def _content_digest(file: Path) -> str:
 
 
 def _follow(shortcut: Path, root: Path) -> Path | None:
-    """The data set that an unchanged listing led to last time, if it is still whole."""
+    """Return the data set that the same listing led to last time, if it is still complete."""
     try:
         directory = root / shortcut.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -302,7 +311,7 @@ def _follow(shortcut: Path, root: Path) -> Path | None:
 
 
 def _write_shortcut(shortcut: Path, directory: Path) -> None:
-    """Remember the way; failing to is no loss, since the content leads there too."""
+    """Remember which data set a listing led to. A failure is harmless: hashing the content finds it too."""
     unfinished = shortcut.with_name(f"{shortcut.name}.{os.getpid()}")
     with suppress(OSError):
         shortcut.parent.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,7 @@ SPLIT_PARTS = ("tokens", "documents")
 
 
 class TokenSource(Protocol):
-    """A stream of `n_tokens` tokens. Document d starts at token `document_starts[d]`.
-
-    The first starts at 0.
-    """
+    """A stream of `n_tokens` tokens. Document d starts at token `document_starts[d]`, the first one at 0."""
 
     @property
     def n_tokens(self) -> int: ...
@@ -43,16 +40,13 @@ class TokenSource(Protocol):
     def document_starts(self) -> np.ndarray: ...
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens [start, start + length) for each of `starts` (rows,); (rows, length) int64."""
+        """Return tokens [start, start + length) for each of `starts` `(rows,)`, as `(rows, length)` int64."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenStore:
-    """One split of a data set on disk.
-
-    `tokens` (n_tokens,) and `document_starts` (documents,) are memory maps.
-    """
+    """One split of a data set on disk; `tokens` `(n_tokens,)` and `document_starts` `(documents,)` are memory maps."""
 
     tokens: np.ndarray
     document_starts: np.ndarray
@@ -71,16 +65,13 @@ class TokenStore:
 
 @dataclass(frozen=True, slots=True)
 class SyntheticStore:
-    """Random tokens, uniform in [0, vocab_size): a pure function of (seed, place in the stream).
-
-    Reads nothing.
-    """
+    """Random tokens, uniform in [0, vocab_size): a pure function of seed and position, without any file."""
 
     vocab_size: int
     seed: int = 0
     n_tokens: int = 1 << 44
     documents: int = 1
-    """Documents of random lengths (fewer where two would start at the same token)."""
+    """Number of documents, of random lengths (fewer where two would start at the same token)."""
 
     @property
     def fingerprint(self) -> str:
@@ -100,7 +91,7 @@ class SyntheticStore:
 
 
 class SplitWriter:
-    """Appends documents to one split in `directory`; a context that must end before the split is read."""
+    """A writer of one split in `directory`; a context manager that must end before the split is read."""
 
     def __init__(self, directory: Path, name: str, *, vocab_size: int, eos_id: int) -> None:
         self._paths = [directory / f"{name}.{part}" for part in SPLIT_PARTS]
@@ -120,9 +111,10 @@ class SplitWriter:
         self._paths[1].write_bytes(np.asarray(self._starts, dtype="<i8").tobytes())
 
     def append(self, ids: np.ndarray, *, text_bytes: int, ends_document: bool) -> None:
-        """Write a piece of a document, `ids` of `text_bytes` bytes of text.
+        """Append a piece of a document: `ids` `(tokens,)`, which encode `text_bytes` bytes of text.
 
-        Errors: UserError for an id that is not below the vocabulary's size.
+        Raises:
+            UserError: an id is not below the vocabulary's size.
         """
         if len(ids) and int(ids.max()) >= self._vocab_size:
             found = int(ids.max())
@@ -139,7 +131,7 @@ class SplitWriter:
         self._in_document = not ends_document
 
     def counts(self) -> dict[str, int]:
-        """What the index keeps of this split."""
+        """Return the entry of this split in the index."""
         return {"tokens": self.n_tokens, "documents": len(self._starts), "text_bytes": self.text_bytes}
 
     def discard(self) -> None:
@@ -149,17 +141,17 @@ class SplitWriter:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest type for ids in [0, vocab_size), little-endian."""
+    """Return the narrowest little-endian dtype for ids in [0, vocab_size)."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def write_index(
-    directory: Path, *, splits: dict[str, dict[str, int]], tokenizer_digest: str, facts: dict[str, Any]
+    directory: Path, *, splits: dict[str, dict[str, int]], tokenizer_digest: str, metadata: dict[str, Any]
 ) -> None:
     """Complete the data set in `directory`: hash and flush every file, then write the index.
 
-    The fingerprint covers the tokens and documents of all splits and the meaning of the token ids, nothing
-    else.
+    The fingerprint covers the tokens and documents of all splits and the meaning of the token ids, and nothing else.
+    `metadata` (JSON) is kept beside it.
     """
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
@@ -173,7 +165,7 @@ def write_index(
         "fingerprint": hashlib.sha256(" ".join([tokenizer_digest, *hashes]).encode()).hexdigest(),
         "splits": splits,
         "tokenizer_digest": tokenizer_digest,
-        **facts,
+        **metadata,
         "files": files,
     }
     with open(directory / INDEX_FILE, "w", encoding="utf-8") as text:
@@ -183,7 +175,7 @@ def write_index(
 
 
 def read_index(directory: Path) -> dict[str, Any] | None:
-    """The index, or None if the data set is missing or one of its files has not the right size."""
+    """Read the index; return None if the data set is missing or one of its files has the wrong size."""
     try:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
         if index["version"] != FORMAT_VERSION:
@@ -196,18 +188,8 @@ def read_index(directory: Path) -> dict[str, Any] | None:
     return index
 
 
-def damaged_files(directory: Path, index: dict[str, Any]) -> list[str]:
-    """Names of the files whose content is not what was written; reads all of them."""
-    damaged = []
-    for name, expected in index["files"].items():
-        with open(directory / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                damaged.append(name)
-    return damaged
-
-
 def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore | None:
-    """Map one split; None if the data set has none of this name."""
+    """Map one split into memory; return None if the data set has none of this name."""
     counts = index["splits"].get(name)
     if counts is None:
         return None
@@ -221,17 +203,19 @@ def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore 
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where token caches lie: `cache_dir`, else $MEGATRAIN_CACHE, else ~/.cache/megatrain."""
+    """Return the directory of token caches: `cache_dir`, else $MEGATRAIN_CACHE, else ~/.cache/megatrain."""
     chosen = cache_dir or os.environ.get("MEGATRAIN_CACHE")
     return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "megatrain"
 
 
 def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Callable[[], None]) -> None:
-    """Make the data set `directory` with `build(temporary directory)`, unless another process just did it.
+    """Make the data set `directory` with `build(temporary directory)`, unless another process just did.
 
-    A lock, which ends with its process, lets one builder at a time in; `waiting` is called before waiting
-    for it. What a killed builder left behind is removed by the next one. Errors: UserError when nothing can
-    be written.
+    A lock, which ends with its process, admits one builder at a time; `waiting` is called before waiting for it. What a
+    killed builder left behind is removed by the next one.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     root = directory.parent
     try:
@@ -260,6 +244,7 @@ def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Calla
 
 @contextmanager
 def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

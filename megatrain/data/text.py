@@ -30,7 +30,7 @@ TEXT_HINT = "Give a text file in UTF-8, .jsonl, .parquet, a directory of them, o
 
 
 class Document(NamedTuple):
-    """One text, and where it came from: `file`, `file:line` or `file:row`, counted from 1."""
+    """One text and its origin: `file`, `file:line` or `file:row`, counted from 1."""
 
     id: str
     text: str
@@ -38,7 +38,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of the corpus; `name` is its path relative to the corpus, times are in nanoseconds."""
+    """A file of the corpus. `name` is its path relative to the corpus, `size` is in bytes, times are in nanoseconds."""
 
     path: str
     name: str
@@ -49,7 +49,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """The files of a corpus, sorted by name. `origin` is what the user asked for, in words."""
+    """The files of a corpus, sorted by name. `origin` is its description in messages."""
 
     origin: str
     files: tuple[SourceFile, ...]
@@ -58,19 +58,16 @@ class Corpus:
     is_single_file: bool = False
 
     def stamp(self) -> str:
-        """Digest of paths, sizes and times.
-
-        Equal stamps mean (short of deceit) equal content, and cost no reading.
-        """
+        """Return a digest of paths, sizes and times; equal stamps mean equal content, without reading it."""
         listing = [(f.path, f.size, f.mtime_ns, f.ctime_ns) for f in self.files]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def is_settled(self) -> bool:
-        """Whether no file was changed so lately that a further change could leave its times as they are."""
+        """Return whether the last change is so long ago that another one would change a file's times."""
         return all(max(f.mtime_ns, f.ctime_ns) < time.time_ns() - CLOCK_TICK_NS for f in self.files)
 
     def content_digest(self) -> str:
-        """Digest of the bytes of all files, in order, wherever they lie."""
+        """Return a digest of the bytes of all files, in order, independent of where they lie."""
         total = hashlib.sha256()
         for file in self.files:
             with _accessible(file.path), open(file.path, "rb") as stream:
@@ -79,10 +76,13 @@ class Corpus:
         return total.hexdigest()
 
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[Document]:
-        """All documents, in the order of the files. Empty ones are left out.
+        """Yield all documents in the order of the files, without empty ones.
 
-        `skipped` counts what was left out, by reason. The standard library's source is cleaned and rid of
-        exact duplicates; a user's own text is taken as it is, but for a leading byte-order mark.
+        `skipped` counts what was left out, by reason. The standard library's source is cleaned and deduplicated; other
+        text is taken as it is, but for a leading byte-order mark.
+
+        Raises:
+            UserError: a file cannot be read or does not hold text; the message names it.
         """
         skipped = Counter() if skipped is None else skipped
         seen: set[bytes] = set()
@@ -122,7 +122,11 @@ class Corpus:
 
 
 def find_corpus(path: str | None, *, text_field: str = "text") -> Corpus:
-    """List the files of `path` (see `DataConfig.path`) without reading them."""
+    """List the files of `path` (see `DataConfig.path`) without reading them.
+
+    Raises:
+        UserError: there is no such file, or no text in it.
+    """
     if path is None:
         root = sysconfig.get_paths()["stdlib"]
         files = tuple(f for f in _walk(root) if _is_stdlib_source(f.name))
@@ -148,7 +152,7 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> Corpus:
 
 
 def _exists(path: str) -> bool:
-    """Whether `path` exists; unlike `os.path.exists` it does not take a closed folder for an absent file."""
+    """Return whether `path` exists; unlike `os.path.exists`, raise if a directory above it may not be entered."""
     with _accessible(path):
         try:
             os.lstat(path)
@@ -158,7 +162,7 @@ def _exists(path: str) -> bool:
 
 
 def _expand(path: str, *, name: str) -> Iterator[SourceFile]:
-    """The file `path` under the name `name`, or the files of the directory `path`."""
+    """Yield the file `path` under the name `name`, or the files of the directory `path`."""
     with _accessible(path):
         if os.path.isdir(path):
             yield from _walk(path, prefix=f"{name}/" if name else "")
@@ -170,7 +174,7 @@ def _expand(path: str, *, name: str) -> Iterator[SourceFile]:
 
 
 def _walk(root: str, *, prefix: str = "") -> Iterator[SourceFile]:
-    """All files below `root`, sorted by name, but hidden ones and what lies in skipped or linked folders."""
+    """Yield all files below `root`, sorted by name, except hidden ones and those in skipped or linked directories."""
     with _accessible(root), os.scandir(root) as entries:
         found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in found:
@@ -187,7 +191,7 @@ def _source_file(path: str, name: str, status: os.stat_result) -> SourceFile:
 
 
 def _is_stdlib_source(name: str) -> bool:
-    """Python files, but not lib2to3's fixtures in the grammar of Python 2."""
+    """Return whether a file is Python source, and not one of lib2to3's fixtures in the grammar of Python 2."""
     return name.endswith(".py") and not name.startswith("lib2to3/tests/data/")
 
 
@@ -202,7 +206,7 @@ def _decode(content: bytes, where: str) -> str:
 
 
 def _read_python(file: SourceFile, skipped: Counter[str]) -> Iterator[Document]:
-    """One Python file, decoded as Python does it (PEP 263); test data in broken encodings is skipped."""
+    """Yield one Python file, decoded as Python does (PEP 263); files in broken encodings, test data, are skipped."""
     content = Path(file.path).read_bytes()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
@@ -217,7 +221,7 @@ def _read_python(file: SourceFile, skipped: Counter[str]) -> Iterator[Document]:
 
 
 def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
-    """The text field of each line; blank lines are passed over."""
+    """Yield the text field of each line; blank lines are skipped."""
     offset = 0
     with open(file.path, "rb") as stream:
         for number, raw in enumerate(stream, 1):
@@ -257,7 +261,7 @@ def _json_text(raw: bytes, field: str, *, where: str, offset: int) -> str:
 
 
 def _read_parquet(file: SourceFile, column: str) -> Iterator[Document]:
-    """The text column, a bounded number of rows at a time; nulls count as empty."""
+    """Yield the text column, a bounded number of rows at a time; nulls count as empty."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -287,7 +291,7 @@ def _read_parquet(file: SourceFile, column: str) -> Iterator[Document]:
 
 @contextmanager
 def _accessible(path: str) -> Iterator[None]:
-    """Turn the system's refusal to open or list `path` into a message."""
+    """Turn an OSError about `path` into a UserError."""
     try:
         yield
     except OSError as error:

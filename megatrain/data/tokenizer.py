@@ -37,45 +37,42 @@ KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"
 
 
 class Tokenizer(ABC):
-    """What the rest of the project knows of a tokenizer. Ids lie in [0, vocab_size).
-
-    `eos_id` ends a document.
-    """
+    """Interface of all tokenizers. Ids lie in [0, vocab_size), and `eos_id` ends a document."""
 
     vocab_size: int
     eos_id: int
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, (tokens,) uint32 each, without special tokens; uses all cores."""
+        """Encode each text to ids `(tokens,)` uint32, without special tokens, on all cores."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special and unknown ids give nothing, incomplete UTF-8 gives U+FFFD."""
+        """Decode `ids` to text. Special and unknown ids give nothing, incomplete UTF-8 gives U+FFFD."""
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, (vocab_size,) int64; 0 for special tokens.
+        """Return the UTF-8 bytes of text that each id stands for, `(vocab_size,)` int64; 0 for special tokens.
 
-        Summed over the ids of a text it is the text's length in bytes, for every tokenizer without a lossy
-        normalizer; thus bits per byte is exact.
+        Their sum over the ids of a text is the text's length in bytes, for every tokenizer without a lossy normalizer;
+        so bits per byte is exact.
         """
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write what `load_tokenizer` reads into `directory`, which is made if missing."""
+        """Write the files that `load_tokenizer` reads into `directory`, which is made if missing."""
 
     @abstractmethod
     def digest(self) -> str:
-        """Digest of what each id means (not of the rules that cut text into ids)."""
+        """Return a digest of what each id means (not of the rules that split text into ids)."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without special tokens."""
+        """Encode `text` to a list of ids, without special tokens."""
         return self.encode_batch([text])[0].tolist()
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are bytes of UTF-8, 256 ends a document."""
+    """A tokenizer of UTF-8 bytes: ids 0 to 255; 256 ends a document."""
 
     vocab_size = 257
     eos_id = 256
@@ -138,7 +135,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._inner.save(str(directory / HF_FILE), pretty=False)
 
     def save_pretrained(self, directory: Path) -> None:
-        """The two files from which transformers makes a tokenizer."""
+        """Write the two files from which transformers makes a tokenizer."""
         self._inner.save(str(directory / HF_FILE), pretty=False)
         eos = self._tokens[self.eos_id]
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
@@ -149,10 +146,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A tiktoken vocabulary. `ranks` maps the bytes of a token to its id.
-
-    One special token ends a document.
-    """
+    """A tiktoken vocabulary. `ranks` maps a token's bytes to its id; one special token ends a document."""
 
     def __init__(self, ranks: dict[bytes, int], *, eos_id: int, pattern: str) -> None:
         import tiktoken
@@ -189,10 +183,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterator[str], *, vocab_size: int) -> HuggingFaceTokenizer:
-    """Train byte-level BPE on `texts`; the same texts give the same tokenizer.
-
-    Little text gives fewer tokens.
-    """
+    """Train byte-level BPE of `vocab_size` tokens (fewer on little text); the same texts give the same tokenizer."""
     tk = _tokenizers()
     inner = tk.Tokenizer(tk.models.BPE())
     inner.pre_tokenizer = tk.pre_tokenizers.Sequence(
@@ -213,7 +204,11 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> HuggingFaceTokenizer:
 
 
 def read_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `cfg` names, if it needs no training (every kind but `bpe`)."""
+    """Return the tokenizer that `cfg` names, of any kind that needs no training (all but `bpe`).
+
+    Raises:
+        UserError: the file is missing or unusable.
+    """
     if cfg.kind == "bytes":
         return ByteTokenizer()
     path = Path(cfg.path or "").expanduser()
@@ -226,7 +221,11 @@ def read_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Read back what `Tokenizer.save` wrote. Errors: UserError when `directory` holds no tokenizer."""
+    """Read back what `Tokenizer.save` wrote.
+
+    Raises:
+        UserError: `directory` holds no tokenizer.
+    """
     directory = Path(directory)
     try:
         meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
@@ -240,7 +239,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def tokenizer_files(cfg: TokenizerConfig) -> list[Path]:
-    """The files that `read_tokenizer(cfg)` may read, for those who want to notice that they changed."""
+    """Return the files that `read_tokenizer(cfg)` may read, so that a change of them can be noticed."""
     if not cfg.path or cfg.kind in ("bpe", "bytes"):
         return []
     path = Path(cfg.path).expanduser()
@@ -276,7 +275,7 @@ def _read_huggingface(path: Path) -> HuggingFaceTokenizer:
 
 
 def _named_eos(directory: Path) -> str | None:
-    """The `eos_token` that a Hugging Face directory names, if it does."""
+    """Return the `eos_token` that a Hugging Face directory names, if any."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = directory / name
         if not file.is_file():
@@ -298,7 +297,7 @@ def _load_json(file: Path) -> Any:
 
 
 def _load_vocab_and_merges(directory: Path) -> Any:
-    """GPT-2's older file format: byte-level BPE as two files."""
+    """Read GPT-2's older format: byte-level BPE as two files."""
     tk = _tokenizers()
     try:
         model = tk.models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
@@ -313,7 +312,7 @@ def _load_vocab_and_merges(directory: Path) -> Any:
 
 
 class _Published(NamedTuple):
-    """What a published rank file does not say of itself."""
+    """Split pattern and end-of-text id of a published rank file, which does not contain them."""
 
     pattern: str
     eos_id: int
@@ -343,10 +342,7 @@ _PUBLISHED = {
 
 
 def _read_tiktoken(path: Path, *, eos_id: int | None = None) -> TiktokenTokenizer:
-    """Read lines of `base64(token) rank`.
-
-    The pattern and the end-of-text id are known by the number of ranks.
-    """
+    """Read lines of `base64(token) rank`; the number of ranks tells the pattern and the end-of-text id."""
     ranks: dict[bytes, int] = {}
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):

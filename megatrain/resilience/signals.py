@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the handler only raises a flag; the loop saves at the next step boundary."""
+"""Signals that ask a run to stop. The handler only sets a flag; the loop saves at the next step boundary."""
 
 import os
 import signal
@@ -8,7 +8,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignals:
-    """While active, `received` is the name of the first stop signal, or None. A second one leaves at once."""
+    """Signal handlers that, while active, set `received` to the name of the first stop signal.
+
+    A second signal ends the process at once, without saving.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None

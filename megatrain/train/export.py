@@ -89,13 +89,13 @@ def _pieces(mapping: WeightMap, reader: CheckedReader, prefix: str) -> Iterator[
     """Yield what each rule of `mapping` makes, one after the other, under Hugging Face's names."""
     parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
     parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
-    kinds = reader.kinds()
+    specs = reader.tensor_specs()
     for part in parts:
         names = [name for rule in part.rules for name in rule.ours] + [stack.ours for stack in part.stacks]
         ours = {}
         for name in names:
-            key = prefix + name if prefix + name in kinds else MODEL + name  # buffers have no average
-            ours[key] = torch.empty(kinds[key].size, dtype=kinds[key].dtype)
+            key = prefix + name if prefix + name in specs else MODEL + name  # buffers have no average
+            ours[key] = torch.empty(specs[key].size, dtype=specs[key].dtype)
         read_tensors(reader, ours)
         yield part.export(dict(zip(names, ours.values(), strict=True)))
 

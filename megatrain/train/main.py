@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatrain.checkpoint.store import Checkpointer, Found
+from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.prepare import prepare
@@ -190,8 +190,8 @@ def _record_failure(log: RunLog, step: int, error: BaseException) -> None:
 def _resume(run: Run) -> tuple[str, ...]:
     """Load the newest checkpoint, if there is one, and open the run's files; returns warnings."""
     cfg, state, log = run.cfg, run.state, run.log
-    run.processes.from_first(run.checkpointer.sweep)
-    found: Found | None = None
+    run.processes.from_first(run.checkpointer.remove_leftovers)
+    found: VerifiedCheckpoint | None = None
     warnings: tuple[str, ...] = ()
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         warnings = take_up_weights(run.checkpointer, state)

@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
         found = checkpointer.load(loaded := targets_for(few_tensors(1)))
         assert found is not None
         right = all_bits(loaded) == all_bits(few_tensors(found.step)) and not found.warnings
-        checkpointer.sweep()
+        checkpointer.remove_leftovers()
         save(directory, 300, keep=1)  # life goes on
         after = sorted(os.listdir(directory))
         report.append({"n": n, "step": found.step, "right": right, "left": names, "after": after})

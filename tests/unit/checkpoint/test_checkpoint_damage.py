@@ -200,7 +200,7 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch:
         raise PermissionError(errno.EACCES, "Permission denied", str(directory))
 
     monkeypatch.setattr(store, "check_hashes", refuse)  # root, as tests often run, may read everything
-    with pytest.raises(UserError, match=r"can't be read: .*Permission denied"):
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied"):
         checkpointer.latest()
     assert checkpointer.steps() == [100, 200]
 

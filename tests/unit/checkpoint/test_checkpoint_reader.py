@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from unit.checkpoint.samples import targets_for, two_checkpoints
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.errors import Damage
+from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.files import FileRecord
 from megatrain.checkpoint.manifest import Manifest, parse_json, read_bounded, read_manifest
 from megatrain.checkpoint.reader import MetadataUnpickler, read_metadata
@@ -115,7 +115,7 @@ def test_a_malicious_metadata_file_is_refused_where_torch_executes_it(tmp_path: 
     ],
 )
 def test_other_pickles_are_refused(attack: bytes) -> None:
-    with pytest.raises(Damage, match="refused"):
+    with pytest.raises(CorruptCheckpointError, match="refused"):
         read_metadata(attack, FILES)
 
 
@@ -157,7 +157,7 @@ def test_metadata_as_torch_makes_it_passes() -> None:
 def test_holes_and_overlaps_are_found(
     size: tuple[int, ...], chunks: list[tuple[tuple[int, ...], tuple[int, ...]]], message: str
 ) -> None:
-    with pytest.raises(Damage, match=message):
+    with pytest.raises(CorruptCheckpointError, match=message):
         read_metadata(pickle.dumps(metadata_of(size, chunks)), FILES)
 
 
@@ -183,7 +183,7 @@ def test_coverage_agrees_with_counting_every_element() -> None:
         try:
             read_metadata(pickle.dumps(metadata_of(size, boxes)), FILES)
             accepted = True
-        except Damage:
+        except CorruptCheckpointError:
             accepted = False
         assert accepted == covered, (size, boxes)
     assert 100 < sum(verdicts) < 1900  # both verdicts occur
@@ -232,7 +232,7 @@ def test_a_damaged_pickle_is_refused_whatever_it_says() -> None:
             data[draw.randrange(len(data))] = draw.randrange(256)
         try:
             assert isinstance(read_metadata(bytes(data), FILES), Metadata)
-        except Damage:
+        except CorruptCheckpointError:
             refused += 1
     assert refused > 1000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # kibibytes
@@ -242,7 +242,7 @@ def test_only_tensors_are_read(tmp_path: Path) -> None:
     """torch loads everything else by an unrestricted pickle."""
     found = metadata_of((2,), [((0,), (2,))])
     found.state_dict_metadata["w"] = BytesStorageMetadata()
-    with pytest.raises(Damage, match="refused"):
+    with pytest.raises(CorruptCheckpointError, match="refused"):
         read_metadata(pickle.dumps(found), FILES)
 
 
@@ -253,7 +253,7 @@ def test_places_outside_a_file_are_refused(offset: int, length: int) -> None:
     found = metadata_of((2,), [((0,), (2,))])
     for info in found.storage_data.values():
         info.offset, info.length = offset, length
-    with pytest.raises(Damage):
+    with pytest.raises(CorruptCheckpointError):
         read_metadata(pickle.dumps(found), FILES)
 
 
@@ -271,22 +271,22 @@ def test_metadata_of_another_form_is_refused(field: dict[str, Any]) -> None:
     found = metadata_of((2,), [((0,), (2,))])
     for name, value in field.items():
         setattr(found, name, value)
-    with pytest.raises(Damage):
+    with pytest.raises(CorruptCheckpointError):
         read_metadata(pickle.dumps(found), FILES)
-    with pytest.raises(Damage):
+    with pytest.raises(CorruptCheckpointError):
         read_metadata(pickle.dumps({"w": 1}), FILES)
 
 
 def test_json_bombs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Damage, match="not JSON"):
+    with pytest.raises(CorruptCheckpointError, match="not JSON"):
         parse_json(b"[" * 1_000_000, "state.json")
-    with pytest.raises(Damage, match="not JSON"):
+    with pytest.raises(CorruptCheckpointError, match="not JSON"):
         parse_json(b"1" * 100_000, "state.json")
     big = tmp_path / "state.json"
     with big.open("wb") as file:
         file.truncate(1 << 40)  # a terabyte that takes no room on the disk
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(Damage, match="are not read"):
+    with pytest.raises(CorruptCheckpointError, match="are not read"):
         read_bounded(big)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # kibibytes
 

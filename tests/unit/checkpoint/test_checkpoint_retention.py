@@ -46,9 +46,9 @@ def test_sweep_deletes_what_killed_processes_left_and_nothing_else(tmp_path: Pat
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0_0.distcp").write_bytes(b"x" * 100)
     assert checkpointer.steps() == [100, 200]
-    checkpointer.sweep()
+    checkpointer.remove_leftovers()
     assert sorted(os.listdir(tmp_path)) == ["step-00000100", "step-00000200"]
-    Checkpointer(tmp_path / "none", CheckpointConfig()).sweep()
+    Checkpointer(tmp_path / "none", CheckpointConfig()).remove_leftovers()
 
 
 def test_a_quarantined_checkpoint_is_not_pruned_and_does_not_count(tmp_path: Path) -> None:
