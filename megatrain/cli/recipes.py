@@ -2,7 +2,8 @@
 
 from megatrain.cli.compose import compose
 from megatrain.cli.conf import group_options
-from megatrain.optim.config import AdamWConfig, ConstantConfig
+from megatrain.optim.config import AdamWConfig
+from megatrain.optim.schedule import ConstantConfig
 
 COLUMNS = (
     *("model=", "peak lr", "tokens a step", "sequences", "seq_len", "warm-up", "schedule", "final ratio"),

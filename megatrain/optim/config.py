@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""What every optimizer can be told; learning-rate schedules are in `schedule.py`."""
 
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -128,70 +128,3 @@ class LionConfig(OptimizerConfig):
 
 
 OptimConfig = AdamWConfig | SGDConfig | MuonConfig | LionConfig
-
-
-@config
-class ConstantConfig:
-    kind: Literal["constant"] = "constant"
-    warmup_steps: int | Literal["auto"] = 0
-    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
-    warmup_fraction: float | None = None
-    """Share of all steps that `warmup_steps=auto` takes; null: a tenth, 100 steps at most."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 0, "warmup_steps")
-        yield from between(self, 0, 1, "warmup_fraction")
-
-
-@config
-class CosineConfig:
-    """Half a cosine from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup_steps: int | Literal["auto"] = "auto"
-    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
-    warmup_fraction: float | None = None
-    """Share of all steps that `warmup_steps=auto` takes; null: a tenth, 100 steps at most."""
-    final_ratio: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 0, "warmup_steps")
-        yield from between(self, 0, 1, "warmup_fraction", "final_ratio")
-
-
-@config
-class LinearConfig:
-    kind: Literal["linear"] = "linear"
-    warmup_steps: int | Literal["auto"] = "auto"
-    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
-    warmup_fraction: float | None = None
-    """Share of all steps that `warmup_steps=auto` takes; null: a tenth, 100 steps at most."""
-    final_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 0, "warmup_steps")
-        yield from between(self, 0, 1, "warmup_fraction", "final_ratio")
-
-
-@config
-class WSDConfig:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395)."""
-
-    kind: Literal["wsd"] = "wsd"
-    warmup_steps: int | Literal["auto"] = "auto"
-    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
-    warmup_fraction: float | None = None
-    """Share of all steps that `warmup_steps=auto` takes; null: a tenth, 100 steps at most."""
-    decay_fraction: float = 0.2
-    """Share of all steps, at the end, in which the rate falls linearly."""
-    final_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 0, "warmup_steps")
-        yield from between(self, 0, 1, "warmup_fraction", "final_ratio", "decay_fraction")
-
-
-ScheduleConfig = ConstantConfig | CosineConfig | LinearConfig | WSDConfig

@@ -1,37 +1,126 @@
-"""The learning rate of each step, as a pure function of the step."""
+"""Learning-rate schedules: a warm-up, and a shape after it, as pure functions of the step.
+
+A new schedule is a class here, a member of `ScheduleConfig`, and a file in `conf/schedule/`.
+"""
 
 import math
+from collections.abc import Iterator
+from typing import Literal
 
-from megatrain.optim.config import ConstantConfig, CosineConfig, LinearConfig, ScheduleConfig
+from megatrain.config.schema import Problem, at_least, between, config
 
 
-def lr_factor(cfg: ScheduleConfig, step: int, *, total_steps: int) -> float:
-    """Return the share of the peak learning rate that step `step` (the first is 0) uses.
+@config
+class WarmupConfig:
+    """What every schedule has: linear growth to the peak, then a shape of its own."""
 
-    Warm-up grows linearly and reaches 1 at the step after it; its first step is not 0. The last step,
-    `total_steps - 1`, uses the schedule's final ratio.
-    """
-    warmup = warmup_steps(cfg, total_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if isinstance(cfg, ConstantConfig):
+    kind: str = ""
+    warmup_steps: int | Literal["auto"] = "auto"
+    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
+    warmup_fraction: float | None = None
+    """Share of all steps that `warmup_steps=auto` takes; null: a tenth, 100 steps at most."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return the share of the peak learning rate that step `step` (the first is 0) of `total_steps` uses.
+
+        The first step of the warm-up is not 0, and the step after the warm-up uses the peak.
+        """
+        warmup = self.resolved_warmup(total_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return self.after_warmup(step, warmup, total_steps)
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        """Return the share of the peak that `step` >= `warmup` uses."""
+        raise NotImplementedError
+
+    def resolved_warmup(self, total_steps: int) -> int:
+        """Return the number of warm-up steps, with `auto` resolved for a run of `total_steps`."""
+        if self.warmup_steps != "auto":
+            return self.warmup_steps
+        if self.warmup_fraction is None:
+            return min(100, total_steps // 10)
+        return round(self.warmup_fraction * total_steps)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, 0, "warmup_steps")
+        yield from between(self, 0, 1, "warmup_fraction")
+
+
+@config
+class ConstantConfig(WarmupConfig):
+    """The peak, after a warm-up if there is one."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: int | Literal["auto"] = 0
+    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        """Return 1."""
         return 1.0
-    if isinstance(cfg, CosineConfig | LinearConfig):
+
+
+@config
+class CosineConfig(WarmupConfig):
+    """Half a cosine from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
+
+    kind: Literal["cosine"] = "cosine"
+    final_ratio: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        """Return the cosine's value; the last step has `final_ratio`."""
         done = _progress(step, warmup, total_steps - 1)
-        shape = 0.5 * (1 + math.cos(math.pi * done)) if isinstance(cfg, CosineConfig) else 1 - done
-    else:
-        decay_start = max(warmup, round(total_steps * (1 - cfg.decay_fraction)) - 1)
-        shape = 1 - _progress(step, decay_start, total_steps - 1)
-    return cfg.final_ratio + (1 - cfg.final_ratio) * shape
+        return _between(self.final_ratio, 0.5 * (1 + math.cos(math.pi * done)))
+
+    def problems(self) -> Iterator[Problem]:
+        yield from WarmupConfig.problems(self)
+        yield from between(self, 0, 1, "final_ratio")
 
 
-def warmup_steps(cfg: ScheduleConfig, total_steps: int) -> int:
-    """Return the number of warm-up steps, with `auto` resolved for a run of `total_steps`."""
-    if cfg.warmup_steps != "auto":
-        return cfg.warmup_steps
-    if cfg.warmup_fraction is None:
-        return min(100, total_steps // 10)
-    return round(cfg.warmup_fraction * total_steps)
+@config
+class LinearConfig(WarmupConfig):
+    """A straight line from the peak to `final_ratio` of it."""
+
+    kind: Literal["linear"] = "linear"
+    final_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        """Return the line's value; the last step has `final_ratio`."""
+        return _between(self.final_ratio, 1 - _progress(step, warmup, total_steps - 1))
+
+    def problems(self) -> Iterator[Problem]:
+        yield from WarmupConfig.problems(self)
+        yield from between(self, 0, 1, "final_ratio")
+
+
+@config
+class WSDConfig(WarmupConfig):
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    decay_fraction: float = 0.2
+    """Share of all steps, at the end, in which the rate falls linearly."""
+    final_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+
+    def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
+        """Return 1 until the decay, then the line's value; the last step has `final_ratio`."""
+        start = max(warmup, round(total_steps * (1 - self.decay_fraction)) - 1)
+        return _between(self.final_ratio, 1 - _progress(step, start, total_steps - 1))
+
+    def problems(self) -> Iterator[Problem]:
+        yield from WarmupConfig.problems(self)
+        yield from between(self, 0, 1, "final_ratio", "decay_fraction")
+
+
+ScheduleConfig = ConstantConfig | CosineConfig | LinearConfig | WSDConfig
+
+
+def _between(low: float, share: float) -> float:
+    """Return the point that lies `share` of the way from `low` to 1."""
+    return low + (1 - low) * share
 
 
 def _progress(step: int, start: int, end: int) -> float:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from megatrain.optim.schedule import warmup_steps
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
 from megatrain.train.micro_batch import largest_fitting, micro_batch_choices
@@ -19,7 +18,7 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
     tokenizer = cfg.data.tokenizer
     if tokenizer.vocab_size == "auto":
         tokenizer = dataclasses.replace(tokenizer, vocab_size=cfg.model.vocab_size)
-    steps = warmup_steps(cfg.schedule, cfg.train.steps)
+    steps = cfg.schedule.resolved_warmup(cfg.train.steps)
     resolved = dataclasses.replace(
         cfg,
         data=dataclasses.replace(cfg.data, tokenizer=tokenizer),

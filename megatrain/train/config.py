@@ -14,7 +14,8 @@ from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEBackendConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
-from megatrain.optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
+from megatrain.optim.config import AdamWConfig, OptimConfig
+from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
@@ -127,7 +128,7 @@ class Config:
             yield Problem(
                 "schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,)
             )
-        if not broken and not any(True for _ in self.model.problems()):
+        if not broken:
             yield from self._layout_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
@@ -180,6 +181,8 @@ class Config:
             )
             legal = nearest_divisors(rows, micro_batch)
             yield Problem("micro_batch_size", micro_batch, f"must divide {share} ({rows})", legal)
+            return
+        if any(True for _ in self.model.problems()):
             return
         plan = decoder_plan(self.model)
         yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)

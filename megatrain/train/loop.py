@@ -8,7 +8,6 @@ from typing import Any
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.sinks import Observer
 from megatrain.observe.watch import update as watch_update
-from megatrain.optim.schedule import lr_factor
 from megatrain.resilience.signals import StopSignals
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
@@ -65,7 +64,7 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
     while True:
         batch = next(batches)
         data_time = time.perf_counter() - ended
-        lr = cfg.optim.lr * lr_factor(cfg.schedule, state.step, total_steps=cfg.train.steps)
+        lr = cfg.optim.lr * cfg.schedule.factor(state.step, cfg.train.steps)
         stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
         loss, grad_norm, stop_wanted = stats.read()  # the step's one wait for the device
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

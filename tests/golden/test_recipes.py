@@ -9,8 +9,8 @@ from megatrain.cli.compose import Source, compose
 from megatrain.cli.conf import group_options
 from megatrain.cli.recipes import recipe_table
 from megatrain.config.schema import ConfigError
-from megatrain.optim.config import AdamWConfig, CosineConfig, LinearConfig, LionConfig, MuonConfig
-from megatrain.optim.schedule import warmup_steps
+from megatrain.optim.config import AdamWConfig, LionConfig, MuonConfig
+from megatrain.optim.schedule import CosineConfig, LinearConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.train.auto import resolve_auto
 from megatrain.train.config import Config
@@ -32,7 +32,7 @@ def test_every_preset_that_is_no_debugging_one_has_a_recipe() -> None:
 def test_a_run_of_any_length_and_any_data_degree_is_legal(model: str) -> None:
     for steps in (1, 6, 100_000):
         cfg = compose([f"model={model}", f"train.steps={steps}"])
-        assert warmup_steps(cfg.schedule, steps) <= steps
+        assert cfg.schedule.resolved_warmup(steps) <= steps
     least = min(cfg.global_batch_size, 8)
     for degree in (1, 2, least, cfg.global_batch_size):
         wider = compose([f"model={model}", f"parallel.dp_shard={degree}"])

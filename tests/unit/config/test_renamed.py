@@ -11,8 +11,7 @@ from megatrain.config.schema import ConfigError
 from megatrain.config.text import from_yaml, to_yaml
 from megatrain.models.llama3.config import Llama3Config
 from megatrain.nn.config import ExpertsConfig
-from megatrain.optim.config import ConstantConfig
-from megatrain.optim.schedule import warmup_steps
+from megatrain.optim.schedule import ConstantConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.train.auto import resolve_auto
 from megatrain.train.config import Config
@@ -44,7 +43,7 @@ def test_a_whole_run_of_an_earlier_version_is_the_same_run() -> None:
     assert not isinstance(old.schedule, ConstantConfig)
     assert (old.schedule.warmup_steps, old.schedule.warmup_fraction) == ("auto", None)
     assert (old.micro_batch_size, old.data.tokenizer.vocab_size) == (8, 2048)
-    assert warmup_steps(old.schedule, 400) == 40
+    assert old.schedule.resolved_warmup(400) == 40
     new = compose([])
     as_before = replace(old, schedule=replace(old.schedule, warmup_steps=40))
     assert changed_keys(resolve_auto(as_before, memory=1 << 40), resolve_auto(new, memory=1 << 40)) == {}
