@@ -1,28 +1,19 @@
-"""From a config's `kind` to its family, imported when asked for."""
+"""From a config's `kind` to its family, imported when asked for.
+
+A family is a folder `models/<kind>/` with a `spec.py`, and a member of the union in `models/config.py`.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 from megatrain.config.errors import UserError
+from megatrain.config.load import kind_of
 from megatrain.models.config import ModelConfig
 from megatrain.models.spec import ModelSpec
 
-FAMILIES = {
-    "gpt2": "megatrain.models.gpt2.spec:SPEC",
-    "llama3": "megatrain.models.llama3.spec:SPEC",
-    "qwen3": "megatrain.models.qwen3.spec:SPEC",
-    "mixtral": "megatrain.models.mixtral.spec:SPEC",
-    "deepseek_v3": "megatrain.models.deepseek_v3.spec:SPEC",
-}
-HF_TYPES = {
-    "gpt2": "gpt2",
-    "llama": "llama3",
-    "qwen3": "qwen3",
-    "mixtral": "mixtral",
-    "deepseek_v3": "deepseek_v3",
-}
-"""Hugging Face's model_type -> our kind."""
+KINDS = tuple(kind_of(member) for member in get_args(ModelConfig))
+"""The families' names."""
 
 
 def get_spec(kind: str) -> ModelSpec:
@@ -31,10 +22,9 @@ def get_spec(kind: str) -> ModelSpec:
     Raises:
         UserError: there is none of that name.
     """
-    if kind not in FAMILIES:
-        raise UserError(f"model.kind={kind}: must be one of {', '.join(FAMILIES)}")
-    module, _, name = FAMILIES[kind].partition(":")
-    spec: ModelSpec = getattr(import_module(module), name)
+    if kind not in KINDS:
+        raise UserError(f"model.kind={kind}: must be one of {', '.join(KINDS)}")
+    spec: ModelSpec = import_module(f"megatrain.models.{kind}.spec").SPEC
     return spec
 
 
@@ -44,8 +34,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: no family of ours can express it; the message names the key.
     """
+    specs = {spec.hf_type: spec for spec in map(get_spec, KINDS)}
     model_type = hf.get("model_type")
-    if model_type not in HF_TYPES:
-        raise UserError(f"config.json: model_type={model_type} must be one of {', '.join(HF_TYPES)}")
-    cfg: ModelConfig = get_spec(HF_TYPES[model_type]).config_from_hf(hf)
+    if model_type not in specs:
+        raise UserError(f"config.json: model_type={model_type} must be one of {', '.join(specs)}")
+    cfg: ModelConfig = specs[model_type].config_from_hf(hf)
     return cfg

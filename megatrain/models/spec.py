@@ -1,5 +1,6 @@
 """What a model family provides, and the map between our parameter names and Hugging Face's."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatrain.config.errors import UserError
+from megatrain.nn.config import DecoderConfig
 from megatrain.nn.contract import Plan
 from megatrain.nn.decoder import Decoder
 
@@ -134,6 +136,8 @@ class ModelSpec:
     """One family. Every function but the last takes the family's config."""
 
     kind: str
+    hf_type: str
+    """Hugging Face's model_type."""
     build: Callable[[Any], Decoder]
     """Makes the model, on the default device (also meta)."""
     plan: Callable[[Any], Plan]
@@ -152,6 +156,23 @@ def require(cfg: Any, family: str, *, prefix: str = "model.", **options: object)
     if wrong:
         said = ", ".join(f"{prefix}{key}={value} (must be {options[key]})" for key, value in wrong.items())
         raise UserError(f"a Hugging Face {family} model cannot express: {said}")
+
+
+SIZES = frozenset({"n_layers", "hidden_size", "n_heads", "ffn_size", "vocab_size", "max_seq_len", "norm_eps"})
+TRAINING_ONLY = frozenset({"kind", "init_std", "init_scaling"})
+
+
+def require_decoder(cfg: DecoderConfig, family: str, *, expresses: Iterable[str], **fixed: object) -> None:
+    """Refuse, by name, the options of a decoder that `family`'s Hugging Face form cannot express.
+
+    Every option must have `DecoderConfig`'s default, so that an option added later is refused until a family says
+    otherwise: by naming it in `expresses`, or in `fixed` with the value that the family always has.
+    """
+    free = {*expresses, *SIZES, *TRAINING_ONLY}
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(DecoderConfig) if field.name not in free
+    }
+    require(cfg, family, prefix="model.", **(defaults | fixed))
 
 
 def require_part(cfg: Any, family: str, name: str) -> Any:

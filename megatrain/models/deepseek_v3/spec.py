@@ -7,6 +7,7 @@ from megatrain.nn.plan import decoder_plan
 
 SPEC = ModelSpec(
     kind="deepseek_v3",
+    hf_type="deepseek_v3",
     build=Decoder,
     plan=decoder_plan,
     weights=weight_map,

@@ -8,8 +8,16 @@ from megatrain.config.errors import UserError
 from megatrain.config.load import load
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.llama3.weights import MODULES, llama_like_config, llama_like_from_hf, llama_like_map
-from megatrain.models.mixtral.weights import NO_EXPERTS, expert_stacks
-from megatrain.models.spec import Rule, WeightMap, require, require_hf, require_part, value_of
+from megatrain.models.mixtral.weights import LLAMA_LIKE, expert_stacks
+from megatrain.models.spec import (
+    Rule,
+    WeightMap,
+    require,
+    require_decoder,
+    require_hf,
+    require_part,
+    value_of,
+)
 
 NORMS = {name: MODULES[name] for name in ("attn_norm", "mlp_norm")}
 MLP = {name: MODULES[name] for name in ("mlp.gate", "mlp.up", "mlp.down")}
@@ -78,9 +86,8 @@ def _layer_rules(cfg: DeepseekV3Config, layer: int) -> Iterator[Rule]:
 
 def check(cfg: DeepseekV3Config) -> None:
     """Refuse what Hugging Face's DeepSeek-V3 does not have."""
-    like = {key: value for key, value in NO_EXPERTS.items() if key != "mla"}
     # Its norms inside attention have this epsilon whatever config.json says.
-    require(cfg, "DeepSeek-V3", norm_eps=1e-6, sliding_window=None, mlp_bias=False, **like)
+    require_decoder(cfg, "DeepSeek-V3", expresses=LLAMA_LIKE | {"mla", "experts"}, norm_eps=1e-6)
     require_part(cfg, "DeepSeek-V3", "mla")
     moe = require_part(cfg, "DeepSeek-V3", "experts")
     require(moe, "DeepSeek-V3", prefix="model.experts.", routing="sigmoid", layer_frequency=1)

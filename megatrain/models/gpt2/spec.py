@@ -7,6 +7,7 @@ from megatrain.nn.plan import decoder_plan
 
 SPEC = ModelSpec(
     kind="gpt2",
+    hf_type="gpt2",
     build=Decoder,
     plan=decoder_plan,
     weights=weight_map,

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatrain.config.load import load
 from megatrain.models.gpt2.config import GPT2Config
-from megatrain.models.spec import Rule, WeightMap, require, require_hf, value_of
+from megatrain.models.spec import Rule, WeightMap, require_decoder, require_hf, value_of
 
 MODULES = {
     "ln_1": ("attn_norm",),
@@ -48,24 +48,18 @@ def weight_map(cfg: GPT2Config) -> WeightMap:
 
 def check(cfg: GPT2Config) -> None:
     """Refuse what Hugging Face's GPT-2 does not have."""
-    require(
+    require_decoder(
         cfg,
         "GPT-2",
+        expresses={"tie_embeddings", "rope_theta", "rope_scaling", "n_kv_heads", "head_dim"},
         norm="layer",
         activation=cfg.activation if cfg.activation in ACTIVATIONS else "gelu_tanh",
         positions="learned",
         kv_heads=cfg.n_heads,
         qk_head_dim=cfg.hidden_size // cfg.n_heads,
-        qk_norm=False,
-        experts=None,
-        mla=None,
-        sliding_window=None,
         attention_bias=True,
         output_bias=True,
         mlp_bias=True,
-        logit_softcap=None,
-        residual_scale=1.0,
-        embedding_scale=1.0,
     )
 
 

@@ -7,6 +7,7 @@ from megatrain.nn.plan import decoder_plan
 
 SPEC = ModelSpec(
     kind="llama3",
+    hf_type="llama",
     build=Decoder,
     plan=decoder_plan,
     weights=weight_map,

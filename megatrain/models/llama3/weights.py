@@ -6,7 +6,7 @@ from typing import Any
 from megatrain.config.errors import UserError
 from megatrain.config.load import load
 from megatrain.models.llama3.config import Llama3Config
-from megatrain.models.spec import Rule, WeightMap, require, require_hf, value_of
+from megatrain.models.spec import Rule, WeightMap, require_decoder, require_hf, value_of
 from megatrain.nn.config import DecoderConfig, RopeScaling
 
 MODULES = {
@@ -21,16 +21,10 @@ MODULES = {
     "mlp.down": "mlp.down_proj",
 }
 """Inside each layer, ours -> theirs."""
-LLAMA_LIKE: dict[str, Any] = {
-    "norm": "rms",
-    "activation": "swiglu",
-    "positions": "rope",
-    "experts": None,
-    "mla": None,
-    "logit_softcap": None,
-    "residual_scale": 1.0,
-    "embedding_scale": 1.0,
-}
+LLAMA_LIKE = frozenset(
+    {"n_kv_heads", "head_dim", "rope_theta", "rope_scaling", "attention_bias", "tie_embeddings"}
+)
+"""Options, beside sizes, that config.json expresses for models laid out as Llama."""
 SCALING = {
     "factor": "factor",
     "original_max_seq_len": "original_max_position_embeddings",
@@ -57,7 +51,7 @@ def weight_map(cfg: Llama3Config) -> WeightMap:
 
 def check(cfg: Llama3Config) -> None:
     """Refuse what Hugging Face's Llama does not have."""
-    require(cfg, "Llama", qk_norm=False, sliding_window=None, output_bias=cfg.attention_bias, **LLAMA_LIKE)
+    require_decoder(cfg, "Llama", expresses=LLAMA_LIKE | {"mlp_bias"}, output_bias=cfg.attention_bias)
 
 
 def hf_config(cfg: Llama3Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from megatrain.nn.plan import decoder_plan
 
 SPEC = ModelSpec(
     kind="mixtral",
+    hf_type="mixtral",
     build=Decoder,
     plan=decoder_plan,
     weights=weight_map,

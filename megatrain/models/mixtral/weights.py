@@ -13,7 +13,15 @@ from megatrain.models.llama3.weights import (
     llama_like_map,
 )
 from megatrain.models.mixtral.config import MixtralConfig
-from megatrain.models.spec import Stack, WeightMap, require, require_hf, require_part, value_of
+from megatrain.models.spec import (
+    Stack,
+    WeightMap,
+    require,
+    require_decoder,
+    require_hf,
+    require_part,
+    value_of,
+)
 from megatrain.nn.config import DecoderConfig, ExpertsConfig
 
 MIXTRAL_MODULES = {ours: theirs for ours, theirs in MODULES.items() if not ours.startswith("mlp.")} | {
@@ -25,7 +33,6 @@ EXPERTS = {
     "down": "block_sparse_moe.experts.{}.w2",
 }
 """Matrices of one expert, ours -> theirs with the expert's number."""
-NO_EXPERTS = {key: value for key, value in LLAMA_LIKE.items() if key != "experts"}
 
 
 def weight_map(cfg: MixtralConfig) -> WeightMap:
@@ -50,9 +57,8 @@ def expert_stacks(cfg: DecoderConfig, names: Mapping[str, str]) -> tuple[Stack, 
 
 def check(cfg: MixtralConfig) -> None:
     """Refuse what Hugging Face's Mixtral does not have."""
-    require(
-        cfg, "Mixtral", qk_norm=False, attention_bias=False, output_bias=False, mlp_bias=False, **NO_EXPERTS
-    )
+    options = LLAMA_LIKE - {"attention_bias"} | {"sliding_window", "experts"}
+    require_decoder(cfg, "Mixtral", expresses=options)
     common = ExpertsConfig()
     fixed = ("routing", "normalize_top_k", "n_shared_experts", "routed_scale", "n_groups", "bias_rate")
     wanted = {key: getattr(common, key) for key in (*fixed, "first_k_dense", "layer_frequency")}

@@ -7,6 +7,7 @@ from megatrain.nn.plan import decoder_plan
 
 SPEC = ModelSpec(
     kind="qwen3",
+    hf_type="qwen3",
     build=Decoder,
     plan=decoder_plan,
     weights=weight_map,

@@ -13,7 +13,7 @@ from megatrain.models.llama3.weights import (
     llama_like_map,
 )
 from megatrain.models.qwen3.config import Qwen3Config
-from megatrain.models.spec import WeightMap, require
+from megatrain.models.spec import WeightMap, require_decoder
 
 QWEN3_MODULES = MODULES | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 
@@ -26,7 +26,8 @@ def weight_map(cfg: Qwen3Config) -> WeightMap:
 
 def check(cfg: Qwen3Config) -> None:
     """Refuse what Hugging Face's Qwen3 does not have."""
-    require(cfg, "Qwen3", qk_norm=True, mlp_bias=False, output_bias=cfg.attention_bias, **LLAMA_LIKE)
+    options = LLAMA_LIKE | {"sliding_window"}
+    require_decoder(cfg, "Qwen3", expresses=options, qk_norm=True, output_bias=cfg.attention_bias)
 
 
 def hf_config(cfg: Qwen3Config) -> dict[str, Any]:
