@@ -1,9 +1,9 @@
 """Every command that the documentation shows is run, or as much of it as one machine without a cluster can.
 
 All fenced `bash` and `console` blocks are collected. Each command is first composed exactly as it is shown; then it
-runs for real, in a folder of its own, made small by overrides that are appended. What cannot run here has a reason beside it
-(`NOT_RUN`), and is checked as far as it goes: a layout of several processes is composed, torchrun's own parser reads
-torchrun's arguments, and the SLURM script runs with stand-ins for SLURM's commands.
+runs for real, in a folder of its own, made small by overrides that are appended. What cannot run here has a reason
+beside it (`NOT_RUN`), and is checked as far as it goes: a layout of several processes is composed, torchrun's own
+parser reads torchrun's arguments, and the SLURM script runs with stand-ins for SLURM's commands.
 """
 
 import ast
