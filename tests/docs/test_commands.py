@@ -269,5 +269,13 @@ def test_a_wrong_command_is_noticed(folder: Path) -> None:
         check_megatrain(["train", "train.stepz=3"])
     with pytest.raises(AssertionError):
         check_torchrun(
-            "--nnodes=1 --nproc-per-node=3 --rdzv-backend=c10d -m megatrain train parallel.tp=2".split()
+            [
+                "--nnodes=1",
+                "--nproc-per-node=3",
+                "--rdzv-backend=c10d",
+                "-m",
+                "megatrain",
+                "train",
+                "parallel.tp=2",
+            ]
         )
