@@ -40,7 +40,7 @@ format: .venv/.dev
 # The documentation as a website in site/; a broken link or reference is an error. To read it:
 # .venv/bin/python -m http.server --directory site
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 # Training speed on this machine, side by side with Hugging Face models in a plain PyTorch loop.
 bench: .venv/.dev

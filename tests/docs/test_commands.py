@@ -266,4 +266,14 @@ def test_a_wrong_command_is_noticed(folder: Path) -> None:
     with pytest.raises(Exception, match="no such key"):
         check_megatrain(["train", "train.stepz=3"])
     with pytest.raises(AssertionError):
-        check_torchrun(shlex.split("--nproc-per-node=3 --rdzv-backend=c10d -m megatrain train parallel.tp=2"))
+        check_torchrun(
+            [
+                "--nnodes=1",
+                "--nproc-per-node=3",
+                "--rdzv-backend=c10d",
+                "-m",
+                "megatrain",
+                "train",
+                "parallel.tp=2",
+            ]
+        )
