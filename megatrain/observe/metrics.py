@@ -33,7 +33,7 @@ def throughput(
     peak: Peak | None,
     devices: int,
 ) -> dict[str, Any]:
-    """Rates of a step of `tokens` tokens on `devices` devices; no utilization where the peak is not known."""
+    """Return the rates of a step of `tokens` tokens on `devices` devices; no MFU where the peak is unknown."""
     rate = tokens / seconds
     per_device = rate / devices
     row: dict[str, Any] = {
@@ -69,7 +69,7 @@ class Interval:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Restart `peak_memory_gib`, so that it does not tell of what came before (preparing the data, say).
+    """Reset `peak_memory_gib`, so that it does not tell of what came before (preparing the data, say).
 
     On a CPU that takes Linux; elsewhere the peak remains that of the process's whole life.
     """

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatrain.cli.completion import candidates
+from megatrain.config.load import config_classes, hints, kind_of
+from megatrain.train.config import Config
+
+KINDS = {
+    group: [kind_of(cls) for cls in config_classes(hints(Config)[group])] for group in ("optim", "schedule")
+}
 
 
 @pytest.mark.parametrize(
@@ -23,15 +29,15 @@ from megatrain.cli.completion import candidates
         ("megatrain train ~optim.mom", ["~optim.momentum="]),
         (
             "megatrain train schedule=",
-            [f"schedule={each}" for each in ("constant", "cosine", "linear", "wsd")],
+            [f"schedule={each}" for each in sorted(KINDS["schedule"])],
         ),
-        ("megatrain train -m optim=adamw,s", ["optim=adamw,sgd"]),
+        ("megatrain train -m optim=adamw,sg", ["optim=adamw,sgd"]),
         (
             "megatrain train train.precision=",
             [f"train.precision={each}" for each in ("auto", "bf16", "fp32", "fp64", "fp8")],
         ),
         ("megatrain train log.tensorboard=", ["log.tensorboard=false", "log.tensorboard=true"]),
-        ("megatrain train optim.kind=", [f"optim.kind={each}" for each in ("adamw", "lion", "muon", "sgd")]),
+        ("megatrain train optim.kind=", [f"optim.kind={each}" for each in sorted(KINDS["optim"])]),
         ("megatrain train train.stop_at=", ["train.stop_at=null"]),
         ("megatrain train seq_len=", []),
         ("megatrain train nothing=", []),
