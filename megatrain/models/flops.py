@@ -11,6 +11,7 @@ import math
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.contract import Role
 from megatrain.nn.plan import decoder_plan
+from megatrain_kernels.flash_attention.reference import Rule
 
 
 def n_embedding_parameters(cfg: DecoderConfig) -> int:
@@ -25,10 +26,8 @@ def n_params(cfg: DecoderConfig, *, active: bool = False) -> int:
 
 def attention_pairs(seq_len: int, *, causal: bool, window: int | None) -> int:
     """Count the query-key pairs of one sequence that the mask allows."""
-    if not causal:
-        return seq_len * seq_len
-    width = seq_len if window is None else min(window, seq_len)
-    return width * (width + 1) // 2 + (seq_len - width) * width
+    rule = Rule(causal=causal, scale=1.0, window=window if causal else None, softcap=None, q_offset=0)
+    return rule.pairs(seq_len, seq_len)
 
 
 def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:

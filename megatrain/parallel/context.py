@@ -17,6 +17,7 @@ from megatrain.parallel.collectives import Group, exchange, gather_from, shift, 
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.mesh import Mesh
 from megatrain_kernels import attention
+from megatrain_kernels.flash_attention.reference import Rule
 
 SEQ = 1  # dimension of `(batch, seq, ...)`
 
@@ -138,9 +139,9 @@ class RingCore(_Core):
 
     def _sees(self, chunk: int, place: int, length: int) -> bool:
         """Tell whether any query of `chunk` sees a key of chunk `place`."""
-        if place > chunk:
-            return False
-        return self.sliding_window is None or (chunk - place - 1) * length + 1 < self.sliding_window
+        offset = (chunk - place) * length
+        rule = Rule(causal=True, scale=1.0, window=self.sliding_window, softcap=None, q_offset=offset)
+        return rule.sees_any(0, length, length)
 
     def _block(
         self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, chunk: int, place: int

@@ -22,6 +22,24 @@ class Rule(NamedTuple):
         first, last = (min(max(edge, 0), k_seq) for edge in (first, last))
         return first, max(first, last)
 
+    def sees_any(self, start: int, end: int, k_seq: int) -> bool:
+        """Return whether any of the queries `start` to `end` sees a key, documents aside."""
+        first, last = self.keys(start, end, k_seq)
+        return first < last
+
+    def pairs(self, q_seq: int, k_seq: int) -> int:
+        """Count the pairs of query and key that see each other, documents aside: the sum of `keys` over queries."""
+
+        def edges(shift: int) -> int:
+            """Sum `clamp(query + shift, 0, k_seq)` over the queries."""
+            growing = range(max(0, min(q_seq, -shift)), max(0, min(q_seq, k_seq - shift)))
+            full = q_seq - max(0, min(q_seq, k_seq - shift))
+            return sum(growing) + len(growing) * shift + full * k_seq
+
+        last = edges(self.q_offset + 1) if self.causal else q_seq * k_seq
+        first = 0 if self.window is None else edges(self.q_offset - self.window + 1)
+        return max(0, last - first)
+
     def sees_all(self, k_seq: int) -> bool:
         """Return whether every query sees every key, documents aside."""
         return self.window is None and (not self.causal or self.q_offset >= k_seq - 1)
