@@ -88,7 +88,7 @@ def build_loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
         store=store,
         seq_len=cfg.seq_len,
         global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.rows_at_once,
+        micro_batch_size=cfg.resolved_micro_batch_size,
         seed=cfg.train.seed,
         mask_documents=cfg.data.mask_documents,
         rank=0 if mesh is None else mesh.data_rank,
@@ -106,7 +106,7 @@ def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
             store,
             seq_len=cfg.seq_len,
             tokens=cfg.train.eval_tokens,
-            micro_batch_size=cfg.rows_at_once,
+            micro_batch_size=cfg.resolved_micro_batch_size,
             mask_documents=cfg.data.mask_documents,
         )
     )

@@ -115,7 +115,7 @@ class Config:
     the device's memory by an estimate, with enough micro-batches for a pipeline."""
 
     @property
-    def rows_at_once(self) -> int:
+    def resolved_micro_batch_size(self) -> int:
         """`micro_batch_size`, once it is resolved."""
         if self.micro_batch_size == "auto":
             raise ValueError("micro_batch_size=auto is not resolved yet (train/auto.py)")

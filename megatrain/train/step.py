@@ -121,7 +121,9 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     whole = {name: None if t[0] is None else torch.cat(cast(list[Tensor], t)) for name, t in columns.items()}
     scale = 1 / max(batch.valid_tokens, 1)
-    loss = parallel.pipeline.forward_backward(whole, cfg.rows_at_once, scale=scale, z_loss=cfg.train.z_loss)
+    loss = parallel.pipeline.forward_backward(
+        whole, cfg.resolved_micro_batch_size, scale=scale, z_loss=cfg.train.z_loss
+    )
     return loss.to(torch.float64)
 
 

@@ -37,7 +37,7 @@ def test_a_run_of_any_length_and_any_data_degree_is_legal(model: str) -> None:
     for degree in (1, 2, least, cfg.global_batch_size):
         wider = compose([f"model={model}", f"parallel.dp_shard={degree}"])
         resolved = resolve_auto(wider, memory=80 * GIB)
-        assert (cfg.global_batch_size // degree) % resolved.rows_at_once == 0
+        assert (cfg.global_batch_size // degree) % resolved.resolved_micro_batch_size == 0
 
 
 def test_large_models_have_large_models_rates() -> None:
@@ -106,8 +106,8 @@ def test_a_users_own_model_may_bring_a_recipe(tmp_path: Path) -> None:
 
 def test_pipelines_get_enough_micro_batches() -> None:
     cfg = compose(["model=llama3_8b", "parallel.pp=4"])
-    assert 512 // resolve_auto(cfg, memory=1000 * GIB).rows_at_once >= 16
+    assert 512 // resolve_auto(cfg, memory=1000 * GIB).resolved_micro_batch_size >= 16
     layout = ParallelConfig(pp=4, pp_schedule="interleaved_1f1b")
     resolved = resolve_auto(replace(cfg, parallel=layout, global_batch_size=12), memory=1000 * GIB)
-    assert resolved.rows_at_once == 1
+    assert resolved.resolved_micro_batch_size == 1
     assert not list(resolved.problems())

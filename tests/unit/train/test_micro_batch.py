@@ -84,4 +84,4 @@ def test_a_resumed_run_keeps_its_micro_batch_where_it_can() -> None:
 
 def test_unresolved_is_an_error() -> None:
     with pytest.raises(ValueError, match="not resolved"):
-        _ = Config().rows_at_once
+        _ = Config().resolved_micro_batch_size
