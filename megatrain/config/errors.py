@@ -8,6 +8,6 @@ class UserError(Exception):
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is damaged and no good one is left."""
+    """A checkpoint is damaged and no intact one is left."""
 
     exit_code = 3
