@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """The config or the input is wrong: what was wrong, the rule, what to do. Nothing was written."""
+    """The config or the input is invalid; the message says what is wrong and what to do. Nothing was written."""
 
     exit_code = 2
 
