@@ -33,7 +33,7 @@ PACKAGES = {
     "megatrain_kernels": ROOT / "kernels" / "megatrain_kernels",
 }
 """Page of the API -> its package. The command (`megatrain/cli`) is documented by its own help."""
-SHORT_TYPES = {"a whole number": "int", "a number": "float", "true or false": "bool", "text": "str"}
+SHORT_TYPES = {"an integer": "int", "a number": "float", "true or false": "bool", "text": "str"}
 """The loader's words for types, and the shorter ones of the tables."""
 RUN_TABLE = "| choose | what | global batch | optimizer, rate, schedule | steps |\n|---|---|---|---|---|\n"
 GENERATED = "<!-- Made by docs/generate.py; edit that, or the source it reads. -->\n\n"

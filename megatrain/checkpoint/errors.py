@@ -4,12 +4,12 @@ from megatrain.config.errors import UserError
 
 
 class CheckpointSaveError(RuntimeError):
-    """A checkpoint could not be saved; those committed before are untouched."""
+    """A checkpoint could not be saved; earlier ones are untouched."""
 
 
 class CheckpointMismatchError(UserError):
-    """An intact checkpoint of another model: its tensors are not the requested ones."""
+    """A checkpoint is intact, but its tensors differ from those requested."""
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint is incomplete or was changed: it is quarantined, and an older one is loaded."""
+    """A checkpoint is incomplete or was modified; it is quarantined, and an older one is loaded."""

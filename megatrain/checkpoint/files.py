@@ -1,4 +1,4 @@
-"""Durable file I/O: files are hashed while they are written, and synced before anybody relies on them."""
+"""Durable file I/O: files are hashed while they are written, and synced before they are relied on."""
 
 import hashlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WORKERS = 2
-"""Files that a process writes, reads or hashes at once: one core hashes more slowly than a good disk reads."""
+"""Files that a process writes, reads or hashes in parallel: one core hashes more slowly than a fast disk reads."""
 SYNC_BYTES = 16 << 20
-"""Bytes after which a sync starts in the background, so that disk and hash work at the same time."""
+"""Bytes after which a background sync starts, so that writing to disk overlaps with hashing."""
 READ_BYTES = 1 << 20
-"""Bytes of a read or write buffer."""
+"""Size of a read or write buffer in bytes."""
 
 
 class FileRecord(NamedTuple):
@@ -28,7 +28,7 @@ class HashingWriter:
     """A new file, hashed as it is written and synced in the background.
 
     `close` returns after `fsync` and sets `record`. `abandon` closes without syncing. `failure` is the first OSError,
-    for callers in between that lose it (torch does).
+    in case a caller in between loses it (torch does).
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class HashingWriter:
     def _end_sync(self) -> None:
         """Wait for the sync in the background and raise its error."""
         if self._sync is not None:
-            self._sync.result()  # the kernel reports a failed write once: it must not be lost here
+            self._sync.result()  # the kernel reports a failed write only once
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
@@ -130,5 +130,5 @@ def make_directory(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Return how many bytes this user may still write on the disk of `path`."""
+    """Return the free space for this user on the disk of `path`, in bytes."""
     return shutil.disk_usage(path).free

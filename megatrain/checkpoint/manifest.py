@@ -1,4 +1,4 @@
-"""`manifest.json`: the list of a checkpoint's files with sizes and hashes, so that any changed byte is noticed.
+"""`manifest.json`: the list of a checkpoint's files with sizes and hashes, so that any changed byte is detected.
 
 The manifest carries a SHA-256 of itself, and is valid only if rendering its fields gives the same bytes again.
 """
@@ -63,7 +63,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         CorruptCheckpointError: the manifest is missing or changed, or its step is not that of the directory's name.
-        UserError: a later version of megatrain wrote it.
+        UserError: it was written by a later version of megatrain.
     """
     if directory.is_symlink():
         raise CorruptCheckpointError("it is a symbolic link")
@@ -87,7 +87,7 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Check that every listed file is a plain file of the listed size.
 
     Raises:
-        CorruptCheckpointError: a file is not; the message names the first.
+        CorruptCheckpointError: a file differs; the message names the first.
     """
     for name, record in manifest.files.items():
         size = file_size(directory / name)

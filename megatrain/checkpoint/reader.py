@@ -1,8 +1,8 @@
-"""Reads what torch.distributed.checkpoint wrote, without trusting it.
+"""Reader of torch.distributed.checkpoint files that does not trust them.
 
-Torch's `.metadata` file is a pickle, which may run any code when it is loaded, and may name files anywhere. Here it can
-create objects of the few classes that it really consists of, and only files of the checkpoint are read. Torch's own
-reader ignores tensors that were not requested, other dtypes, and holes; here each of these is an error.
+Torch's `.metadata` file is a pickle, which can run arbitrary code when it is loaded and can name any file. Here it can
+only create objects of the few classes that it legitimately contains, and only files of the checkpoint are read. Torch's
+own reader ignores unrequested tensors, mismatched dtypes and holes; here each of these is an error.
 """
 
 import io
@@ -36,7 +36,7 @@ from megatrain.checkpoint.writer import original_errors
 
 MAX_METADATA_BYTES = 1 << 30
 MAX_LISTED = 8
-"""Differences that an error message lists."""
+"""Maximum number of differences listed in an error message."""
 
 _METADATA_CLASSES = (
     "Metadata",
@@ -63,7 +63,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _layout,
 }
-"""Everything that a metadata file may refer to: classes that only hold values."""
+"""All that a metadata file may refer to: classes that only hold values."""
 
 # fmt: off
 OPCODES = frozenset((
@@ -93,14 +93,14 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class TensorSpec(NamedTuple):
-    """Dtype and global shape of a tensor: what must agree between a saved tensor and its destination."""
+    """Dtype and global shape of a tensor, which must match between a saved tensor and its destination."""
 
     dtype: torch.dtype
     size: torch.Size
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor, over all ranks."""
+        """Size of the full tensor over all ranks, in bytes."""
         return self.dtype.itemsize * math.prod(self.size)
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class TensorSpec(NamedTuple):
 
 
 class CheckedReader(FileSystemReader):
-    """A reader of a checkpoint's tensor files whose metadata was checked before."""
+    """A reader of a checkpoint's tensor files whose metadata has been checked."""
 
     def __init__(self, directory: Path, checked: Metadata) -> None:
         super().__init__(directory)
@@ -124,7 +124,7 @@ class CheckedReader(FileSystemReader):
         return self.checked
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the planned pieces, `WORKERS` files at once."""
+        """Read the planned pieces, `WORKERS` files in parallel."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -141,7 +141,7 @@ def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:
     """Parse and check `raw`, the `.metadata` file of a checkpoint that consists of `files`.
 
     Raises:
-        CorruptCheckpointError: it describes anything but complete tensors that lie wholly inside `files`.
+        CorruptCheckpointError: it describes anything but complete tensors stored in `files`.
     """
     try:
         if strange := {opcode.name for opcode, _, _ in pickletools.genops(raw)} - OPCODES:
@@ -157,13 +157,13 @@ def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:
 
 
 def read_tensors(reader: CheckedReader, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors`, in place; of a DTensor only this rank's shard. Involves no other rank."""
+    """Read into `tensors` in place, only the local shard of each DTensor, without communication."""
     with original_errors():
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
 def check_same_tensors(saved: Metadata, wanted: Mapping[str, TensorSpec], *, only: str = "") -> None:
-    """Compare names, shapes and dtypes of the saved tensors, those whose name starts with `only`, with `wanted`.
+    """Compare names, shapes and dtypes of the saved tensors whose names start with `only` with `wanted`.
 
     Raises:
         CheckpointMismatchError: they differ; the message lists how.
@@ -181,8 +181,8 @@ def check_same_tensors(saved: Metadata, wanted: Mapping[str, TensorSpec], *, onl
         shown = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise CheckpointMismatchError(
-            f"The checkpoint does not hold the tensors of this model and optimizer:{shown}{more}\n"
-            "Give the config the values that it was saved with, or start another run with run.name=..."
+            f"The checkpoint does not match the tensors of this model and optimizer:{shown}{more}\n"
+            "Restore the config values that it was saved with, or start another run with run.name=..."
         )
 
 
@@ -192,7 +192,7 @@ def _check_metadata(found: Any, files: dict[str, FileRecord]) -> None:
         raise TypeError(f"it holds a {type(found).__name__}")
     for index, place in found.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-            raise TypeError("its table of locations holds something else")
+            raise TypeError("its storage locations have an unexpected type")
         if place.relative_path not in files:
             raise CorruptCheckpointError(
                 f".metadata refers to {str(place.relative_path)[:80]!r}, which is not in the manifest"
@@ -200,23 +200,23 @@ def _check_metadata(found: Any, files: dict[str, FileRecord]) -> None:
         if place.transform_descriptors:
             raise CorruptCheckpointError(f"{index.fqn} is stored with a transformation")
         if not 0 <= place.offset <= place.offset + place.length <= files[place.relative_path].size:
-            raise CorruptCheckpointError(f"{index.fqn} lies outside {place.relative_path}")
+            raise CorruptCheckpointError(f"{index.fqn} lies outside of {place.relative_path}")
     for name, tensor in found.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata):
             raise CorruptCheckpointError(f"{name} is not a tensor; only tensors are read")
         for chunk in tensor.chunks:
             if MetadataIndex(name, chunk.offsets) not in found.storage_data:
-                raise CorruptCheckpointError(f"{name} has a part that is stored nowhere")
+                raise CorruptCheckpointError(f"{name} has a shard that is stored nowhere")
         _check_coverage(name, tensor.size, tensor.chunks)
 
 
 def _check_coverage(name: str, size: torch.Size, chunks: list[ChunkStorageMetadata]) -> None:
     """Check that every element of the tensor is stored exactly once.
 
-    That is so if its chunks lie inside it, do not overlap, and have as many elements together.
+    This holds if its chunks lie inside it, do not overlap, and have as many elements in total.
 
     Raises:
-        CorruptCheckpointError: it is not so.
+        CorruptCheckpointError: an element is missing or stored twice.
     """
     boxes = [
         [(start, start + length) for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
@@ -225,14 +225,14 @@ def _check_coverage(name: str, size: torch.Size, chunks: list[ChunkStorageMetada
     for box in boxes:
         inside = all(0 <= a <= b <= limit for (a, b), limit in zip(box, size, strict=True))
         if not inside:
-            raise CorruptCheckpointError(f"{name} has a part outside its shape {tuple(size)}")
+            raise CorruptCheckpointError(f"{name} has a shard outside its shape {tuple(size)}")
     volume = sum(math.prod(chunk.sizes) for chunk in chunks)
     if volume != math.prod(size) or not chunks:
         raise CorruptCheckpointError(
             f"{name} is not complete: {volume:,} of {math.prod(size):,} elements are stored"
         )
     if len(boxes) > 1 and _overlap(boxes):
-        raise CorruptCheckpointError(f"{name} has parts that overlap")
+        raise CorruptCheckpointError(f"{name} has shards that overlap")
 
 
 def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:

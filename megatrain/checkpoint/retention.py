@@ -1,4 +1,4 @@
-"""The names in a checkpoint directory: which checkpoints exist, which are kept, and where a damaged one goes.
+"""Layout of a checkpoint directory: which checkpoints exist, which are kept, and where damaged ones go.
 
 checkpoints/
   step-00000100/                committed: its name appeared by one rename
@@ -29,12 +29,12 @@ def step_name(step: int) -> str:
 
 
 def unique_name(prefix: str, step: int) -> str:
-    """Return a name that no other attempt uses."""
+    """Return a unique directory name for one attempt."""
     return f"{prefix}{step_name(step)}-{uuid.uuid4().hex[:12]}"
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Return the steps that have a committed checkpoint, ascending, judging by names alone."""
+    """Return the steps with a committed checkpoint in ascending order, from the directory names alone."""
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -44,10 +44,10 @@ def committed_steps(directory: Path) -> list[int]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; 0 keeps all.
+    """Delete all but the `keep` most recent checkpoints; 0 keeps all.
 
-    Each is renamed first, so that a half-deleted one is never taken for a checkpoint. What cannot be deleted now is
-    tried again after the next save.
+    Each is renamed first, so that a partly deleted one is never mistaken for a checkpoint. Failed deletions are retried
+    after the next save.
     """
     if not keep:
         return
@@ -60,7 +60,7 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what killed processes left half-written. Only the one process that writes here may call this."""
+    """Delete partly written checkpoints of killed processes. Only the one process that writes here may call this."""
     _remove_all(directory, TEMPORARY)
     _remove_all(directory, TRASH)
 

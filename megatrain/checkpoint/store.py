@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints. A checkpoint appears by one rename, and is loaded only if every byte is as written.
+"""Saving and loading of checkpoints: each appears by an atomic rename, and is loaded only if every byte is intact.
 
 checkpoints/step-00000100/
   __0_0_0.distcp, .metadata   tensors, as torch.distributed.checkpoint writes them (plain torch can read them)
@@ -57,14 +57,14 @@ from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.runtime.processes import Processes
 
 BYTES_PER_TENSOR = 4096
-"""Bytes of names, headers and alignment that a tensor takes beside its elements, at most."""
+"""Upper bound on the overhead of a stored tensor (name, header, alignment), in bytes."""
 SPARE_BYTES = 64 << 10
-"""Bytes for state, manifest and directories."""
+"""Space for state, manifest and directories, in bytes."""
 
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
-    """A checkpoint whose files were checked, with a warning for each newer one that was damaged."""
+    """A checkpoint whose files were verified, with a warning for each newer one that was damaged."""
 
     step: int
     path: Path
@@ -76,9 +76,9 @@ class VerifiedCheckpoint:
 class Checkpointer:
     """The checkpoints of one run, in `directory`.
 
-    A step is saved once, into a temporary directory that gets its final name as the last act. The latest one is found
-    by looking at the names; there is no pointer file. All `processes` of the run save and load together, each its own
-    shards of the tensors; the first one names, commits and deletes.
+    A step is saved once, into a temporary directory that is renamed to its final name last. The latest one is found by
+    the directory names; there is no pointer file. All `processes` of the run save and load together, each its own
+    shards of the tensors; the first process names, commits and deletes checkpoints.
     """
 
     def __init__(self, directory: Path, cfg: CheckpointConfig, processes: Processes | None = None) -> None:
@@ -88,22 +88,22 @@ class Checkpointer:
         self._parent: str | None = None
 
     def steps(self) -> list[int]:
-        """Return the committed steps, ascending, judging by names alone."""
+        """Return the committed steps in ascending order, from the directory names alone."""
         return committed_steps(self.directory)
 
     def has_damaged(self) -> bool:
-        """Return whether damaged checkpoints were quarantined here; if there are no others, loading is refused."""
+        """Return whether damaged checkpoints were quarantined here; if there are no intact ones, loading fails."""
         return bool(quarantined(self.directory))
 
     def remove_leftovers(self) -> None:
-        """Delete what killed processes left half-written. For the first process of a run, when it starts."""
+        """Delete partly written checkpoints of killed processes; the first process of a run calls this at its start."""
         remove_leftovers(self.directory)
 
     def preflight(self, tensors: dict[str, Tensor]) -> None:
         """Check before training, not at the first save, that checkpoints of `tensors` can be written.
 
         Raises:
-            UserError: the directory is not writable, or the disk has no room for one checkpoint.
+            UserError: the directory is not writable, or the disk has no space for one checkpoint.
         """
         specs = self._global_specs(tensors)
         self.processes.from_first(lambda: self._check_writable(specs))
@@ -127,15 +127,15 @@ class Checkpointer:
         state: dict[str, Any],
         info: dict[str, Any] | None = None,
     ) -> Path:
-        """Commit a checkpoint of `step`, delete those that are too old, and return the committed directory.
+        """Commit a checkpoint of `step`, delete the oldest ones, and return the committed directory.
 
-        `state` (what is restored) and `info` (what describes the run) are JSON. A step that exists already is
+        `state` (restored on loading) and `info` (a description of the run) are JSON. A step that exists already is
         kept as it is, if it is the same byte for byte.
 
         Raises:
-            CheckpointSaveError: nothing was committed (no room, a disk error, another checkpoint of that step);
+            CheckpointSaveError: nothing was committed (no space, a disk error, a different checkpoint of that step);
                 earlier checkpoints are untouched.
-            ValueError: `state` does not survive JSON.
+            ValueError: `state` does not survive a round trip through JSON.
         """
         encoded = _encode(state)
         specs = self._global_specs(tensors)
@@ -172,7 +172,7 @@ class Checkpointer:
         return self._commit(staging, manifest)
 
     def _global_specs(self, tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
-        """Return dtype and global shape of the tensors of all processes; under a pipeline none has all of them."""
+        """Return dtype and global shape of the tensors of all processes; with a pipeline no process has all of them."""
         own = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         return {name: spec for part in self.processes.gather(own) for name, spec in part.items()}
 
@@ -187,18 +187,18 @@ class Checkpointer:
         return self._newest_intact(self._verify)
 
     def open(self, step: int) -> CheckedReader:
-        """Return a reader of a checkpoint that `latest` has found, to read some of its tensors with `read_tensors`."""
+        """Return a reader of a checkpoint found by `latest`, to read some of its tensors with `read_tensors`."""
         return self._open(step)[1]
 
     def load(self, tensors: dict[str, Tensor], *, only: str = "") -> VerifiedCheckpoint | None:
         """Read the newest intact checkpoint into `tensors`, in place; return None if there never was one.
 
-        Names, shapes and dtypes must be exactly the saved ones; with `only`, those of the saved tensors whose name
-        starts with it. After an error the values in `tensors` are undefined.
+        Names, shapes and dtypes must match the saved ones exactly; `only` restricts the saved ones to names that
+        start with it. After an error the values in `tensors` are undefined.
 
         Raises:
             DamagedCheckpointError: there are checkpoints, and none is intact.
-            CheckpointMismatchError: the checkpoint is intact, but holds other tensors.
+            CheckpointMismatchError: the checkpoint is intact, but its tensors are others.
         """
         specs = self._global_specs(tensors)
         found = self._newest_intact(lambda step: self._read(step, tensors, specs, only))
@@ -216,7 +216,7 @@ class Checkpointer:
         return target
 
     def _is_identical(self, manifest: Manifest) -> bool:
-        """Return whether the step is already saved with the very same files; quarantine it if it is damaged.
+        """Return whether the step is already saved with identical files; quarantine it if it is damaged.
 
         Raises:
             CheckpointSaveError: it is intact, but differs.
@@ -231,7 +231,7 @@ class Checkpointer:
             return False
         if differing := sorted(dict(old.files.items() ^ manifest.files.items())):
             raise CheckpointSaveError(
-                f"Step {manifest.step} is already saved in {target}, and differs in {', '.join(differing)} "
+                f"Step {manifest.step} is already saved in {target}, but differs in {', '.join(differing)} "
                 f"(then: {old.versions}, now: {manifest.versions}). It was kept; the new one was not saved."
             )
         return True
@@ -256,9 +256,9 @@ class Checkpointer:
         if damaged or self.has_damaged():
             listing = "".join(f"\n  {warning}" for warning in damaged)
             raise DamagedCheckpointError(
-                f"No good checkpoint is left in {self.directory}.{listing}\n"
-                "Restore one from a copy (a folder step-...), or start anew: choose another run.name, or delete "
-                f"{self.directory}."
+                f"No intact checkpoint is left in {self.directory}.{listing}\n"
+                "Restore one (a directory step-...) from a backup, or start a new run: choose another run.name or "
+                f"delete {self.directory}."
             )
 
     def _set_aside(self, step: int, error: CorruptCheckpointError | OSError) -> list[str]:
@@ -269,8 +269,8 @@ class Checkpointer:
         """
         path = self.directory / step_name(step)
         if not os.path.lexists(path):
-            return []  # deleted meanwhile by the process that trains, which has saved a newer one
-        if isinstance(error, OSError) and error.errno != EIO:  # no right to read, say
+            return []  # deleted meanwhile by the training process, which has saved a newer one
+        if isinstance(error, OSError) and error.errno != EIO:  # for example, no read permission
             raise UserError(f"{path} cannot be read: {error}") from error
         message = f"Checkpoint {step_name(step)} is damaged ({error})"
         try:
@@ -286,7 +286,7 @@ class Checkpointer:
         return found
 
     def _files_to_check(self, manifest: Manifest) -> Manifest:
-        """Return `manifest` with only the files that this process checks; the processes share them out."""
+        """Return `manifest` restricted to the files that this process checks; the processes divide them among them."""
         names = sorted(manifest.files)[self.processes.rank :: self.processes.size]
         return replace(manifest, files={name: manifest.files[name] for name in names})
 
@@ -301,7 +301,7 @@ class Checkpointer:
             verified = helper.submit(check_hashes, found.path, share) if self.cfg.verify else None
             try:
                 read_tensors(reader, tensors)
-            except Exception:  # a damaged file, or a fault of the device: the hashes tell which
+            except Exception:  # a damaged file or a device error: the hashes tell which
                 check_hashes(found.path, found.manifest)
                 raise
             if verified is not None:
@@ -317,7 +317,7 @@ class Checkpointer:
         checked = read_metadata(metadata, manifest.files)
         state = parse_json(read_listed(path / STATE_FILE, manifest, limit=MAX_JSON_BYTES), STATE_FILE)
         if not isinstance(state, dict):
-            raise CorruptCheckpointError(f"{STATE_FILE} is not an object")
+            raise CorruptCheckpointError(f"{STATE_FILE} is not a JSON object")
         found = VerifiedCheckpoint(step=step, path=path, state=state, manifest=manifest)
         return found, CheckedReader(path, checked)
 
@@ -328,7 +328,7 @@ def _check_space(directory: Path, specs: dict[str, TensorSpec]) -> None:
     free = free_bytes(directory)
     if free < needed:
         raise CheckpointSaveError(
-            f"A checkpoint needs {needed:,} bytes ({needed / 2**30:.2f} GiB), and {free:,} ({free / 2**30:.2f} GiB) "
+            f"A checkpoint needs {needed:,} bytes ({needed / 2**30:.2f} GiB), but {free:,} ({free / 2**30:.2f} GiB) "
             f"are free in {directory}. Free some space, or keep fewer checkpoints (checkpoint.keep)."
         )
 
@@ -337,6 +337,6 @@ def _encode(state: dict[str, Any]) -> bytes:
     encoded = json.dumps(state, indent=1)
     if json.loads(encoded) != state:
         raise ValueError(
-            "The state is not plain JSON: it would be read back changed (keys other than strings, tuples, NaN)."
+            "The state does not survive a round trip through JSON (non-string keys, tuples, NaN)."
         )
     return encoded.encode() + b"\n"

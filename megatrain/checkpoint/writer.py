@@ -1,4 +1,4 @@
-"""Writes tensors with torch.distributed.checkpoint, such that every file is hashed and no error is lost."""
+"""Writer of tensors by torch.distributed.checkpoint that hashes every file and loses no error."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from megatrain.checkpoint.files import WORKERS, FileRecord, HashingWriter
 
 
 class HashingFileSystem(FileSystem):
-    """The file system that torch.distributed.checkpoint writes through, with a record of every file."""
+    """File system for torch.distributed.checkpoint that records size and hash of every file written."""
 
     def __init__(self) -> None:
         self.records: dict[str, FileRecord] = {}
@@ -51,7 +51,7 @@ class HashingFileSystem(FileSystem):
 
 
 class HashingStorageWriter(FileSystemWriter):
-    """A writer of `WORKERS` files at once on each rank, each with its own hash.
+    """A writer of `WORKERS` files in parallel on each rank, each with its own hash.
 
     Torch's own threads lose the errors of all but the first and commit what they wrote; these do not.
     """
@@ -61,12 +61,12 @@ class HashingStorageWriter(FileSystemWriter):
         self.fs: HashingFileSystem = HashingFileSystem()
 
     def storage_meta(self) -> StorageMeta:
-        """Return metadata without the path: the directory is renamed, and a pickled path depends on Python."""
+        """Return metadata without the path: the directory is renamed, and pickled paths depend on Python's version."""
         return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the planned tensors of this rank."""
-        # the option holds for a thread or for all, depending on torch's version; `without_crc` puts the latter back
+        # the option is per thread or global, depending on torch's version; `without_crc` restores the latter
         with ThreadPoolExecutor(WORKERS, initializer=set_crc32_options, initargs=(False,)) as pool:
             write = partial(super().write_data, planner=planner)
             parts = [pool.submit(write, part) for part in _split(plan, WORKERS)]
@@ -76,7 +76,7 @@ class HashingStorageWriter(FileSystemWriter):
 
 
 def _split(plan: SavePlan, files: int) -> list[SavePlan]:
-    """Split a rank's plan into one plan a file, none of them empty."""
+    """Split a rank's plan into one non-empty plan per file."""
     return [
         replace(
             plan,
@@ -108,10 +108,10 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None
     """Write `tensors` into the empty `directory` and return the records of this process's files, all synced.
 
     Args:
-        group: process group that writes together, each rank its own shards of DTensors; None: this process alone.
+        group: process group that writes together, each rank its own shards of DTensors; None for this process alone.
 
     Raises:
-        OSError: the system's own error, although torch reports another one.
+        OSError: the original error of the system, which torch would replace by its own.
     """
     writer = HashingStorageWriter(directory)
     try:
@@ -126,9 +126,9 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None
 
 @contextmanager
 def original_errors() -> Iterator[None]:
-    """Raise the error that happened instead of torch's CheckpointException, which no `except Exception` catches.
+    """Raise the original error instead of torch's CheckpointException, which `except Exception` does not catch.
 
-    Also silence the warning that there is a single process.
+    Also silence the warning about a single process.
     """
     try:
         with warnings.catch_warnings():
@@ -141,7 +141,7 @@ def original_errors() -> Iterator[None]:
 
 @contextmanager
 def without_crc() -> Iterator[None]:
-    """Switch off torch.save's CRC-32, which no reader checks; the SHA-256 of the file takes its place."""
+    """Disable torch.save's CRC-32, which no reader checks; the SHA-256 of the file replaces it."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

@@ -27,20 +27,20 @@ def run(argv: list[str]) -> int:
 
 
 def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
-    """Return the value of --steps N and the other words."""
+    """Return the value of --steps N and the other arguments."""
     if "--steps" not in argv:
         return DEFAULT_STEPS, argv
     place = argv.index("--steps")
     value = argv[place + 1] if place + 1 < len(argv) else ""
     if not value.isdigit() or int(value) < 1:
-        raise UserError(f"--steps {value}: must be a whole number of at least 1")
+        raise UserError(f"--steps {value}: must be an integer of at least 1")
     return int(value), argv[:place] + argv[place + 2 :]
 
 
 def _bench(cfg: Config, processes: Processes, *, steps: int, as_json: bool) -> int:
     from megatrain.observe.display import (
         make_display,
-    )  # with torch: not before the config is known to be right
+    )  # imports torch, so only once the config is valid
     from megatrain.train.bench import bench
 
     display = make_display("off" if as_json or not processes.is_first else cfg.log.display)
@@ -72,7 +72,7 @@ def render(result: "BenchResult") -> str:
         )
     lines.append(f"  peak memory  {result.peak_memory_gib:.2f} GiB")
     total = sum(seconds for _, seconds in result.classes) or 1.0
-    lines.append("Time of one step by class of operation (under the profiler, so a little slower):")
+    lines.append("Time of one step by class of operation (slightly slower, since the profiler is running):")
     lines += [f"  {name:22s} {s * 1e3:8.1f} ms  {s / total:6.1%}" for name, s in result.classes]
     lines.append("Slowest operators:")
     lines += [f"  {name[:48]:48s} {s * 1e3:8.1f} ms  {s / total:6.1%}" for name, s in result.operators]

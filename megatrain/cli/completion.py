@@ -1,7 +1,7 @@
 """Completion of verbs, flags, groups, options, keys and values on the command line of bash, zsh and fish.
 
 A shell's script asks `megatrain --complete LINE`, where LINE is the command line up to the cursor, and gets
-the whole words that may stand at its end. Neither Hydra nor PyTorch is imported, so the answer comes at once.
+the candidates for its last word. Neither Hydra nor PyTorch is imported, so the answer is immediate.
 """
 
 from itertools import pairwise
@@ -46,10 +46,10 @@ TOP_FLAGS = ("--help", "--version", "--shell-completion")
 
 
 def script(shell: str) -> str:
-    """Return a shell's completion script, to be evaluated in its start file.
+    """Return a shell's completion script, to be evaluated in its startup file.
 
     Raises:
-        UserError: there is none for that shell.
+        UserError: the shell is not supported.
     """
     if shell not in SCRIPTS:
         known = "|".join(SCRIPTS)
@@ -60,7 +60,7 @@ def script(shell: str) -> str:
 
 
 def candidates(line: str) -> list[str]:
-    """Return the words that may stand at the end of `line`, a command line up to the cursor."""
+    """Return the candidates for the last word of `line`, a command line up to the cursor."""
     words = line.split()
     word = "" if not words or line[-1].isspace() else words.pop()
     start = next((i + 1 for i, each in enumerate(words) if Path(each).name == "megatrain"), 0)
@@ -106,7 +106,7 @@ def _keys(word: str, groups: dict[str, list[str]]) -> list[str]:
 
 
 def _values(word: str, groups: dict[str, list[str]]) -> list[str]:
-    """Return what may follow `key=`; after a comma, one more value of a sweep."""
+    """Return the values that may follow `key=`; after a comma, another value of a sweep."""
     key, _, value = word.partition("=")
     hint = hint_at(Config, key)
     if key in groups:
@@ -122,7 +122,7 @@ def _values(word: str, groups: dict[str, list[str]]) -> list[str]:
 
 
 def _choices(key: str, hint: Any) -> list[str]:
-    """Return those values of a leaf that can be listed."""
+    """Return the values of a leaf that can be enumerated."""
     section = hint_at(Config, key.rpartition(".")[0])
     if key.endswith(".kind") and len(config_classes(section)) > 1:
         return [kind_of(cls) for cls in config_classes(section)]
@@ -138,7 +138,7 @@ def _choices(key: str, hint: Any) -> list[str]:
 
 
 def _files(start: str) -> list[str]:
-    """Return the paths that begin with `start`, directories with a slash at their end."""
+    """Return the paths that begin with `start`, directories with a trailing slash."""
     parent, slash, name = start.rpartition("/")
     try:
         entries = sorted(Path(parent + slash or ".").expanduser().iterdir())

@@ -1,7 +1,7 @@
-"""Hydra composes, the config classes decide: overrides and YAML files in, one checked `Config` out.
+"""Composition of a run's config: Hydra merges overrides and YAML files, and the config classes check the result.
 
-Hydra stops at its first error; here an override that fails is noted and left out, and composing goes on, so
-that one message names every mistake of the overrides, of the files and of the values.
+Hydra stops at its first error; here an override that fails is recorded and left out, and composition continues, so
+that one message names every mistake in the overrides, the files and the values.
 """
 
 from collections.abc import Iterator
@@ -38,24 +38,24 @@ QUOTE = str.maketrans({"\\": "\\\\", "'": "\\'"})
 
 
 class RequiredError(InterpolationResolutionError):
-    """A config file leaves this key to the user."""
+    """A config file requires the user to set this key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a run's config comes from, but for the overrides."""
+    """Sources of a run's config other than the overrides."""
 
     config_dir: str | None = None
-    """The user's own config directory, searched before the shipped one."""
+    """The user's config directory, searched before the built-in one."""
     config_name: str = "config"
-    """The primary config file, without `.yaml`."""
+    """Name of the primary config file, without `.yaml`."""
 
 
 def compose(overrides: list[str], source: Source = Source()) -> Config:
     """Compose and check the config of one run.
 
     Raises:
-        ConfigError: with every problem of overrides, files and values.
+        ConfigError: lists every problem of overrides, files and values.
         UserError: the config files can't be read at all.
     """
     with hydra_over(source):
@@ -80,7 +80,7 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
 
 @contextmanager
 def hydra_over(source: Source) -> Iterator[None]:
-    """Set Hydra up over the config directories, the user's own before the shipped one."""
+    """Initialize Hydra with the config directories, the user's before the built-in one."""
     _register()
     *own, shipped = config_dirs(source.config_dir)
     with initialize_config_dir(
@@ -95,7 +95,7 @@ def hydra_over(source: Source) -> Iterator[None]:
 
 
 def parse(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override], list[Problem]]:
-    """Return the overrides that are well formed by Hydra's grammar, and a problem for each other one."""
+    """Return the overrides that follow Hydra's grammar, and a problem for each other one."""
     parser = OverridesParser.create()
     parsed, broken = [], []
     for text in overrides:
@@ -117,29 +117,29 @@ def parse(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override],
 
 
 def _register() -> None:
-    """Offer every config class's defaults as an option `base_*` of its group, the root's as `base_run`."""
+    """Register the defaults of every config class as an option `base_*` of its group, the root's as `base_run`."""
     store = ConfigStore.instance()
     root = dump(Config())
     for field in fields(Config):
         classes = config_classes(hints(Config)[field.name])
-        if not classes or field.name == "run":  # `run` is no group: nobody chooses among names of runs
+        if not classes or field.name == "run":  # `run` is not a group: it has no options to choose from
             continue
         del root[field.name]
         for cls in classes:
             kind = kind_of(cls) if len(classes) > 1 else field.name
             store.store(group=field.name, name=f"base_{kind}", node=dump(cls()))
     store.store(name="base_run", node=root)
-    # `???` can't stand in a file above a base: OmegaConf lets no missing value replace one that is there.
+    # `???` can't be used in a file that extends a base: in OmegaConf a missing value does not replace an existing one.
     OmegaConf.register_new_resolver("required", _required, replace=True)
 
 
 def _required() -> None:
-    """Refuse to resolve `key: ${required:}` in a config file: the user must give this key."""
+    """Refuse to resolve `key: ${required:}` in a config file: the user must set this key."""
     raise RequiredError
 
 
 def _compose(config_name: str, lines: list[str]) -> DictConfig:
-    """Compose with Hydra; unless a recipe is chosen, or refused by `~recipe`, the chosen model's is taken."""
+    """Compose with Hydra; use the model's recipe unless another is chosen or `~recipe` removes it."""
     overrides = OverridesParser.create().parse_overrides(lines)
     if not any(override.key_or_group == "recipe" for override in overrides):
         loader = GlobalHydra.instance().config_loader()
@@ -155,12 +155,12 @@ def _imported(data: dict[str, Any]) -> Config | None:
     try:
         directory = Path(data["run"]["dir"]) / data["run"]["name"]
         return read_config(directory) if (directory / IMPORT_FILE).is_file() else None
-    except (KeyError, TypeError):  # no such keys, or no text: the classes' rules will say so
+    except (KeyError, TypeError):  # missing or of a wrong type: the config classes report it
         return None
 
 
 def _lines_for(imported: Config, parsed: list[Override]) -> list[str]:
-    """Return overrides before which an imported run's own values stand: tokenizer, length and recipe."""
+    """Return the overrides preceded by an imported run's own values: tokenizer, sequence length and recipe."""
     given = [override.input_line or "" for override in parsed]
     tokenizer = Path(imported.run.dir) / imported.run.name / "tokenizer"
     own = {
@@ -175,28 +175,32 @@ def _lines_for(imported: Config, parsed: list[Override]) -> list[str]:
 
 def _model_overrides(parsed: list[Override]) -> list[Problem]:
     return [
-        Problem(override.key_or_group, override.value(), "the run was imported, and its model is that one's")
+        Problem(
+            override.key_or_group,
+            override.value(),
+            "can't be changed: the run was imported, and its model is fixed",
+        )
         for override in parsed
         if override.key_or_group.partition(".")[0] == "model"
     ]
 
 
 def _recipe_problems(recipe: Any) -> list[Problem]:
-    """Return a problem for each key of the recipe that no other file reads."""
+    """Return a problem for each key of the recipe that no config file reads."""
     return [
-        Problem(f"recipe.{key}", value, "recipes have no such key", nearest(key, RECIPE))
+        Problem(f"recipe.{key}", value, "is not a key of recipes", nearest(key, RECIPE))
         for key, value in (recipe or {}).items()
         if key not in RECIPE
     ]
 
 
 def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem]) -> DictConfig:
-    """Compose with all of `parsed` that can be applied; each other one adds a problem to `broken`."""
+    """Compose with all overrides that can be applied; add a problem to `broken` for each other one."""
     lines = [override.input_line or "" for override in parsed]
     try:
         return _compose(source.config_name, lines)
-    except Exception:  # Hydra lets through what OmegaConf, PyYAML, the file system and its own slips raise
-        pass  # which override it was is found below, one by one
+    except Exception:  # errors of OmegaConf, PyYAML, the file system and Hydra itself
+        pass  # the failing overrides are found below, one by one
     try:
         tree = _compose(source.config_name, [])
     except Exception as error:
@@ -213,7 +217,7 @@ def _compose_rest(parsed: list[Override], source: Source, broken: list[Problem])
 
 
 def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str, Any]:
-    """Return plain data with interpolations resolved; what can't be, or must still be given, becomes a problem."""
+    """Return plain data with interpolations resolved; add a problem for each that fails and each missing key."""
     data: dict[str, Any] = {}
     for key in node:
         path = prefix + str(key)
@@ -236,11 +240,11 @@ def _resolved(node: DictConfig, prefix: str, broken: list[Problem]) -> dict[str,
 
 
 def _parse_one(text: str, parser: OverridesParser) -> Override:
-    """Parse one override; where the field holds text, what Hydra can't read or reads as another type is text.
+    """Parse one override; in a field that takes text, a value that is not text to Hydra is taken as text all the same.
 
     Raises:
-        HydraException: it is no override.
-        ValueError: it holds a number of more digits than Python reads.
+        HydraException: it is not an override.
+        ValueError: it contains a number with more digits than Python parses.
     """
     key, equals, value = text.partition("=")
     hint = hint_at(Config, key.lstrip("+"))

@@ -1,4 +1,4 @@
-"""`megatrain doctor`: what this machine offers, what is missing for which feature, and how to get it."""
+"""`megatrain doctor`: hardware and software of this machine, what is missing for which feature, and how to get it."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
 
 
 def run(argv: list[str]) -> int:
-    """Look at every part and print what was found; 1 if something that every run needs is broken, else 0."""
+    """Check every part and print the findings; return 1 if something that every run needs is broken, else 0."""
     parser = Parser("doctor")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
@@ -33,16 +33,16 @@ def run(argv: list[str]) -> int:
         print(json.dumps({"ok": not broken, **parts}, indent=2))
     else:
         _show(found)
-        print(f"\nBroken: {', '.join(broken)}" if broken else "\nEverything that a run needs is there.")
+        print(f"\nBroken: {', '.join(broken)}" if broken else "\nEverything that a run needs is available.")
     return 1 if broken else 0
 
 
 def _look(function: Callable[[], list[Row]]) -> list[Row]:
-    """Look at one part; that it can't be looked at is a finding too."""
+    """Check one part; report a failed check as broken."""
     try:
         return function()
     except Exception as error:
-        return [Row(function.__name__, f"can't be looked at: {type(error).__name__}: {error}", "broken")]
+        return [Row(function.__name__, f"the check failed: {type(error).__name__}: {error}", "broken")]
 
 
 def _show(found: dict[str, list[Row]]) -> None:

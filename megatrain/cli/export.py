@@ -23,7 +23,9 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.shard_gb > 0:
         raise UserError("export: --shard-gb must be above 0")
-    from megatrain.observe.display import make_display  # these import torch: only for a right command line
+    from megatrain.observe.display import (
+        make_display,
+    )  # these import torch, so only once the command line is valid
     from megatrain.train.export import export
     from megatrain.train.export_check import largest_difference
 

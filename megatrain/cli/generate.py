@@ -1,4 +1,4 @@
-"""`megatrain generate`: text from a trained run."""
+"""`megatrain generate`: generate text with the model of a run."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(argv: list[str]) -> int:
-    """Print the prompt and what the model makes of it, as it comes; returns the exit code."""
+    """Print the prompt and its continuation as it is generated; return the exit code."""
     parser = _Parser(prog="megatrain generate", add_help=False)
     parser.add_argument("run")
     parser.add_argument("prompt", nargs="?", default="")
@@ -24,7 +24,9 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.temperature < 0 or options.tokens < 0 or (options.top_k is not None and options.top_k < 1):
         raise UserError("generate: --temperature and --tokens must be at least 0, and --top-k at least 1")
-    from megatrain.runtime.device import pick_device  # these import torch: only for a right command line
+    from megatrain.runtime.device import (
+        pick_device,
+    )  # these import torch, so only once the command line is valid
     from megatrain.train.restore import restore_model
     from megatrain.train.sample import continue_text
 

@@ -15,10 +15,10 @@ HELP_FLAGS = ("--help", "-h")
 HELP = ("--help, -h", "this text")
 HELP_WITH_KEYS = (
     "--help, -h",
-    "this text; with --all every key with its value here, its type and its meaning",
+    "this text; with --all, every key with its value, type and meaning",
 )
 TOP_FLAGS = (
-    ("--help, -h", "this text; `megatrain VERB --help` has a verb's"),
+    ("--help, -h", "this text; `megatrain VERB --help` describes a verb"),
     ("--version", "versions of MegaTrain, Python and PyTorch"),
     ("--shell-completion SHELL", "print the completion script of bash, zsh or fish"),
 )
@@ -26,7 +26,7 @@ USUAL = (
     "run.name", "data.path", "seq_len", "global_batch_size", "micro_batch_size", "optim.lr", "train.steps",
     "train.stop_at", "train.seed", "train.resume", "train.precision", "checkpoint.every", "log.wandb",
 )  # fmt: skip
-"""The keys that a short help names."""
+"""The keys that the short help lists."""
 
 
 def command_help() -> str:
@@ -35,7 +35,7 @@ def command_help() -> str:
     return "\n\n".join(
         [
             "usage: megatrain VERB [group=option] [key=value] [flags]",
-            _wrapped("Trains Transformers; the parallel layout is only a performance choice."),
+            _wrapped("Train Transformers. The parallel layout affects speed and memory, not results."),
             _table("Verbs", verbs),
             _table("Flags", TOP_FLAGS),
             _table("Examples", [verb.examples[0] for verb in VERBS]),
@@ -44,7 +44,7 @@ def command_help() -> str:
 
 
 def verb_help(verb: Verb, argv: list[str]) -> str:
-    """Return what `megatrain VERB --help [--all] [overrides]` prints; values are those that the verb would use."""
+    """Return what `megatrain VERB --help [--all] [overrides]` prints; the values are those that the verb would use."""
     parts = [f"usage: megatrain {verb.name} {verb.usage}", _wrapped(_sentence(verb.summary))]
     if verb.takes_config:
         rest = [word for word in argv if word not in (*HELP_FLAGS, "--all")]
@@ -58,7 +58,7 @@ def _config_help(options: Options, *, every_key: bool) -> list[str]:
     values, said = _values(options)
     keys = describe(Config)
     chosen = keys if every_key else [key for key in keys if key.path in USUAL]
-    title = "Keys" if every_key else "Keys used most (all of them: --help --all)"
+    title = "Keys" if every_key else "Most used keys (all of them: --help --all)"
     return [
         _table("Config groups (write group=option)", groups),
         _key_list(f"{title}, {said}", chosen, values),
@@ -66,22 +66,25 @@ def _config_help(options: Options, *, every_key: bool) -> list[str]:
 
 
 def _values(options: Options) -> tuple[dict[str, object], str]:
-    """Return the value of each key as composed, and what they are the values of."""
-    from megatrain.cli.compose import Source, compose  # imports Hydra, which `--help` alone need not wait for
+    """Return the composed value of each key, and a description of where the values come from."""
+    from megatrain.cli.compose import (
+        Source,
+        compose,
+    )  # imports Hydra, which is slow and not needed by `--help` alone
 
     source = Source(options.config_dir, options.config_name)
     given = " ".join(options.overrides)
     try:
         return flatten(
             compose(options.overrides, source)
-        ), f"with the values {'of ' + given if given else 'by default'}"
+        ), f"with {'the values of ' + given if given else 'their defaults'}"
     except ConfigError as error:
         problems = "; ".join(str(problem).rstrip(".") for problem in error.problems)
-        return flatten(compose([], source)), f"with the values by default ({problems})"
+        return flatten(compose([], source)), f"with their defaults ({problems})"
 
 
 def _key_list(title: str, keys: list[Key], values: dict[str, object]) -> str:
-    """Return `path = value  (type)` of each key and below it the meaning; kinds not chosen have their defaults."""
+    """Return `path = value  (type)` of each key with its meaning below; keys of other kinds have their defaults."""
     lines = [_wrapped(f"{title}:")]
     for key in keys:
         only = f"  [{'|'.join(key.only)} only]" if key.only else ""
@@ -93,7 +96,7 @@ def _key_list(title: str, keys: list[Key], values: dict[str, object]) -> str:
 
 
 def _table(title: str, rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> str:
-    """Lay out two columns; a first one that is too wide stands on its own line."""
+    """Lay out two columns; a first one that is too wide gets its own line."""
     width = min(max(len(left) for left, _ in rows), _columns() // 3)
     lines = [_wrapped(f"{title}:")]
     for left, right in rows:

@@ -1,4 +1,4 @@
-"""`megatrain import`: a Hugging Face model as a run, to generate from, export or train on."""
+"""`megatrain import`: import a Hugging Face model as a run, to generate from, export or continue training."""
 
 from pathlib import Path
 
@@ -16,7 +16,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_intermixed_args(argv)
     named = _run_config(options.run)
-    from megatrain.observe.display import make_display  # these import torch: only for a right command line
+    from megatrain.observe.display import (
+        make_display,
+    )  # these import torch, so only once the command line is valid
     from megatrain.train.export_check import largest_difference
     from megatrain.train.files import run_directory
     from megatrain.train.import_hf import import_hf
@@ -42,7 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def _run_config(words: list[str]) -> RunConfig:
-    """Return the name and place of the new run.
+    """Return the name and directory of the new run.
 
     Raises:
         UserError: the name is missing or illegal, or another key is given.
@@ -50,8 +52,8 @@ def _run_config(words: list[str]) -> RunConfig:
     given = dict(word.partition("=")[::2] for word in words)
     if unknown := [key for key in given if key not in ("run.name", "run.dir")]:
         raise UserError(
-            f"import: {', '.join(unknown)}: only run.name and run.dir belong here; the model is the imported one's, "
-            "and everything else is given to `megatrain train`"
+            f"import: {', '.join(unknown)}: only run.name and run.dir are allowed here; the model is the imported one, "
+            "and everything else is set in `megatrain train`"
         )
     if not given.get("run.name"):
         raise UserError("import: name the new run: megatrain import DIRECTORY run.name=NAME")

@@ -1,4 +1,4 @@
-"""What every verb with a config does: parse, compose, check; then print, sweep or run."""
+"""Common part of every verb that takes a config: parse, compose, check; then print, sweep or run."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def run_job(
     `--cfg job` prints the config instead, and `--multirun` starts a fresh process for every combination.
 
     Raises:
-        UserError: the command line or a config is wrong; nothing was run then.
+        UserError: the command line or a config is invalid; nothing was run.
     """
     options = parse_options(verb, argv)
     source = Source(options.config_dir, options.config_name)
@@ -52,10 +52,10 @@ def run_job(
 def run_in_layout(
     verb: str, argv: list[str], words: list[str], job: Callable[[Config, Processes], int]
 ) -> int:
-    """Run `job` as `run_job` does, in as many processes as the layout has; they are started here, if nobody did.
+    """Run `job` as `run_job` does, in as many processes as the layout needs; start them unless a launcher has.
 
     Args:
-        argv: what follows the verb. words: the part of it that describes the config.
+        argv: the arguments after the verb. words: those of them that describe the config.
     """
 
     def start_or_do(processes: Processes, cfg: Config) -> int:
@@ -74,7 +74,7 @@ def run_in_layout(
 
 
 def _log_of(cfg: Config, rank: int) -> str:
-    """Say where to read about the failure of the process `rank`."""
+    """Say where the error of the process `rank` can be read."""
     from megatrain.train.files import run_directory
 
     log = run_directory(cfg) / "logs" / f"rank-{rank}.log"
@@ -82,20 +82,20 @@ def _log_of(cfg: Config, rank: int) -> str:
 
 
 def _processes_needed(cfg: Config) -> int:
-    """Return how many processes the layout has on this machine; `parallel.dp_shard=-1` takes all its GPUs.
+    """Return the number of processes of the layout on this machine; `parallel.dp_shard=-1` uses all its GPUs.
 
     Raises:
-        UserError: this machine has GPUs, but not as many.
+        UserError: this machine has GPUs, but too few.
     """
     if world_size(cfg.parallel) == 1:
         return 1
-    import torch  # only now: a layout of one process need not know
+    import torch  # slow to import, and not needed for one process
 
     gpus = torch.cuda.device_count()
     needed = world_size(fill(cfg.parallel, gpus or 1))
     if 0 < gpus < needed and not is_started():
         raise UserError(
-            f"The layout ({layout_summary(cfg.parallel)}) needs {needed} GPUs, and this machine has {gpus}. "
+            f"The layout ({layout_summary(cfg.parallel)}) needs {needed} GPUs, but this machine has only {gpus}. "
             "Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain train ..."
         )
     return needed

@@ -1,4 +1,4 @@
-"""What a machine offers to a run, found by trying: one function a part, each returns rows.
+"""Checks of a machine's hardware and software: one function per part, each of which returns rows.
 
 A row's state is `ok`, `missing` (a feature can't be used; the row says which and how to get it) or `broken`
 (nothing can be trained).
@@ -23,7 +23,7 @@ from megatrain.runtime.paths import cache_dir
 
 GIB = 2**30
 MIN_FREE_GIB = 2
-"""Free space below which a small run's checkpoints and data cache may not fit, in GiB."""
+"""Free space in GiB below which the checkpoints and data cache of a small run may not fit."""
 REQUIRED = ("torch", "numpy", "safetensors", "hydra", "omegaconf", "yaml")
 FEATURES = (
     ("wandb", "logging to Weights & Biases (log.wandb)"),
@@ -36,9 +36,9 @@ FEATURES = (
     ("pydantic", "the JSON schema of the config (--cfg schema)"),
     ("transformers", "comparisons with Hugging Face models (make test, make bench)"),
 )
-"""Importable name of an optional package, and what it is for."""
+"""Importable names of optional packages, and what they are for."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve")
-"""Instruction sets that decide about the speed of bf16 and fp32 (the last two: Arm)."""
+"""Instruction sets that determine the speed of bf16 and fp32 (the last two: Arm)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class Row:
     value: str
     state: Literal["ok", "missing", "broken"] = "ok"
     fix: str = ""
-    """What to do about it; empty if nothing."""
+    """How to fix it; empty if there is nothing to fix."""
 
 
 def versions() -> list[Row]:
-    """Try Python, and the packages that no run can do without, each really imported."""
+    """Check Python and the required packages by importing them."""
     rows = [
         Row("python", f"{platform.python_version()} ({sys.executable})"),
         Row("system", platform.platform()),
@@ -86,7 +86,7 @@ def cpu() -> list[Row]:
 
 
 def cuda() -> list[Row]:
-    """Find the GPUs that PyTorch can use, and why not if there are some that it can't."""
+    """Find the GPUs that PyTorch can use, and the reason if it can't use those present."""
     import torch
 
     if torch.cuda.is_available():
@@ -100,8 +100,8 @@ def cuda() -> list[Row]:
     if not listing:
         return [Row("gpu", "none; runs use the CPU")]
     built = torch.version.cuda or "no CUDA"
-    fix = "install a PyTorch build for this driver's CUDA, see https://pytorch.org/get-started"
-    return [Row("gpu", f"{listing}, but this PyTorch (built with {built}) can't use it", "missing", fix)]
+    fix = "install a PyTorch build for the CUDA version of this driver, see https://pytorch.org/get-started"
+    return [Row("gpu", f"{listing}, but this PyTorch build ({built}) can't use it", "missing", fix)]
 
 
 def memory() -> list[Row]:
@@ -124,7 +124,7 @@ def memory() -> list[Row]:
 
 
 def compiler() -> list[Row]:
-    """Try a C++ compiler (a program is really compiled), and find Python's headers and ninja: for torch.compile."""
+    """Check the C++ compiler by compiling a program, and find Python's headers and ninja, for torch.compile."""
     use = "parallel.compile=true"
     rows = []
     name = os.environ.get("CXX") or next(
@@ -153,7 +153,7 @@ def compiler() -> list[Row]:
 
 
 def network() -> list[Row]:
-    """Find interfaces with their addresses, InfiniBand, and whether this host's name leads back to it."""
+    """Find network interfaces with their addresses, InfiniBand, and whether this host's name resolves to it."""
     rows = []
     for _, name in socket.if_nameindex():
         state = _read(f"/sys/class/net/{name}/operstate").strip() or "unknown"
@@ -172,20 +172,24 @@ def network() -> list[Row]:
             probe.bind((address, 0))
         rows.append(Row("host name", f"{host} is {address}"))
     except OSError as error:
-        fix = f"add '127.0.0.1 {host}' to /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface above"
-        rows.append(Row("host name", f"{host}: {error}; runs of several processes need it", "missing", fix))
+        fix = (
+            f"add '127.0.0.1 {host}' to /etc/hosts, or set GLOO_SOCKET_IFNAME to one of the interfaces above"
+        )
+        rows.append(
+            Row("host name", f"{host}: {error}; needed for runs with several processes", "missing", fix)
+        )
     return rows
 
 
 def paths() -> list[Row]:
-    """Try the directories that a run writes to, each really written to."""
+    """Check the directories that a run writes to by writing a file."""
     places = {
-        "runs": (Path("runs").absolute(), "write elsewhere with run.dir=DIR"),
+        "runs": (Path("runs").absolute(), "set run.dir=DIR to a writable directory"),
         "data cache": (
             cache_dir(),
-            "set MEGATRAIN_CACHE or data.cache_dir to a directory that can be written",
+            "set MEGATRAIN_CACHE or data.cache_dir to a writable directory",
         ),
-        "temporary": (Path(tempfile.gettempdir()), "set TMPDIR to a directory that can be written"),
+        "temporary": (Path(tempfile.gettempdir()), "set TMPDIR to a writable directory"),
     }
     rows = []
     for name, (path, fix) in places.items():
@@ -205,12 +209,12 @@ def features() -> list[Row]:
     rows = []
     for name, purpose in FEATURES:
         if find_spec(name) is None:
-            rows.append(Row(name, f"not installed; for {purpose}", "missing", _pip(name)))
+            rows.append(Row(name, f"not installed; needed for {purpose}", "missing", _pip(name)))
             continue
         try:
             rows.append(Row(name, f"{version(name)}; for {purpose}"))
         except PackageNotFoundError:
-            rows.append(Row(name, f"of unknown version; for {purpose}"))
+            rows.append(Row(name, f"unknown version; for {purpose}"))
     return rows
 
 
@@ -235,7 +239,7 @@ def _first_line(command: list[str]) -> str:
 
 
 def _compile_error(name: str) -> str:
-    """Say why the compiler can't build a program; empty if it can."""
+    """Return the error of compiling a small program; empty if it succeeds."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "probe.cpp"
         source.write_text("#include <vector>\nint main() { return std::vector<int>{0}[0]; }\n")
@@ -265,7 +269,7 @@ def _existing(path: Path) -> Path:
 
 
 def _write_error(path: Path) -> str:
-    """Say why nothing can be written at `path` (made if need be, and removed again); empty if it can."""
+    """Return the error of writing at `path` (created if missing, and removed again); empty if it succeeds."""
     try:
         with tempfile.TemporaryFile(dir=_existing(path)) as file:
             file.write(b"\0" * 65536)

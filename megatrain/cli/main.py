@@ -1,7 +1,7 @@
 """The command `megatrain`: finds the verb, runs it, and turns errors into exit codes.
 
-Exit codes: 0 done; 1 an unexpected error (with traceback); 2 the config or the input is wrong; 3 no good
-checkpoint is left; 75 stopped by a signal with everything saved; 130 interrupted before anything began.
+Exit codes: 0 done; 1 unexpected error (with traceback); 2 invalid config or input; 3 no intact checkpoint is left;
+75 stopped by a signal with everything saved; 130 interrupted before training began.
 """
 
 import os
@@ -16,13 +16,13 @@ from megatrain.config.nearest import nearest
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line (default: the process's); returns the exit code."""
+    """Run one command line (default: that of the process); return the exit code."""
     try:
         code = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes of a run know of it
+        if os.environ.get("RANK", "0") == "0":  # every process of a run raises it
             print(f"megatrain: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Find and run what the words ask for.
+    """Find and run the verb or flag of a command line.
 
     Raises:
-        UserError: there is no such verb, or the verb found a mistake of the user.
+        UserError: there is no such verb, or the verb reported a mistake of the user.
     """
     if not argv or argv[0] in HELP_FLAGS:
         print(command_help())

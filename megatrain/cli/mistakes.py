@@ -1,4 +1,4 @@
-"""Why an override or a config file could not be composed, in the user's words."""
+"""Messages for overrides and config files that could not be composed, in the user's terms."""
 
 import re
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from megatrain.config.schema import ABSENT, Problem
 from megatrain.train.config import Config
 
 NOISE = ("See https://", "full_key:", "object_type=", "reference_type=", "Set the environment")
-"""Lines of error messages that speak to programmers."""
+"""Beginnings of lines in error messages that address programmers."""
 
 
 def explain(override: Override, error: Exception, tree: DictConfig, groups: dict[str, list[str]]) -> Problem:
-    """Explain why `override` can't be applied to `tree`, which holds all that could be applied before it."""
+    """Explain why `override` can't be applied to `tree`, which contains all overrides that could be."""
     key, field = override.key_or_group, override.get_key_element()
     value: object = ABSENT if override.is_delete() else override.value()
     if isinstance(value, Mapping):
@@ -55,11 +55,11 @@ def _no_such_key(path: str, value: object, *groups: str) -> Problem:
 
 
 def _not_here(path: str, value: object, tree: DictConfig) -> Problem | None:
-    """Report a key that exists, but not under what is chosen here."""
+    """Report a key that exists, but not in the options chosen here; None if that is not the reason."""
     parent, _, name = path.rpartition(".")
     section = OmegaConf.select(tree, parent)
     if section is None:  # as model.rope_scaling is, unless set
-        return Problem(path, value, f"{parent} is null here; write '{parent}={{{name}:VALUE}}'")
+        return Problem(path, value, f"{parent} is null; write '{parent}={{{name}:VALUE}}'")
     if OmegaConf.is_dict(section) and "kind" in section:
-        return Problem(path, value, f"{parent} is of kind {section.kind} here, which has no {name}")
+        return Problem(path, value, f"{parent}.kind is {section.kind}, which has no {name}")
     return None

@@ -1,4 +1,4 @@
-"""Flags: how every verb reads its own, and those of the verbs that take a config (Hydra's, where it has them)."""
+"""Command-line flags: a parser for each verb's own flags, and the flags of verbs that take a config (as in Hydra)."""
 
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ FLAGS = (
     ),
     (
         "--config-dir DIR, -cd",
-        "your own config files (DIR/model/mine.yaml, ...), searched before the shipped ones",
+        "directory of your own config files (DIR/model/mine.yaml, ...), searched before the built-in ones",
     ),
     ("--config-name NAME, -cn", "the primary config file, without .yaml; default: config"),
 )
 
 
 class Parser(ArgumentParser):
-    """argparse for one verb; a mistake is a `UserError` as everywhere, and help comes from the table of verbs."""
+    """argparse for one verb; mistakes raise `UserError`, and the help text comes from the table of verbs."""
 
     def __init__(self, verb: str) -> None:
         super().__init__(prog=f"megatrain {verb}", add_help=False, allow_abbrev=False)

@@ -6,7 +6,7 @@ from megatrain.optim.config import AdamWConfig
 from megatrain.optim.schedule import ConstantConfig
 
 COLUMNS = (
-    *("model=", "peak lr", "tokens a step", "sequences", "seq_len", "warm-up", "schedule", "final ratio"),
+    *("model=", "peak lr", "tokens per step", "sequences", "seq_len", "warm-up", "schedule", "final ratio"),
     *("weight decay", "betas", "eps", "clip", "tokenizer"),
 )
 
@@ -24,7 +24,7 @@ def recipe_table() -> str:
             *(f"{optim.lr:g}", f"{cfg.global_batch_size * cfg.seq_len:,}", f"{cfg.global_batch_size:,}"),
             *(
                 f"{cfg.seq_len:,}",
-                "10 %, 100 steps at most" if share is None else f"{share:.3%}".replace("%", " %"),
+                "10 %, at most 100 steps" if share is None else f"{share:.3%}".replace("%", " %"),
             ),
             *(
                 schedule.kind,

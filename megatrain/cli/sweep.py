@@ -1,6 +1,6 @@
-"""`--multirun`: every combination of the swept values, each job a fresh process, one after another.
+"""`--multirun`: run every combination of the swept values, each in a new process, one after another.
 
-A process of its own keeps process groups, CUDA contexts and random states of one job out of the next. All
+A new process keeps the process groups, CUDA contexts and random states of one job out of the next. All
 jobs are composed and checked before the first one starts.
 """
 
@@ -22,7 +22,7 @@ from megatrain.runtime.launch import SAVED_BY_SIGNAL, passing_signals
 from megatrain.train.config import Config
 
 NAME_LENGTH = 80
-"""Longest part of a run's name that comes from its overrides, in characters."""
+"""Maximum length in characters of the part of a run's name that comes from its overrides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,13 @@ def run_sweep(verb: str, jobs: list[Job], source: Source) -> int:
 
 
 class _Options:
-    """What glob() asks for a group's options: the files, without the bases that they are made from."""
+    """Source of a group's options for glob(): the config files, without their bases."""
 
     def __init__(self, source: Source) -> None:
         self.groups = group_options(source.config_dir)
 
     def get_group_options(self, group_name: str, results_filter: object = None) -> list[str]:
-        """Return a group's options; Hydra's name and parameters."""
+        """Return a group's options; name and parameters are Hydra's."""
         return self.groups.get(group_name, [])
 
 
@@ -105,13 +105,13 @@ def _combinations(parsed: list[Override], source: Source) -> list[list[str]]:
 
 
 def _label(lines: list[str], swept: list[str]) -> str:
-    """Return what distinguishes a job, as a part of its run's name: `lr=0.001,seed=1`."""
+    """Return the part of a run's name that distinguishes the job: `lr=0.001,seed=1`."""
     pairs = [line.lstrip("+").partition("=") for line in lines]
     text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if key in swept)
     return re.sub(r"[^A-Za-z0-9._=,-]+", "-", text).replace("..", ".")[:NAME_LENGTH].rstrip("-.,=") or "job"
 
 
 def _run_process(command: list[str]) -> int:
-    """Run one job to its end."""
+    """Run one job in a new process and wait for it."""
     with subprocess.Popen(command) as child, passing_signals([child]):
         return child.wait()

@@ -8,12 +8,12 @@ PYTHON_PROMPT = "def "
 
 
 def run(argv: list[str]) -> int:
-    """Compose and check the config, train, and show what came out; returns the exit code."""
+    """Compose and check the config, train, and show the result; return the exit code."""
     return run_in_layout("train", argv, argv, _train)
 
 
 def _train(cfg: Config, processes: Processes) -> int:
-    from megatrain.train.main import run as train  # imports torch: not before the config is known to be right
+    from megatrain.train.main import run as train  # imports torch, so only once the config is valid
 
     code = train(cfg, processes)
     if cfg.log.display != "off" and processes.is_first:
@@ -22,18 +22,18 @@ def _train(cfg: Config, processes: Processes) -> int:
 
 
 def _show_result(cfg: Config, code: int) -> None:
-    """Print a sample of text, where everything is, and what to do next."""
+    """Print a text sample, the files of the run, and commands to try next."""
     from megatrain.train.files import run_directory
 
     directory = run_directory(cfg)
     if code:
         print(
-            f"\nStopped by a signal; everything is saved in {directory}. The same command goes on from there."
+            f"\nStopped by a signal; everything is saved in {directory}. Run the same command again to resume."
         )
         return
     prompt = PYTHON_PROMPT if cfg.data.kind == "text" and cfg.data.path is None else ""
     if cfg.train.sample_tokens and cfg.data.kind == "text":
-        print("\nA sample of what the model writes:\n")
+        print("\nA sample of text from the model:\n")
         _print_sample(cfg, prompt)
     quoted = f'"{prompt or "Once"}"'
     print(

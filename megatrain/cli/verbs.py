@@ -7,22 +7,22 @@ from keyword import iskeyword
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """What `megatrain <name>` does."""
+    """One verb of the command line, `megatrain <name>`."""
 
     name: str
     summary: str
     """One line for the list of verbs."""
     usage: str
-    """What follows the verb on the command line."""
+    """Arguments after the verb."""
     examples: tuple[tuple[str, str], ...]
-    """Three command lines, each with what it does."""
+    """Three example command lines, each with what it does."""
     takes_config: bool
-    """It takes Hydra overrides, and the flags of `cli/options.py`."""
+    """Whether it takes Hydra overrides and the flags of `cli/options.py`."""
     flags: tuple[tuple[str, str], ...] = ()
-    """Its own flags, each with what it does."""
+    """Flags of this verb alone, each with what it does."""
 
     def run(self, argv: list[str]) -> int:
-        """Run the verb; returns the process's exit code."""
+        """Run the verb; return the exit code of the process."""
         module = f"{self.name}_" if iskeyword(self.name) else self.name
         return int(import_module(f"megatrain.cli.{module}").run(argv))
 
@@ -35,7 +35,7 @@ VERBS = (
         examples=(
             (
                 "megatrain train data.path=my.txt run.name=mine train.steps=2000",
-                "your own text; again: resume it",
+                "train on your own text; run it again to resume",
             ),
             (
                 "megatrain train parallel.dp_shard=2 parallel.tp=2",
@@ -55,9 +55,9 @@ VERBS = (
         examples=(
             (
                 'megatrain generate runs/default "def main("',
-                "go on from a prompt with the run's last checkpoint",
+                "continue a prompt with the run's latest checkpoint",
             ),
-            ('megatrain generate runs/default "import " --temperature 0', "the likeliest token every time"),
+            ('megatrain generate runs/default "import " --temperature 0', "greedy decoding"),
             (
                 "megatrain generate runs/default --tokens 500 --seed 7",
                 "without a prompt, longer, with another seed",
@@ -65,10 +65,10 @@ VERBS = (
         ),
         takes_config=False,
         flags=(
-            ("--tokens N", "most tokens to generate; default: 200"),
-            ("--temperature T", "sampling temperature; 0: always the likeliest token; default: 0.8"),
-            ("--top-k K", "sample from the K likeliest tokens; default: all"),
-            ("--seed N", "seed of the sampling; default: 0"),
+            ("--tokens N", "maximum number of tokens to generate; default: 200"),
+            ("--temperature T", "sampling temperature; 0: greedy decoding; default: 0.8"),
+            ("--top-k K", "sample from the K most likely tokens; default: all"),
+            ("--seed N", "sampling seed; default: 0"),
         ),
     ),
     Verb(
@@ -78,22 +78,25 @@ VERBS = (
         examples=(
             (
                 "megatrain export runs/default exported",
-                "config, weights and tokenizer of the last checkpoint",
+                "config, weights and tokenizer of the latest checkpoint",
             ),
             ("megatrain export runs/default exported --check", "and compare logits with transformers"),
-            ("megatrain export runs/mine mine-bf16 --dtype bf16 --shard-gb 2", "smaller, in several files"),
+            (
+                "megatrain export runs/mine mine-bf16 --dtype bf16 --shard-gb 2",
+                "in bf16, split into files of 2 GB",
+            ),
         ),
         takes_config=False,
         flags=(
             ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
-            ("--average", "export the moving average of the weights (train.ema_decay)"),
-            ("--shard-gb GB", "size of a file; default: 5"),
+            ("--average", "export the exponential moving average of the weights (train.ema_decay)"),
+            ("--shard-gb GB", "maximum file size in GB; default: 5"),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),
     ),
     Verb(
         name="import",
-        summary="import a Hugging Face directory as a run, to generate from, train on and export",
+        summary="import a Hugging Face directory as a run, to generate from, export or continue training",
         usage="DIRECTORY run.name=NAME [run.dir=DIR] [--check]",
         examples=(
             (
@@ -103,7 +106,7 @@ VERBS = (
             ("megatrain import gpt2 run.name=gpt2 --check", "and compare logits with transformers"),
             (
                 "megatrain import gpt2 run.name=tuned && megatrain train run.name=tuned data.path=my.txt seq_len=512",
-                "and train on, with the recipe `imported` (recipe=... for another)",
+                "continue training, with the recipe `imported` (recipe=... for another)",
             ),
         ),
         takes_config=False,
@@ -119,11 +122,11 @@ VERBS = (
                 "megatrain bench data=synthetic model=gpt2_124m seq_len=512 --steps 5",
                 "a model preset on random tokens",
             ),
-            ("megatrain bench train.precision=fp32 --json", "float32, for programs"),
+            ("megatrain bench train.precision=fp32 --json", "in float32, with output for programs"),
         ),
         takes_config=True,
         flags=(
-            ("--steps N", "steps to measure, after three of warm-up; default: 20"),
+            ("--steps N", "number of steps to measure, after three warm-up steps; default: 20"),
             ("--json", "print one JSON object instead of a table"),
         ),
     ),
@@ -132,12 +135,12 @@ VERBS = (
         summary="check on the CPU that your layout, and a list of others, match a single process",
         usage="[group=option] [key=value] [flags]",
         examples=(
-            ("megatrain verify", "the default config, made small, in a list of layouts"),
+            ("megatrain verify", "the default config, shrunk, in a list of layouts"),
             (
                 "megatrain verify model=llama3_70b parallel.tp=4 parallel.pp=2",
-                "your layout as well, up to 8 processes",
+                "your layout too, up to 8 processes",
             ),
-            ("megatrain verify --fault dropped_reduction", "inject an error and see that it is caught"),
+            ("megatrain verify --fault dropped_reduction", "inject an error to see that it is caught"),
         ),
         takes_config=True,
         flags=(("--fault NAME", "inject an error: dropped_reduction or doubled_tokens"),),
@@ -149,7 +152,7 @@ VERBS = (
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
             ("megatrain doctor --json", "the same for programs"),
-            ("megatrain doctor --json | grep -A9 cuda", "look for one part"),
+            ("megatrain doctor --json | grep -A9 cuda", "the CUDA part only"),
         ),
         takes_config=False,
         flags=(("--json", "print one JSON object instead of a table"),),

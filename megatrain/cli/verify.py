@@ -1,4 +1,4 @@
-"""`megatrain verify`: layouts of several processes beside one process, number by number."""
+"""`megatrain verify`: compare the results of parallel layouts with those of a single process."""
 
 from megatrain.cli.job import run_job
 from megatrain.config.errors import UserError
@@ -12,7 +12,7 @@ def run(argv: list[str]) -> int:
 
 
 def _take_fault(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Return the value of --fault and the other words."""
+    """Return the value of --fault and the other arguments."""
     if "--fault" not in argv:
         return None, argv
     place = argv.index("--fault")
@@ -22,7 +22,7 @@ def _take_fault(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _verify(cfg: Config, fault: str | None) -> int:
     from megatrain.observe.display import (
-        make_display,  # with torch: not before the config is known to be right
+        make_display,  # imports torch, so only once the config is valid
     )
     from megatrain.train.parity import FAULTS
     from megatrain.train.verify import verify

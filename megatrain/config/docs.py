@@ -1,4 +1,4 @@
-"""What the keys mean, read from the docstrings below the fields, and the JSON schema of a config class."""
+"""Documentation of config keys, read from the docstrings below the fields, and the JSON schema of a config class."""
 
 import ast
 import inspect
@@ -15,17 +15,17 @@ from megatrain.config.schema import shown
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One leaf of a config, for help texts."""
+    """Documentation of one leaf of a config, for help texts."""
 
     path: str
     type: str
-    """What it takes, in words."""
+    """Type of its values, in words."""
     default: str
-    """As the user would write it; where kinds differ, `kind: value` for each."""
+    """Default value as the user would write it; `kind: value` for each kind where kinds differ."""
     doc: str
-    """Empty if the name says it all."""
+    """Meaning of the key; empty if it has no docstring."""
     only: tuple[str, ...] = ()
-    """The kinds of its section that have it; empty: all."""
+    """Kinds of its section that have the key; empty: all."""
 
 
 def describe(cls: type, prefix: str = "") -> list[Key]:
@@ -56,7 +56,7 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 def _merged(by_kind: dict[str, list[Key]], *, besides: str) -> list[Key]:
-    """Merge the keys of a section's kinds: each key once, with the kinds it belongs to."""
+    """Merge the keys of a section's kinds: each key once, with the kinds that have it."""
     found: dict[str, dict[str, Key]] = {}
     for kind, rows in by_kind.items():
         for row in rows:

@@ -2,12 +2,12 @@
 
 
 class UserError(Exception):
-    """The config or the input is wrong: what was wrong, the rule, what to do. Nothing was written."""
+    """The config or the input is invalid; the message says what is wrong and what to do. Nothing was written."""
 
     exit_code = 2
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is damaged and no good one is left."""
+    """A checkpoint is damaged and no intact one is left."""
 
     exit_code = 3

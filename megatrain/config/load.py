@@ -1,4 +1,4 @@
-"""From plain data to config objects and back, strictly, with every mistake reported at once.
+"""Strict conversion between plain data and config objects, with every mistake reported at once.
 
 The loader walks the config classes: unknown keys, wrong types and values outside a `Literal` become
 problems, the value at fault is replaced by its default, and then every class's own rules (`problems`) are
@@ -19,7 +19,7 @@ from megatrain.config.nearest import nearest
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 
 T = TypeVar("T")
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 
 
 def load(cls: type[T], data: Mapping[str, Any]) -> T:
@@ -35,7 +35,7 @@ def load(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[Problem]]:
-    """Load, but return the problems beside a config in which values of wrong type are the defaults."""
+    """Do as `load`, but return the problems together with a config that has defaults in place of illegal values."""
     walk = _Walk(cls)
     cfg = walk.build(cls, data, "")
     reported = {problem.field for problem in walk.broken}
@@ -53,7 +53,7 @@ def rule_problems(cfg: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def dump(cfg: Any) -> dict[str, Any]:
-    """Return plain dicts, lists and scalars; `load(type(cfg), dump(cfg)) == cfg`."""
+    """Return `cfg` as plain dicts, lists and scalars: `load(type(cfg), dump(cfg)) == cfg`."""
     return {field.name: _plain(getattr(cfg, field.name)) for field in fields(cfg)}
 
 
@@ -133,7 +133,7 @@ def accepts(hint: Any, value: object) -> bool:
 
 
 def expected(hint: Any) -> str:
-    """Say in words what `accepts` wants."""
+    """Describe in words the values that `accepts` allows."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(expected(member) for member in args)
@@ -145,13 +145,15 @@ def expected(hint: Any) -> str:
 
 
 def unknown_key(root: type, path: str, value: object, also: Iterable[str] = ()) -> Problem:
-    """Explain a key that configs of type `root` do not have: renamed, removed, or perhaps misspelt.
+    """Report a key that configs of type `root` do not have: renamed, removed, or misspelled.
 
     `also` holds further names that the user may have meant, such as config groups.
     """
     renamed: Mapping[str, str | None] = getattr(root, "RENAMED", {})
     if path not in renamed:
-        return Problem(path, value, "there is no such key", nearest(path, [*keys(root), *also]))
+        return Problem(
+            path, value, "there is no such key", nearest(path, dict.fromkeys([*keys(root), *also]))
+        )
     new = renamed[path]
     return Problem(path, value, "this key was removed" if new is None else f"this key is now {new}")
 
@@ -191,14 +193,14 @@ def _plain(value: Any) -> Any:
 
 
 class _Walk:
-    """One load: goes down the classes beside the data and collects what is wrong."""
+    """One load: walks the classes and the data in parallel and collects the problems."""
 
     def __init__(self, root: type) -> None:
         self.root = root
         self.broken: list[Problem] = []
 
     def build(self, cls: type[T], data: Mapping[str, Any], prefix: str) -> T:
-        """Build `cls` from `data`; a value that can't be taken leaves the default."""
+        """Build `cls` from `data`; an illegal value is reported and leaves the default."""
         known = hints(cls)  # type: ignore[arg-type]
         for key in data:
             if key not in known:
@@ -213,7 +215,7 @@ class _Walk:
         return cls(**values)
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
-        """Return the value of one field; None, with a problem, if it can't be taken."""
+        """Return the value of one field; None, with a problem reported, if it is illegal."""
         classes = config_classes(hint)
         if not classes and accepts(hint, value):
             return _convert(hint, value)
@@ -244,7 +246,7 @@ class _Walk:
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """Convert an accepted value to what the dataclass holds: lists to tuples, whole numbers to floats where asked."""
+    """Convert an accepted value to what the dataclass holds: lists to tuples, integers to floats where asked."""
     fitting = [member for member in members(hint) if accepts(member, value)]
     member = next((member for member in fitting if member is type(value)), fitting[0])
     if get_origin(member) is tuple:
@@ -253,7 +255,7 @@ def _convert(hint: Any, value: Any) -> Any:
         return value
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond the largest float
+    except OverflowError:  # an integer beyond the largest float
         return math.inf if value > 0 else -math.inf
 
 

@@ -1,9 +1,9 @@
-"""What a config class is: a frozen dataclass whose rules can be asked for, all at once.
+"""Config classes: frozen dataclasses whose rules are all checked at once.
 
 Every config class of the project is made by `config` and lives beside its owner (`optim/config.py`, ...).
-A docstring below a field is its documentation: unit and meaning of special values. Help texts and the JSON
-schema are made from it. Types are checked by the strict loader (`config/load.py`); every other rule of one
-class is reported by its `problems` method, so that a user sees all mistakes in one go.
+A docstring below a field is its documentation: meaning, unit and special values. Help texts and the JSON
+schema are generated from it. Types are checked by the strict loader (`config/load.py`); every other rule of one
+class is reported by its `problems` method, so that a user sees all mistakes at once.
 """
 
 import math
@@ -16,7 +16,7 @@ from megatrain.config.errors import UserError
 
 T = TypeVar("T")
 ABSENT = object()
-MAX_INT = 2**63 - 1  # of the int64 tensors, and of the C libraries, that integers end up in
+MAX_INT = 2**63 - 1  # integers end up in int64 tensors and C libraries
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -31,7 +31,7 @@ class Problem:
     """One broken rule.
 
     `field` is the dotted path (relative to the config that reports it; the loader adds the prefix), `value`
-    what stands there (`ABSENT`: nothing), `legal` the nearest values that would be accepted.
+    the value found there (`ABSENT`: none), `legal` the nearest legal values.
     """
 
     field: str
@@ -54,12 +54,12 @@ def shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, str) and re.fullmatch(r"|true|false|null|[-+]?\d+(\.\d*)?", value):
-        return f'"{value}"'  # text that would otherwise look like another type
+        return f'"{value}"'  # text that would otherwise be read as another type
     return str(value)
 
 
 class ConfigError(UserError):
-    """The config breaks rules; `problems` holds all of them. The command exits with 2."""
+    """The config breaks rules, all of which are in `problems`. The command exits with 2."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -67,7 +67,7 @@ class ConfigError(UserError):
         super().__init__("\n  ".join([f"the config has {count}:", *map(str, problems)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ConfigError, (self.problems,)  # not the text: processes send errors to each other
+        return ConfigError, (self.problems,)  # not the text: errors are pickled to be sent between processes
 
 
 def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
@@ -98,6 +98,6 @@ def between(cfg: Any, low: float, high: float, *fields: str) -> Iterator[Problem
 
 
 def nearest_divisors(n: int, wanted: int, count: int = 2) -> tuple[int, ...]:
-    """Return the `count` divisors of `n` that are nearest to `wanted`."""
+    """Return the `count` divisors of `n` nearest to `wanted`."""
     divisors = [d for d in range(1, n + 1) if n % d == 0] if n > 0 else []
     return tuple(sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:count]))

@@ -1,8 +1,8 @@
-"""The data loader: which samples a step reads on which rank, and the tensors made of them.
+"""The data loader: which samples each rank reads in a step, and their tensors.
 
 Sample i of a store is its tokens [i * seq_len, (i + 1) * seq_len]: `seq_len` inputs and, shifted by one, as many
 targets. Step s (counted from 0) takes `global_batch_size` samples from number s * global_batch_size on, in the order of
-`order.py`; each rank makes only its own rows. The loader's whole state is the step.
+`order.py`; each rank reads only its own rows. The step is the only state of the loader.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from megatrain.data.order import sample_ids
 from megatrain.data.store import TokenSource
 
 IGNORED = -100
-"""Target without a loss, as in torch's cross entropy."""
+"""Target value of positions without a loss, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: int64 tensors `(micro_batch, seq_len)`. A target of -100 has no loss.
+    """One micro-batch: int64 tensors `(micro_batch, seq_len)`. A position with target -100 has no loss.
 
-    `doc_ids` numbers the documents of each row from 0; None: attention crosses documents.
+    `doc_ids` numbers the documents of each row from 0; None if attention crosses documents.
     """
 
     tokens: torch.Tensor
@@ -54,8 +54,8 @@ class StepBatch:
 class Loader:
     """The loader of data-parallel rank `rank` of `size`.
 
-    The rank's rows are a contiguous part of the global batch. With `mask_documents`, positions restart at each
-    document, and no target is the first token of another document. A thread makes `prefetch` batches ahead.
+    The rank's rows are a contiguous slice of the global batch. With `mask_documents`, positions restart at each
+    document, and no target is the first token of another document. A thread prepares `prefetch` batches ahead.
 
     Raises:
         UserError: the batch sizes do not divide, or the data is shorter than one sample.
@@ -132,7 +132,7 @@ class Loader:
 def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray | None) -> Batch:
     """Make the tensors of `rows` `(batch, seq_len + 1)` int64, which begin at tokens `starts` `(batch,)` of the data.
 
-    With `document_starts` `(documents,)` the documents of a row are kept apart.
+    With `document_starts` `(documents,)` the documents of a row are separated.
     """
     batch, seq_len = rows.shape[0], rows.shape[1] - 1
     targets = rows[:, 1:].copy()
@@ -161,9 +161,9 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
 def validation_batches(
     store: TokenSource, *, seq_len: int, tokens: int, micro_batch_size: int, mask_documents: bool
 ) -> Iterator[Batch]:
-    """Yield about `tokens` tokens, spread evenly over `store`, in full micro-batches: the same ones every time.
+    """Yield about `tokens` tokens, spread evenly over `store`, in full micro-batches, the same every time.
 
-    Unlike in training the last sequence may be shorter. Its missing tokens, and rows that fill up the last micro-batch,
+    Unlike in training the last sequence may be shorter. Its missing tokens, and rows that pad the last micro-batch,
     have targets of -100.
     """
     n_samples = -(-(store.n_tokens - 1) // seq_len)
@@ -185,7 +185,7 @@ def validation_batches(
 
 
 def ignored_batch(like: Batch) -> Batch:
-    """Return `like` with all targets -100: a batch without a loss, for a rank that has no data left."""
+    """Return `like` with all targets -100: a batch without loss, for a rank that has no data left."""
     return replace(like, targets=torch.full_like(like.targets, IGNORED))
 
 
@@ -199,7 +199,7 @@ def _documents_within(
 
 
 def _ahead(make: Callable[[int], StepBatch], start: int, *, count: int) -> Iterator[StepBatch]:
-    """Yield `make(start)`, `make(start + 1)`, ..., with `count` results made ahead by a thread that ends with this."""
+    """Yield `make(start)`, `make(start + 1)`, ..., with `count` results prepared ahead by a thread."""
     if count == 0:
         step = start
         while True:

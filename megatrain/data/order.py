@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 
 # Over 12,000 keys, all n! orders of n = 2..5 are equally frequent (chi-square) from 12 rounds on, and not
-# with 8: each round of a tiny domain adds only a bit or two. Large domains need four.
+# with 8: each round over a tiny domain adds only a bit or two. Large domains need four.
 ROUNDS = 16
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -45,7 +45,7 @@ def permute(index: np.ndarray, n: int, *, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(value: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """Apply a bijection of [0, 2**bits): two halves of the bits are changed in turn, each by a hash of the other."""
+    """Apply a bijection of [0, 2**bits): alternately change one half of the bits by a hash of the other."""
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)

@@ -42,9 +42,9 @@ from megatrain.data.tokenizer import (
 )
 
 Progress = Callable[[str, float], None]
-"""Callback for a phase of the work: its name, and the fraction of it that is done, 0 to 1."""
+"""Progress callback: the name of a phase and its completed fraction, 0 to 1."""
 
-RECIPE_VERSION = 1  # part of every cache key: raise it when the same input would give other tokens
+RECIPE_VERSION = 1  # part of every cache key: increment it when the same input would give other tokens
 PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces: work for all cores, and bounded memory
 BATCH_CHARS = 8 << 20
 TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much text, spread over the corpus
@@ -52,9 +52,9 @@ TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much tex
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Data ready to be read.
+    """Tokenized data, ready to be read.
 
-    `token_bytes` `(vocab_size,)`: bytes of text that each id stands for; all 0 for synthetic data.
+    `token_bytes` `(vocab_size,)`: bytes of text per token id; all 0 for synthetic data.
     """
 
     train: TokenStore | SyntheticStore
@@ -65,7 +65,7 @@ class Prepared:
 
 
 class Piece(NamedTuple):
-    """A part of a document, and the split that it belongs to."""
+    """A piece of a document and the split that it belongs to."""
 
     split: str
     text: str
@@ -76,12 +76,12 @@ class Piece(NamedTuple):
 class Survey:
     """Results of one pass over the corpus.
 
-    `cut_document` is the index of the document whose tail is held out; None: whole documents are. `skipped` counts what
-    was left out, by reason.
+    `tail_document` is the index of the document whose tail is held out, None if full documents are. `skipped` counts
+    excluded documents by reason.
     """
 
     chars: int
-    cut_document: int | None
+    tail_document: int | None
     skipped: dict[str, int]
 
 
@@ -91,7 +91,7 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
     `vocab_size` is the model's: synthetic tokens are drawn from it, and a larger tokenizer is refused.
 
     Raises:
-        UserError: the input, the tokenizer or the cache directory is unusable; the message says why.
+        UserError: the input, the tokenizer or the cache directory is unusable.
     """
     if cfg.kind == "synthetic":
         assert vocab_size is not None, "synthetic tokens are drawn from the model's vocabulary"
@@ -140,7 +140,7 @@ def _find_or_build(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progre
 def _open(directory: Path, vocab_size: int | None) -> Prepared:
     index = read_index(directory)
     if index is None:
-        raise UserError(f"the token cache {directory} was removed or damaged while it was used; start again")
+        raise UserError(f"the token cache {directory} was removed or damaged while in use; start again")
     tokenizer = load_tokenizer(directory / "tokenizer")
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -172,10 +172,10 @@ def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress)
     train_tokens = splits["train"]["tokens"] - splits["train"]["documents"]
     if train_tokens < 2:
         raise UserError(
-            f"{corpus.origin} has too little text: {train_tokens} tokens to train on, at least 2 are needed"
+            f"{corpus.origin} has too little text: {train_tokens} training tokens, but at least 2 are needed"
         )
     if find_corpus(cfg.path, text_field=cfg.text_field).stamp() != corpus.stamp():
-        raise UserError(f"{corpus.origin} was changed while it was read; start again")
+        raise UserError(f"{corpus.origin} was modified while it was being read; start again")
     tokenizer.save(directory / "tokenizer")
     np.save(directory / "token_bytes.npy", tokenizer.token_bytes())
     write_index(
@@ -191,7 +191,7 @@ def _encode(
 ) -> dict[str, dict[str, int]]:
     """Write the tokens of `pieces` and return the counts of each split.
 
-    A validation split of a single token is dropped: it predicts nothing.
+    A validation split of a single token is dropped, since it has no target.
     """
     sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
     chars = 0
@@ -211,7 +211,7 @@ def _encode(
 
 
 def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
-    """Measure the text in one pass over all documents, and find out whether the hash leaves a split empty."""
+    """Measure the text in one pass over all documents, and detect whether the hash leaves a split empty."""
     skipped: Counter[str] = Counter()
     chars = documents = held = longest = longest_chars = 0
     expected_bytes = max(1, sum(f.size for f in corpus.files))
@@ -224,7 +224,7 @@ def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
         progress("reading", min(1.0, chars / expected_bytes))
     if not documents:
         left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
-        raise UserError(f"{corpus.origin}: there is no text in it (left out: {left_out}). {TEXT_HINT}")
+        raise UserError(f"{corpus.origin} contains no text (excluded: {left_out}). {TEXT_HINT}")
     progress("reading", 1.0)
     one_side_empty = val_fraction > 0 and held in (0, documents)
     return Survey(chars, longest if one_side_empty else None, dict(skipped))
@@ -233,9 +233,9 @@ def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
 def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Piece]:
     """Yield all text, document by document, in pieces of at most PIECE_CHARS marked with their split."""
     for number, document in enumerate(corpus.documents()):
-        if survey.cut_document is None:
+        if survey.tail_document is None:
             parts = [("val" if held_out(document.text, val_fraction) else "train", document.text)]
-        elif number == survey.cut_document:
+        elif number == survey.tail_document:
             cut = _tail_start(document.text, val_fraction)
             parts = [("train", document.text[:cut]), ("val", document.text[cut:])]
         else:
@@ -280,7 +280,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _key(cfg: DataConfig, content: object, tokenizer_content: object) -> str:
-    """Return the name of a cache entry: a digest of everything that decides its bytes."""
+    """Return the name of a cache entry: a digest of everything that determines its bytes."""
     tokenizer = cfg.tokenizer
     bpe_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
     recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.text_field, cfg.val_fraction]
@@ -302,7 +302,7 @@ def _content_digest(file: Path) -> str:
 
 
 def _follow(shortcut: Path, root: Path) -> Path | None:
-    """Return the data set that the same listing led to last time, if it is still complete."""
+    """Return the data set that the same file listing led to last time, if it is still complete."""
     try:
         directory = root / shortcut.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -311,7 +311,7 @@ def _follow(shortcut: Path, root: Path) -> Path | None:
 
 
 def _write_shortcut(shortcut: Path, directory: Path) -> None:
-    """Remember which data set a listing led to. A failure is harmless: hashing the content finds it too."""
+    """Record which data set a file listing led to. A failure is harmless: hashing the content finds it too."""
     unfinished = shortcut.with_name(f"{shortcut.name}.{os.getpid()}")
     with suppress(OSError):
         shortcut.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 A data set is a directory: `index.json` (sizes and hashes of all files, counts, fingerprint), for each split
 `<split>.tokens` (uint16 or uint32, little-endian, documents one after the other, each ending with the
 end-of-text token) and `<split>.documents` (int64, where each document starts), `token_bytes.npy` and
-`tokenizer/`. It is written under another name and renamed as a whole, so that a directory with its final
-name is complete.
+`tokenizer/`. It is written under a temporary name and renamed, so that a directory with its final name is
+complete.
 """
 
 import fcntl
@@ -52,7 +52,7 @@ class TokenStore:
     document_starts: np.ndarray
     fingerprint: str
     text_bytes: int
-    """UTF-8 bytes of the text, without end-of-text tokens."""
+    """Size of the text in UTF-8 bytes, without end-of-text tokens."""
 
     @property
     def n_tokens(self) -> int:
@@ -65,7 +65,7 @@ class TokenStore:
 
 @dataclass(frozen=True, slots=True)
 class SyntheticStore:
-    """Random tokens, uniform in [0, vocab_size): a pure function of seed and position, without any file."""
+    """Random tokens, uniform in [0, vocab_size): a pure function of seed and position, without files."""
 
     vocab_size: int
     seed: int = 0
@@ -91,7 +91,7 @@ class SyntheticStore:
 
 
 class SplitWriter:
-    """A writer of one split in `directory`; a context manager that must end before the split is read."""
+    """A writer of one split in `directory`; a context manager that must be left before the split is read."""
 
     def __init__(self, directory: Path, name: str, *, vocab_size: int, eos_id: int) -> None:
         self._paths = [directory / f"{name}.{part}" for part in SPLIT_PARTS]
@@ -111,15 +111,15 @@ class SplitWriter:
         self._paths[1].write_bytes(np.asarray(self._starts, dtype="<i8").tobytes())
 
     def append(self, ids: np.ndarray, *, text_bytes: int, ends_document: bool) -> None:
-        """Append a piece of a document: `ids` `(tokens,)`, which encode `text_bytes` bytes of text.
+        """Append a piece of a document: `ids` `(tokens,)` that encode `text_bytes` bytes of text.
 
         Raises:
-            UserError: an id is not below the vocabulary's size.
+            UserError: an id is not below the vocabulary size.
         """
         if len(ids) and int(ids.max()) >= self._vocab_size:
             found = int(ids.max())
             raise UserError(
-                f"the tokenizer made token {found}, but its vocabulary ends at {self._vocab_size}"
+                f"the tokenizer produced token id {found}, but its vocabulary size is {self._vocab_size}"
             )
         if not self._in_document:
             self._starts.append(self.n_tokens)
@@ -135,7 +135,7 @@ class SplitWriter:
         return {"tokens": self.n_tokens, "documents": len(self._starts), "text_bytes": self.text_bytes}
 
     def discard(self) -> None:
-        """Remove the files of a closed split."""
+        """Delete the files of a closed split."""
         for path in self._paths:
             path.unlink()
 
@@ -151,7 +151,7 @@ def write_index(
     """Complete the data set in `directory`: hash and flush every file, then write the index.
 
     The fingerprint covers the tokens and documents of all splits and the meaning of the token ids, and nothing else.
-    `metadata` (JSON) is kept beside it.
+    `metadata` (JSON) is stored in the index.
     """
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
@@ -211,8 +211,8 @@ def cache_root(cache_dir: str | None) -> Path:
 def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Callable[[], None]) -> None:
     """Make the data set `directory` with `build(temporary directory)`, unless another process just did.
 
-    A lock, which ends with its process, admits one builder at a time; `waiting` is called before waiting for it. What a
-    killed builder left behind is removed by the next one.
+    A lock, which is released when its process ends, admits one builder at a time; `waiting` is called before waiting
+    for it. Leftovers of a killed builder are removed by the next one.
 
     Raises:
         UserError: the cache cannot be written.
@@ -237,8 +237,8 @@ def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Calla
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"cannot write the token cache in {root}: {error.strerror or error}. Make room or give another "
-            "place with data.cache_dir or $MEGATRAIN_CACHE."
+            f"cannot write the token cache in {root}: {error.strerror or error}. Free some space, or choose "
+            "another directory with data.cache_dir or $MEGATRAIN_CACHE."
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""Documents of text: which files make up a corpus, and what each holds.
+"""Text corpora: which files make up a corpus, and the documents in them.
 
 A corpus is listed (names, sizes and times only) by `find_corpus`; its text is read by `Corpus.documents`,
-as often as wanted and always in the same order. Every mistake of a user ends in a `UserError` that names
-the file.
+any number of times and always in the same order. Every user mistake raises a `UserError` that names the
+file.
 """
 
 import glob
@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from megatrain.config.errors import UserError
 
-SNIFF_BYTES = 8192  # a NUL byte in the first 8 KiB marks a binary file (git's rule is alike)
+SNIFF_BYTES = 8192  # a NUL byte in the first 8 KiB marks a binary file (git has the same rule)
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
-CLOCK_TICK_NS = 50_000_000  # file systems keep times in steps of up to 10 ms; the rest is margin
-TEXT_HINT = "Give a text file in UTF-8, .jsonl, .parquet, a directory of them, or a glob pattern."
+CLOCK_TICK_NS = 50_000_000  # file systems round times to 10 ms or less; the rest is margin
+TEXT_HINT = "Use a UTF-8 text file, .jsonl, .parquet, a directory of such files, or a glob pattern."
 
 
 class Document(NamedTuple):
@@ -63,7 +63,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def is_settled(self) -> bool:
-        """Return whether the last change is so long ago that another one would change a file's times."""
+        """Return whether the last change is old enough that another one would change a file's times."""
         return all(max(f.mtime_ns, f.ctime_ns) < time.time_ns() - CLOCK_TICK_NS for f in self.files)
 
     def content_digest(self) -> str:
@@ -78,11 +78,11 @@ class Corpus:
     def documents(self, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield all documents in the order of the files, without empty ones.
 
-        `skipped` counts what was left out, by reason. The standard library's source is cleaned and deduplicated; other
-        text is taken as it is, but for a leading byte-order mark.
+        `skipped` counts excluded documents by reason. The standard library's source is cleaned and deduplicated; other
+        text is unchanged except for a leading byte-order mark, which is dropped.
 
         Raises:
-            UserError: a file cannot be read or does not hold text; the message names it.
+            UserError: a file cannot be read or does not contain text.
         """
         skipped = Counter() if skipped is None else skipped
         seen: set[bytes] = set()
@@ -115,7 +115,7 @@ class Corpus:
         content = Path(file.path).read_bytes()
         if b"\0" in content[:SNIFF_BYTES]:
             if self.is_single_file:
-                raise UserError(f"{file.path} is not text (it holds NUL bytes). {TEXT_HINT}")
+                raise UserError(f"{file.path} is not text (it contains NUL bytes). {TEXT_HINT}")
             skipped["binary"] += 1
             return
         yield Document(file.name, _decode(content, file.path))
@@ -125,13 +125,15 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> Corpus:
     """List the files of `path` (see `DataConfig.path`) without reading them.
 
     Raises:
-        UserError: there is no such file, or no text in it.
+        UserError: there is no such file, or it contains no text.
     """
     if path is None:
         root = sysconfig.get_paths()["stdlib"]
         files = tuple(f for f in _walk(root) if _is_stdlib_source(f.name))
         if not files:
-            raise UserError(f"no source of the Python standard library was found in {root}; set data.path")
+            raise UserError(
+                f"no source code of the Python standard library was found in {root}; set data.path"
+            )
         return Corpus("the Python standard library", files, text_field, is_stdlib=True)
     root = os.path.abspath(os.path.expanduser(path))
     is_single_file = os.path.isfile(root)
@@ -142,11 +144,13 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> Corpus:
         if not matches:
             raise UserError(f"data.path={path}: no file matches this pattern ({root})")
         found = (f for match in matches for f in _expand(match, name=os.path.relpath(match)))
-        files = tuple({f.path: f for f in found}.values())  # `**` gives a directory and what is in it
+        files = tuple(
+            {f.path: f for f in found}.values()
+        )  # `**` matches a directory as well as the files in it
     else:
         raise UserError(f"data.path={path}: there is no such file or directory ({root})")
     if not any(f.size for f in files):
-        what = "the file is empty" if is_single_file else "there is no text in it"
+        what = "the file is empty" if is_single_file else "it contains no text"
         raise UserError(f"data.path={path}: {what}. {TEXT_HINT}")
     return Corpus(path, files, text_field, is_single_file=is_single_file)
 
@@ -241,7 +245,7 @@ def _json_text(raw: bytes, field: str, *, where: str, offset: int) -> str:
         ) from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f"{where} is not JSON: {error}. A .jsonl file holds one JSON object a line."
+            f"{where} is not JSON: {error}. A .jsonl file contains one JSON object per line."
         ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object with a field {field!r}")

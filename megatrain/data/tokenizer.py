@@ -1,7 +1,7 @@
-"""Tokenizers: text to ids and back, exactly, and how many bytes of text each id stands for.
+"""Tokenizers: lossless conversion between text and ids, and the number of bytes of text per id.
 
 Four kinds behind one interface: bytes (needs nothing), BPE trained here and Hugging Face's (package
-`tokenizers`), and tiktoken's rank files (package `tiktoken`). Special tokens come from the program only: a
+`tokenizers`), and tiktoken's rank files (package `tiktoken`). Special tokens are only inserted by the program: a
 text that happens to spell one, such as `<|endoftext|>`, is encoded as ordinary text.
 """
 
@@ -24,7 +24,7 @@ META_FILE = "meta.json"
 HF_FILE = "tokenizer.json"
 RANKS_FILE = "ranks.tiktoken"
 
-# How text is cut before BPE: words with one leading sign, up to three digits, signs together with the line
+# How text is split before BPE: words with one leading sign, up to three digits, signs together with the line
 # break and the indentation after them. On the standard library's source, at 4,096 tokens, this gives 3.71
 # bytes a token; GPT-2's pattern gives 3.36.
 BPE_PATTERN = (
@@ -48,11 +48,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode `ids` to text. Special and unknown ids give nothing, incomplete UTF-8 gives U+FFFD."""
+        """Decode `ids` to text. Special and unknown ids are dropped, incomplete UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """Return the UTF-8 bytes of text that each id stands for, `(vocab_size,)` int64; 0 for special tokens.
+        """Return the number of UTF-8 bytes of text per token id, `(vocab_size,)` int64; 0 for special tokens.
 
         Their sum over the ids of a text is the text's length in bytes, for every tokenizer without a lossy normalizer;
         so bits per byte is exact.
@@ -60,7 +60,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write the files that `load_tokenizer` reads into `directory`, which is made if missing."""
+        """Write the files that `load_tokenizer` reads into `directory`, which is created if missing."""
 
     @abstractmethod
     def digest(self) -> str:
@@ -135,7 +135,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._inner.save(str(directory / HF_FILE), pretty=False)
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write the two files from which transformers makes a tokenizer."""
+        """Write the two files from which transformers loads a tokenizer."""
         self._inner.save(str(directory / HF_FILE), pretty=False)
         eos = self._tokens[self.eos_id]
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
@@ -224,13 +224,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Read back what `Tokenizer.save` wrote.
 
     Raises:
-        UserError: `directory` holds no tokenizer.
+        UserError: `directory` contains no tokenizer.
     """
     directory = Path(directory)
     try:
         meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} holds no tokenizer ({META_FILE}: {error})") from None
+        raise UserError(f"{directory} contains no tokenizer ({META_FILE}: {error})") from None
     if meta["kind"] == "bytes":
         return ByteTokenizer()
     if meta["kind"] == "tiktoken":
@@ -239,7 +239,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def tokenizer_files(cfg: TokenizerConfig) -> list[Path]:
-    """Return the files that `read_tokenizer(cfg)` may read, so that a change of them can be noticed."""
+    """Return the files that `read_tokenizer(cfg)` may read, so that changes can be detected."""
     if not cfg.path or cfg.kind in ("bpe", "bytes"):
         return []
     path = Path(cfg.path).expanduser()
@@ -259,7 +259,7 @@ def _read_huggingface(path: Path) -> HuggingFaceTokenizer:
         inner = _load_vocab_and_merges(path)
     else:
         raise UserError(
-            f"{path} has neither {HF_FILE} nor vocab.json with merges.txt. Make the former with "
+            f"{path} has neither {HF_FILE} nor vocab.json with merges.txt. Create the former with "
             f"transformers: AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...)"
         )
     named = _named_eos(directory)
@@ -293,7 +293,7 @@ def _load_json(file: Path) -> Any:
     try:
         return _tokenizers().Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
-        raise UserError(f"{file} is not a tokenizer of the package tokenizers: {error}") from None
+        raise UserError(f"{file} is not a file of the package tokenizers: {error}") from None
 
 
 def _load_vocab_and_merges(directory: Path) -> Any:
@@ -342,7 +342,7 @@ _PUBLISHED = {
 
 
 def _read_tiktoken(path: Path, *, eos_id: int | None = None) -> TiktokenTokenizer:
-    """Read lines of `base64(token) rank`; the number of ranks tells the pattern and the end-of-text id."""
+    """Read lines of `base64(token) rank`; the number of ranks determines the pattern and the end-of-text id."""
     ranks: dict[bytes, int] = {}
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -355,7 +355,7 @@ def _read_tiktoken(path: Path, *, eos_id: int | None = None) -> TiktokenTokenize
     if missing:
         raise UserError(f"{path} lacks {missing} of the 256 single bytes, so some text could not be encoded")
     if len(set(ranks.values())) != len(ranks):
-        raise UserError(f"{path} gives one rank to several tokens")
+        raise UserError(f"{path} assigns one rank to several tokens")
     known = _PUBLISHED.get(len(ranks), _Published(_CL100K_PATTERN, max(ranks.values()) + 1))
     return TiktokenTokenizer(ranks, eos_id=known.eos_id if eos_id is None else eos_id, pattern=known.pattern)
 

@@ -1,4 +1,4 @@
-"""The union of all model families' configs; `kind` tells which one a run uses. No torch is imported."""
+"""The union of all model families' configs, selected by `kind`. Does not import torch."""
 
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config

@@ -1,4 +1,4 @@
-"""How many parameters a model has and how many FLOPs a token costs, in closed form.
+"""Number of parameters of a model and FLOPs per token, in closed form.
 
 A product of (m, k) and (k, n) counts 2·m·k·n; norms, activations, softmax and the embedding lookup count nothing
 (they are not matrix products). The backward pass costs twice the forward pass. Two conventions for attention are in
@@ -20,7 +20,7 @@ def n_embedding_parameters(cfg: DecoderConfig) -> int:
 
 
 def n_params(cfg: DecoderConfig, *, active: bool = False) -> int:
-    """Count all parameters, a tied head once; `active` leaves out the experts that one token does not meet."""
+    """Count all parameters, a tied head once; `active` excludes experts that a token is not routed to."""
     return sum(weight.n_params(active=active) for weight in decoder_plan(cfg).weights.values())
 
 
@@ -33,7 +33,7 @@ def attention_pairs(seq_len: int, *, causal: bool, window: int | None) -> int:
 def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
     """Return the FLOPs of forward and backward for one token of a sequence of `seq_len` tokens.
 
-    Recomputed activations do not count; of experts only those that a token meets count.
+    Recomputation does not count; of the experts, only those that a token is routed to count.
     """
     plan = decoder_plan(cfg)
     matrices = plan.head_products + sum(plan.block_products(layer) for layer in range(cfg.n_layers))

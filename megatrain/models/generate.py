@@ -1,4 +1,4 @@
-"""Text from a model, one token at a time."""
+"""Autoregressive generation, one token at a time."""
 
 from collections.abc import Iterator
 
@@ -22,11 +22,11 @@ def generate(
     """Yield up to `max_new_tokens` token ids that follow `prompt` (at least one id).
 
     Args:
-        context: how many of the last tokens the model sees.
-        temperature: 0 takes the likeliest token.
-        top_k: draw from the k likeliest only.
-        top_p: draw from the fewest likeliest that have this probability together (arXiv 1904.09751).
-        stop: end, without yielding it, at this token.
+        context: number of most recent tokens that the model sees.
+        temperature: 0 is greedy decoding.
+        top_k: sample from the k most likely tokens.
+        top_p: nucleus sampling: sample from the most likely tokens with this total probability (arXiv 1904.09751).
+        stop: end-of-text token, which ends generation and is not yielded.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""From a config's `kind` to its family, imported when asked for.
+"""Registry of model families by `kind`, imported on demand.
 
 A family is a folder `models/<kind>/` with a `spec.py`, and a member of the union in `models/config.py`.
 """
@@ -13,14 +13,14 @@ from megatrain.models.config import ModelConfig
 from megatrain.models.spec import ModelSpec
 
 KINDS = tuple(kind_of(member) for member in get_args(ModelConfig))
-"""The families' names."""
+"""Names of the model families."""
 
 
 def get_spec(kind: str) -> ModelSpec:
     """Return the family `kind`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such family.
     """
     if kind not in KINDS:
         raise UserError(f"model.kind={kind}: must be one of {', '.join(KINDS)}")
@@ -32,7 +32,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the config of the model that a Hugging Face config.json (`hf`, parsed) describes.
 
     Raises:
-        UserError: no family of ours can express it; the message names the key.
+        UserError: no family can express it; the message names the key.
     """
     specs = {spec.hf_type: spec for spec in map(get_spec, KINDS)}
     model_type = hf.get("model_type")

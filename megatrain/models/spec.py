@@ -1,4 +1,4 @@
-"""What a model family provides, and the map between our parameter names and Hugging Face's."""
+"""The interface of a model family, and the map between MegaTrain's parameter names and Hugging Face's."""
 
 import dataclasses
 import re
@@ -17,11 +17,11 @@ from megatrain.nn.decoder import Decoder
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One Hugging Face tensor and the parameters of ours that it holds.
+    """One Hugging Face tensor and the MegaTrain parameters that it contains.
 
-    Several parameters are joined along their output dimension (rows); `transpose` is for layers that keep their
-    weights as `(in, out)`. `pairs` (head, rotary): of every `head` rows the last `rotary` are turned in pairs, which
-    are neighbours in theirs; in ours the second one stands half of `rotary` further on.
+    Several parameters are concatenated along their output dimension (rows); `transpose` is for layers that store their
+    weights as `(in, out)`. `pairs` (head, rotary): of every `head` rows the last `rotary` are rotated in pairs; the two
+    rows of a pair are adjacent at Hugging Face, and `rotary / 2` rows apart in MegaTrain.
     """
 
     theirs: str
@@ -32,7 +32,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One parameter of ours that holds several Hugging Face tensors, along a first dimension of its own."""
+    """One MegaTrain parameter that stacks several Hugging Face tensors along a new first dimension."""
 
     theirs: tuple[str, ...]
     ours: str
@@ -40,20 +40,20 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """Both directions, exactly: an unknown or a missing tensor is an error that names it."""
+    """Conversion of weights in both directions; unknown and missing tensors are errors that name them."""
 
     rules: tuple[Rule, ...]
     stacks: tuple[Stack, ...] = ()
     prefix: str = ""
-    """What files saved from a model without its head leave off all names."""
+    """Prefix of all names that is absent from files saved from a model without its head."""
     repeats: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that a file may hold a second time (a tied head): name -> name of the first, which it must equal."""
+    """Tensors that a file may repeat (a tied head): name -> name of the original, which it must equal."""
     constants: str = r"(?!)"
-    """Pattern of names that are passed over: tables that old files hold although they follow from the config, and
-    parts of a model that we do not have."""
+    """Pattern of names to ignore: buffers in old files that follow from the config, and parts of a model that MegaTrain
+    does not have."""
 
     def export(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return our tensors under Hugging Face's names (views where nothing is joined).
+        """Return MegaTrain's tensors under Hugging Face's names (views unless concatenated).
 
         Raises:
             UserError: a tensor is unknown or missing.
@@ -72,10 +72,10 @@ class WeightMap:
         return theirs
 
     def load(self, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Return Hugging Face's tensors under our names (views but for stacks); `shapes` are our parameters' shapes.
+        """Return Hugging Face's tensors under MegaTrain's names (views unless stacked), for parameters of `shapes`.
 
         Raises:
-            UserError: a tensor is unknown, missing, of another shape, or differs from the one it should repeat.
+            UserError: a tensor is unknown, missing, of another shape, or differs from the one that it repeats.
         """
         theirs = self._without_extras(theirs)
         stacked = [name for stack in self.stacks for name in stack.theirs]
@@ -107,7 +107,7 @@ class WeightMap:
 
 
 def _swap_rotary(tensor: Tensor, head: int, rotary: int, *, halves: bool) -> Tensor:
-    """Reorder rotary rows from halves to pairs of neighbours or back (see `Rule`); tensor `(rows, ...)`."""
+    """Reorder rotary rows from halves to adjacent pairs or back (see `Rule`); tensor `(rows, ...)`."""
     heads = tensor.unflatten(0, (-1, head))
     kept, turned = heads.split([head - rotary, rotary], 1)
     sizes = (2, rotary // 2) if halves else (rotary // 2, 2)
@@ -118,7 +118,7 @@ def _check_shape(name: str, tensor: Tensor, need: Sequence[int], ours: str, tran
     if tensor.shape != tuple(need):
         said = f"{tuple(tensor.shape)}{' (transposed)' if transposed else ''}"
         raise UserError(
-            f"{name} has the shape {said}, but {ours} need {tuple(need)}: weights and config do not belong together"
+            f"{name} has the shape {said}, but {ours} needs {tuple(need)}: the weights do not match the config"
         )
 
 
@@ -128,30 +128,30 @@ def _check_names(given: Iterable[str], wanted: Iterable[str]) -> None:
     problems += [f"unknown: {name}" for name in sorted(have - need)]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError("the tensors do not fit the model: " + "; ".join(problems[:8]) + more)
+        raise UserError("the tensors do not match the model: " + "; ".join(problems[:8]) + more)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One family. Every function but the last takes the family's config."""
+    """A model family. Every function but the last takes the family's config."""
 
     kind: str
     hf_type: str
     """Hugging Face's model_type."""
     build: Callable[[Any], Decoder]
-    """Makes the model, on the default device (also meta)."""
+    """Builds the model on the default device (which may be meta)."""
     plan: Callable[[Any], Plan]
-    """Returns the model's weights with their shapes and roles, from its config alone."""
+    """Returns the shapes and roles of the model's weights, from its config alone."""
     weights: Callable[[Any], WeightMap]
-    """Raises UserError, naming the option, for a config that the Hugging Face form cannot express."""
+    """Raises UserError, naming the option, for a config that the Hugging Face format cannot express."""
     hf_config: Callable[[Any], dict[str, Any]]
-    """The content of config.json, without the special tokens' ids."""
+    """Returns the content of config.json, without the ids of special tokens."""
     config_from_hf: Callable[[Mapping[str, Any]], Any]
-    """The family's config from the content of config.json; UserError, naming the key, for what we do not have."""
+    """Returns the family's config from the content of config.json; raises UserError, naming the key, if unsupported."""
 
 
 def require(cfg: Any, family: str, *, prefix: str = "model.", **options: object) -> None:
-    """Refuse, by name with `prefix`, options whose values `family`'s Hugging Face form does not have."""
+    """Refuse options whose values `family`'s Hugging Face format does not have, naming them with `prefix`."""
     wrong = {key: getattr(cfg, key) for key, value in options.items() if getattr(cfg, key) != value}
     if wrong:
         said = ", ".join(f"{prefix}{key}={value} (must be {options[key]})" for key, value in wrong.items())
@@ -163,7 +163,7 @@ TRAINING_ONLY = frozenset({"kind", "init_std", "init_scaling"})
 
 
 def require_decoder(cfg: DecoderConfig, family: str, *, expresses: Iterable[str], **fixed: object) -> None:
-    """Refuse, by name, the options of a decoder that `family`'s Hugging Face form cannot express.
+    """Refuse, by name, the options of a decoder that `family`'s Hugging Face format cannot express.
 
     Every option must have `DecoderConfig`'s default, so that an option added later is refused until a family says
     otherwise: by naming it in `expresses`, or in `fixed` with the value that the family always has.
@@ -176,7 +176,7 @@ def require_decoder(cfg: DecoderConfig, family: str, *, expresses: Iterable[str]
 
 
 def require_part(cfg: Any, family: str, name: str) -> Any:
-    """Return the part `name` of a model's config, which `family`'s Hugging Face form always has."""
+    """Return the part `name` of a model's config, which `family`'s Hugging Face format always has."""
     part = getattr(cfg, name)
     if part is None:
         raise UserError(f"a Hugging Face {family} model cannot express: model.{name}=null")
@@ -184,7 +184,7 @@ def require_part(cfg: Any, family: str, name: str) -> Any:
 
 
 def require_hf(hf: Mapping[str, Any], **keys: object) -> None:
-    """Refuse, by name, values in a config.json that our models do not have; an absent key is a legal one."""
+    """Refuse, by name, values in a config.json that MegaTrain's models do not support; absent keys are legal."""
     wrong = {key: hf[key] for key, value in keys.items() if hf.get(key, value) != value}
     if wrong:
         said = ", ".join(f"{key}={value} (must be {keys[key]})" for key, value in wrong.items())

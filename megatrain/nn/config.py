@@ -1,4 +1,4 @@
-"""The decoder Transformer's options; a family's config is this class with that family's defaults."""
+"""Options of the decoder Transformer; a family's config is this class with that family's defaults."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -6,31 +6,33 @@ from typing import Literal
 from megatrain.config.schema import Problem, at_least, config, nearest_divisors
 
 GATED = ("swiglu", "geglu")
-"""Activations that take a gate beside their input."""
+"""Activations with a gate (GLU variants)."""
 
 
 @config
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length that a model was first trained at."""
+    """Scaling of rotary frequencies to contexts longer than the pretraining length."""
 
     kind: Literal["llama3", "yarn", "linear"] = "llama3"
+    """Scaling method. llama3: Llama 3.1's; yarn: YaRN (arXiv 2309.00071); linear: position interpolation (arXiv
+    2306.15595)."""
     factor: float = 8.0
-    """By how much the context grows."""
+    """Ratio of the extended context length to the original one."""
     original_max_seq_len: int = 8192
-    """Tokens: the length before stretching."""
+    """Context length before scaling, in tokens."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above `original_max_seq_len / low_freq_factor` are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below `original_max_seq_len / high_freq_factor` are left alone."""
+    """llama3: wavelengths below `original_max_seq_len / high_freq_factor` are unchanged."""
     beta_fast: float = 32.0
-    """yarn: dimensions that turn more often than this over the original length are left alone."""
+    """yarn: dimensions with more rotations than this over the original length are unchanged."""
     beta_slow: float = 1.0
-    """yarn: dimensions that turn less often than this are divided by `factor`."""
+    """yarn: frequencies of dimensions with fewer rotations than this are divided by `factor`."""
     attention_factor: float | None = None
-    """yarn: factor on cos and sin; null takes `0.1 ln(factor) + 1` (YaRN, arXiv 2309.00071, section 3.4)."""
+    """yarn: factor on cos and sin; null: `0.1 ln(factor) + 1` (YaRN, arXiv 2309.00071, section 3.4)."""
     mscale: float | None = None
-    """yarn in latent attention: scores are multiplied by `(0.1 mscale ln(factor) + 1)²`, and cos and sin are left as
-    they are (DeepSeek-V2's published code); null: as `attention_factor` says."""
+    """yarn with MLA: scores are multiplied by `(0.1 mscale ln(factor) + 1)²`, and cos and sin are not scaled
+    (DeepSeek-V2's published code); null: `attention_factor` applies."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "factor", "original_max_seq_len")
@@ -40,23 +42,24 @@ class RopeScaling:
                 yield Problem(low, getattr(self, low), rule)
         if self.attention_factor is not None and not self.attention_factor > 0:
             yield Problem(
-                "attention_factor", self.attention_factor, "must be positive, or null for the formula"
+                "attention_factor", self.attention_factor, "must be positive, or null for the default formula"
             )
 
 
 @config
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): sizes of its vectors and heads."""
+    """Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434): sizes of its latent vectors and heads."""
 
     q_lora_rank: int | None = 1536
-    """Queries are made from a normed vector of this size; null: from the hidden state."""
+    """Size of the normalized latent vector that queries are projected from; null: the hidden state itself."""
     kv_lora_rank: int = 512
-    """Keys and values of all heads are made from one normed vector of this size."""
+    """Size of the normalized latent vector that keys and values of all heads are projected from."""
     qk_nope_head_dim: int = 128
-    """The part of each query and key head without position."""
+    """Dimensions of each query and key head without rotary positions."""
     qk_rope_head_dim: int = 64
-    """The part with rotary positions; that of the keys is shared by all heads."""
+    """Dimensions of each query and key head with rotary positions; those of the key are shared by all heads."""
     v_head_dim: int = 128
+    """Dimensions of each value head."""
 
     def problems(self) -> Iterator[Problem]:
         sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -64,41 +67,47 @@ class MLAConfig:
         size = self.qk_rope_head_dim
         if size % 2:
             yield Problem(
-                "qk_rope_head_dim", size, "rotary positions turn pairs of dimensions", (size - 1, size + 1)
+                "qk_rope_head_dim",
+                size,
+                "must be even: rotary positions rotate pairs of dimensions",
+                (size - 1, size + 1),
             )
 
 
 @config
 class ExpertsConfig:
-    """A mixture of experts in place of the feed-forward block; no token is dropped."""
+    """Mixture of experts in place of the feed-forward block; no tokens are dropped."""
 
     n_experts: int = 8
+    """Number of routed experts."""
     top_k: int = 2
-    """Experts of each token."""
+    """Number of routed experts per token."""
     ffn_size: int | None = None
-    """Width inside one expert; null: as the model's `ffn_size`."""
+    """Intermediate size of one expert; null: the model's `ffn_size`."""
     n_shared_experts: int = 0
-    """Experts that every token passes, as one block of so many times the width (DeepSeekMoE, arXiv 2401.06066)."""
+    """Number of shared experts, applied to every token as one block of that many times the intermediate size
+    (DeepSeekMoE, arXiv 2401.06066)."""
     routing: Literal["softmax", "sigmoid"] = "softmax"
-    """Scores of the experts: softmax over all, or each one's sigmoid (DeepSeek-V3, arXiv 2412.19437)."""
+    """Score function of the router: softmax over all experts, or a sigmoid of each (DeepSeek-V3, arXiv 2412.19437)."""
     normalize_top_k: bool = True
-    """Divide the scores of a token's experts by their sum."""
+    """Normalize the scores of a token's experts to sum to 1."""
     routed_scale: float = 1.0
-    """Factor on what the routed experts add."""
+    """Factor on the output of the routed experts."""
     n_groups: int = 1
-    """Groups of neighbouring experts (experts of one node); must divide n_experts."""
+    """Number of groups of adjacent experts (for example those of one node); must divide n_experts."""
     top_groups: int = 1
-    """Groups that a token may use: those with the largest sum of their two best scores (DeepSeek-V3)."""
+    """Number of groups that a token may be routed to: those with the largest sum of their two best scores
+    (DeepSeek-V3)."""
     aux_loss: float = 0.0
-    """Factor on the balance loss of each sequence (DeepSeek-V3, section 2.1.2), added to the gradient of each of its
-    tokens; 0: none. `train/loss` does not hold it."""
+    """Coefficient of the sequence-wise load-balancing loss (DeepSeek-V3, section 2.1.2), which enters the gradient but
+    not the reported `train/loss`; 0: none."""
     bias_rate: float | None = None
-    """After each step the bias by which experts are chosen moves by this towards an equal load (arXiv 2408.15664);
-    0: there is a bias, which stays; null: there is none."""
+    """Update per step of the routing bias towards an equal load (arXiv 2408.15664); 0: the bias stays fixed; null:
+    no bias."""
     first_k_dense: int = 0
-    """The first layers that keep their feed-forward block."""
+    """Number of first layers with a dense feed-forward block instead of experts."""
     layer_frequency: int = 1
-    """After them each layer whose index is a multiple of this has experts."""
+    """Of the layers after `first_k_dense`, those whose index is a multiple of this have experts."""
 
     def problems(self) -> Iterator[Problem]:
         broken = [
@@ -119,72 +128,82 @@ class ExpertsConfig:
             return
         size = self.n_experts // self.n_groups
         if self.n_groups > 1 and size < 2:
-            rule = f"a group needs two experts at least, but n_experts is {self.n_experts}"
+            rule = f"must leave at least two experts per group, but n_experts is {self.n_experts}"
             yield Problem("n_groups", self.n_groups, rule, (self.n_experts // 2,))
         if self.top_k > self.top_groups * size:
-            rule = f"must not exceed the experts that a token may use ({self.top_groups * size})"
+            rule = f"must not exceed the experts in top_groups groups ({self.top_groups * size})"
             yield Problem("top_k", self.top_k, rule, (self.top_groups * size,))
 
 
 @config
 class MoEBackendConfig:
-    """How the products of experts are computed; the result is the same up to rounding."""
+    """Backend of the experts' matrix products; results are the same up to rounding."""
 
     backend: Literal["auto", "loop", "grouped_mm", "triton", "megablocks"] = "auto"
-    """auto: the fastest at hand; loop: one expert after the other, the definition; grouped_mm: torch's own; triton: our
-    kernel, on a GPU; megablocks: the package of that name, in bf16 on a GPU."""
+    """Grouped matrix multiplication. auto: the fastest one available; loop: one expert after the other (reference);
+    grouped_mm: PyTorch's; triton: MegaTrain's kernel, on GPUs; megablocks: the MegaBlocks package, in bf16 on GPUs."""
 
 
 @config
 class DecoderConfig:
-    """A decoder-only Transformer (pre-norm). Sizes are counts, not bytes."""
+    """A decoder-only Transformer (pre-norm). Sizes are numbers of elements."""
 
     n_layers: int = 4
+    """Number of Transformer blocks."""
     hidden_size: int = 256
+    """Size of the residual stream."""
     n_heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     n_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention); null: as many as query heads."""
+    """Number of key and value heads (grouped-query attention); null: n_heads."""
     head_dim: int | None = None
-    """Size of a head; null: hidden_size / n_heads."""
+    """Dimensions of a head; null: hidden_size / n_heads."""
     ffn_size: int = 1024
-    """Width inside the feed-forward block."""
+    """Intermediate size of the feed-forward block."""
     vocab_size: int = 4096
-    """Rows of the embedding; at least the tokenizer's size."""
+    """Number of embedding rows; at least the tokenizer's vocabulary size."""
     max_seq_len: int = 2048
-    """Tokens: the longest sequence; with learned positions also their number."""
+    """Maximum sequence length in tokens; with learned positions also their number."""
     norm: Literal["rms", "layer"] = "rms"
+    """Normalization: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
     norm_eps: float = 1e-5
+    """Epsilon added to the variance in norms."""
     activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
-    """relu2 is the square of ReLU (Primer, arXiv 2109.08668)."""
+    """Activation of the feed-forward block; relu2 is the square of ReLU (Primer, arXiv 2109.08668)."""
     positions: Literal["rope", "learned"] = "rope"
+    """Positional encoding: rotary (RoPE, arXiv 2104.09864) or a learned embedding."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies to longer contexts; null: none."""
     qk_norm: bool = False
-    """RMSNorm over each query and key head."""
+    """Apply RMSNorm to each query and key head."""
     sliding_window: int | None = None
-    """Sliding window: a token sees itself and the `sliding_window - 1` tokens before it; null: all."""
+    """Sliding window in tokens: a token attends to itself and the `sliding_window - 1` tokens before it; null: full
+    attention."""
     attention_bias: bool = False
-    """Bias in the query, key and value projections."""
+    """Add a bias to the query, key and value projections."""
     output_bias: bool = False
-    """Bias in the attention's output projection."""
+    """Add a bias to the output projection of attention."""
     mlp_bias: bool = False
+    """Add a bias to the projections of the feed-forward block."""
     mla: MLAConfig | None = None
-    """Latent attention in place of heads with keys of their own; null: not."""
+    """Multi-head latent attention (MLA); null: standard attention."""
     experts: ExpertsConfig | None = None
-    """Experts in place of the feed-forward blocks; null: none."""
+    """Mixture of experts in place of the feed-forward blocks; null: none."""
     tie_embeddings: bool = True
-    """The output head is the embedding."""
+    """Share the weight of the token embedding and the output head."""
     logit_softcap: float | None = None
-    """c: logits become c·tanh(logits / c) (Gemma 2, arXiv 2408.00118); null: off."""
+    """Cap c of the logits, which become c·tanh(logits / c) (Gemma 2, arXiv 2408.00118); null: no cap."""
     init_std: float = 0.02
-    """Standard deviation of matrices and embeddings at initialization."""
+    """Standard deviation of the initial matrices and embeddings."""
     init_scaling: Literal["none", "depth"] = "depth"
-    """depth: output projections of both blocks start at `init_std / sqrt(2 n_layers)` (GPT-2)."""
+    """Initial standard deviation of the output projections of attention and feed-forward blocks. none: `init_std`;
+    depth: `init_std / sqrt(2 n_layers)` (GPT-2)."""
     residual_scale: float = 1.0
-    """Factor on what each block adds to the residual stream."""
+    """Factor on the update that each block adds to the residual stream."""
     embedding_scale: float = 1.0
-    """Factor on the embedding's output (Gemma uses sqrt(hidden_size))."""
+    """Factor on the output of the token embedding (Gemma uses sqrt(hidden_size))."""
 
     @property
     def kv_heads(self) -> int:
@@ -192,14 +211,14 @@ class DecoderConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Of queries and keys."""
+        """Dimensions of a query and key head."""
         if self.mla is not None:
             return self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
         return self.hidden_size // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def rope_size(self) -> int:
-        """The part of a head that is turned."""
+        """Dimensions of a query and key head with rotary positions."""
         return self.qk_head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
@@ -208,7 +227,7 @@ class DecoderConfig:
 
     @property
     def expert_ffn_size(self) -> int:
-        """Width inside one expert."""
+        """Intermediate size of one expert."""
         return (
             self.ffn_size if self.experts is None or self.experts.ffn_size is None else self.experts.ffn_size
         )
@@ -233,7 +252,7 @@ class DecoderConfig:
         if self.experts is not None:
             for option, value in (("activation", "swiglu"), ("mlp_bias", False)):
                 if getattr(self, option) != value:
-                    rule = "experts are gated (swiglu) and have no biases"
+                    rule = "is not supported with experts, which use swiglu and no biases"
                     yield Problem(option, getattr(self, option), rule, (value,))
 
     def _head_problems(self) -> Iterator[Problem]:
@@ -242,14 +261,19 @@ class DecoderConfig:
             rule = f"must divide hidden_size ({self.hidden_size}) when head_dim is not set"
             yield Problem("n_heads", self.n_heads, rule, legal)
         elif self.positions == "rope" and self.qk_head_dim % 2:
-            rule = "rotary positions turn pairs of dimensions, so the head size must be even"
+            rule = "must be even: rotary positions rotate pairs of dimensions"
             yield Problem("head_dim", self.qk_head_dim, rule, (self.qk_head_dim - 1, self.qk_head_dim + 1))
         if self.n_heads % self.kv_heads:
             legal = nearest_divisors(self.n_heads, self.kv_heads)
-            rule = f"must divide n_heads ({self.n_heads}): each key head serves an equal group of query heads"
+            rule = f"must divide n_heads ({self.n_heads}): key heads serve equal groups of query heads"
             yield Problem("n_kv_heads", self.kv_heads, rule, legal)
         if self.rope_scaling is not None and self.rope_scaling.mscale is not None:
-            yield Problem("rope_scaling.mscale", self.rope_scaling.mscale, "is for latent attention", (None,))
+            yield Problem(
+                "rope_scaling.mscale",
+                self.rope_scaling.mscale,
+                "is an option of latent attention (model.mla) only",
+                (None,),
+            )
 
     def _latent_problems(self) -> Iterator[Problem]:
         fixed = {
@@ -261,4 +285,9 @@ class DecoderConfig:
         }
         for option, value in (fixed | {"positions": "rope"}).items():
             if getattr(self, option) != value:
-                yield Problem(option, getattr(self, option), "is not an option of latent attention", (value,))
+                yield Problem(
+                    option,
+                    getattr(self, option),
+                    "is not an option of latent attention (model.mla)",
+                    (value,),
+                )

@@ -14,18 +14,18 @@ from megatrain.runtime.rng import fill_normal_
 
 
 class Shard(NamedTuple):
-    """The rectangular part of a parameter that is held here."""
+    """The rectangular shard of a parameter that this rank holds."""
 
     values: Tensor
-    """The part itself."""
+    """Values of the shard."""
     shape: Sequence[int]
-    """Shape of the whole parameter."""
+    """Shape of the full parameter."""
     offsets: Sequence[int]
-    """Index in the whole parameter at which `values` begins."""
+    """Index in the full parameter at which `values` begins."""
 
 
-def whole(parameter: Tensor) -> Shard:
-    """Return all of a parameter as its shard."""
+def unsharded(parameter: Tensor) -> Shard:
+    """Return the full parameter as its own shard."""
     return Shard(parameter.data, parameter.shape, (0,) * parameter.ndim)
 
 
@@ -38,13 +38,13 @@ def initial_std(role: Role, cfg: DecoderConfig) -> float:
 
 @torch.no_grad()
 def init_weights(
-    model: Decoder, plan: Plan, *, seed: int, shard_of: Callable[[Tensor], Shard] = whole
+    model: Decoder, plan: Plan, *, seed: int, shard_of: Callable[[Tensor], Shard] = unsharded
 ) -> None:
     """Fill all of `model`, each part on the device where it is: matrices normal, norms 1, biases and buffers 0.
 
     Args:
-        plan: that of the whole model, of which `model` may be a stage.
-        shard_of: returns the part of a parameter that is held here, where it is not the whole.
+        plan: plan of the full model, of which `model` may be a stage.
+        shard_of: returns the shard of a parameter that this rank holds; default: all of it.
 
     Raises:
         KeyError: the plan has no parameter of a name that the model has.

@@ -1,4 +1,4 @@
-"""What is shown and recorded. metrics.jsonl and events.jsonl are always written."""
+"""Logging config: what is displayed and recorded. metrics.jsonl and events.jsonl are always written."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,12 +9,13 @@ from megatrain.config.schema import Problem, at_least, config
 @config
 class LogConfig:
     every: int = 1
-    """Steps between two rows of metrics.jsonl and two updates of the display; times and rates are means of them."""
+    """Steps between rows of metrics.jsonl and updates of the display; times and rates are averaged over these steps."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
-    """auto: a live table on a terminal, plain lines elsewhere."""
+    """Terminal output. auto: a live table on a terminal, plain lines elsewhere."""
     wandb: Literal["off", "offline", "online"] = "offline"
-    """Weights & Biases; offline runs are kept in the run directory, to be synced later."""
+    """Weights & Biases logging. offline: stored in the run directory, to be synced later."""
     wandb_project: str = "megatrain"
+    """Weights & Biases project name."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the extra `tensorboard`)."""
 

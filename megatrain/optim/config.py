@@ -1,4 +1,4 @@
-"""What every optimizer can be told; learning-rate schedules are in `schedule.py`."""
+"""Optimizer configs; learning-rate schedules are in `schedule.py`."""
 
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -8,23 +8,23 @@ from megatrain.config.schema import Problem, at_least, between, config
 
 @config
 class OptimizerConfig:
-    """What every optimizer has."""
+    """Options common to all optimizers."""
 
     splits_hidden_matrices: ClassVar[bool] = False
-    """True if the optimizer has a rule of its own for the matrices between embedding and head."""
+    """Whether the optimizer has a separate update rule for the matrices between embedding and head."""
 
     kind: str = ""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     decay_embeddings: bool = True
-    """Also decay the embedding."""
+    """Apply weight decay to the embeddings as well."""
     clip_norm: float | None = 1.0
-    """The global gradient norm is clipped to this; null: not at all."""
+    """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
     def lr_ratio(self, *, hidden_matrix: bool) -> float:
-        """Return a parameter's learning rate as a share of `lr`."""
+        """Return a parameter's learning rate as a fraction of `lr`."""
         return 1.0
 
     def problems(self) -> Iterator[Problem]:
@@ -37,11 +37,11 @@ class AdamWConfig(OptimizerConfig):
 
     kind: Literal["adamw"] = "adamw"
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the square root of the second moment."""
 
     def problems(self) -> Iterator[Problem]:
         yield from OptimizerConfig.problems(self)
@@ -57,48 +57,49 @@ class SGDConfig(OptimizerConfig):
     lr: float = 0.1
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     momentum: float = 0.9
-    """Decay of the momentum buffer."""
+    """Decay rate of the momentum buffer; 0: no momentum."""
     nesterov: bool = False
-    """Use Nesterov's momentum."""
+    """Use Nesterov momentum."""
 
     def problems(self) -> Iterator[Problem]:
         yield from OptimizerConfig.problems(self)
         yield from between(self, 0, 1, "momentum")
         if self.nesterov and self.momentum == 0:
-            yield Problem("nesterov", True, "Nesterov's step needs momentum above 0")
+            yield Problem("nesterov", True, "Nesterov momentum needs momentum above 0")
 
 
 @config
 class MuonConfig(OptimizerConfig):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) on matrices; AdamW on embeddings, head, vectors."""
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for the other parameters."""
 
     splits_hidden_matrices: ClassVar[bool] = True
 
     kind: Literal["muon"] = "muon"
     lr: float = 1e-3
-    """Peak learning rate of Muon's matrices."""
+    """Peak learning rate of the matrices updated by Muon."""
     momentum: float = 0.95
-    """Decay of Muon's momentum buffer."""
+    """Decay rate of Muon's momentum buffer."""
     nesterov: bool = True
-    """Use Nesterov's momentum in Muon."""
+    """Use Nesterov momentum in Muon."""
     ns_steps: int = 5
-    """Newton-Schulz iterations that make an update orthogonal."""
+    """Number of Newton-Schulz iterations that orthogonalize an update."""
     scaling: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Size of an orthogonal update of (out, in). match_rms_adamw: 0.2·sqrt(max(out, in)), which has the size of AdamW's
-    updates and suits its rates (Moonlight, arXiv 2502.16982); original: sqrt(max(1, out/in)), for rates near 0.02."""
+    """Factor on the orthogonalized update of an (out, in) matrix. match_rms_adamw: 0.2·sqrt(max(out, in)), to match the
+    RMS of AdamW's updates and use its learning rates (Moonlight, arXiv 2502.16982); original: sqrt(max(1, out/in)),
+    for learning rates near 0.02."""
     adamw_lr_ratio: float = 1.0
-    """Learning rate of the parameters that AdamW updates, as a share of `lr`."""
+    """Learning rate of the parameters updated by AdamW, as a fraction of `lr`."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """Decay rate of AdamW's second moment."""
     eps: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Epsilon added to the square root of AdamW's second moment."""
 
     def lr_ratio(self, *, hidden_matrix: bool) -> float:
-        """Return a parameter's learning rate as a share of `lr`."""
+        """Return a parameter's learning rate as a fraction of `lr`."""
         return 1.0 if hidden_matrix else self.adamw_lr_ratio
 
     def problems(self) -> Iterator[Problem]:
@@ -114,13 +115,14 @@ class LionConfig(OptimizerConfig):
 
     kind: Literal["lion"] = "lion"
     lr: float = 1e-4
-    """Peak learning rate; a third to a tenth of AdamW's (section 5 of the paper)."""
+    """Peak learning rate; use a third to a tenth of AdamW's (section 5 of the paper)."""
     weight_decay: float = 1.0
-    """Applied to matrices; vectors (norms, biases) are not decayed. As much larger than AdamW's as `lr` is smaller."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed. Raise it over AdamW's by the
+    factor by which `lr` is lowered."""
     beta1: float = 0.9
-    """Weight of the momentum in the update."""
+    """Weight of the momentum in the interpolation of the update."""
     beta2: float = 0.99
-    """Decay of the momentum."""
+    """Decay rate of the momentum."""
 
     def problems(self) -> Iterator[Problem]:
         yield from OptimizerConfig.problems(self)

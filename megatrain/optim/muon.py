@@ -33,10 +33,10 @@ def update_scale(shape: torch.Size, scaling: str) -> float:
 
 
 class Muon(Optimizer):
-    """Groups with `use_muon` go by Muon (state: `momentum_buffer`), the others by AdamW.
+    """Muon for groups with `use_muon` (state: `momentum_buffer`), AdamW for the others.
 
     m = momentum · m + (1 - momentum) · gradient; the update is made orthogonal from m, or with Nesterov's step from
-    momentum · m + (1 - momentum) · gradient. Stacked matrices `(experts, out, in)` are taken one by one.
+    momentum · m + (1 - momentum) · gradient. Stacked matrices `(experts, out, in)` are orthogonalized separately.
     """
 
     def __init__(self, groups: list[dict[str, Any]], cfg: MuonConfig) -> None:
@@ -56,9 +56,9 @@ class Muon(Optimizer):
 
     def _muon(self, alike: list[nn.Parameter], *, lr: float, decay: float) -> None:
         wanted = [self._momentum(parameter) for parameter in alike]
-        stacked = alike[0].ndim - 2  # a matrix must be whole, a stack of them need not be
-        whole = torch.stack([full_tensor(update, first=stacked) for update in wanted])
-        made = orthogonalize(whole, steps=self.cfg.ns_steps)
+        stacked = alike[0].ndim - 2  # a matrix must be full, a stack may stay sharded
+        full = torch.stack([full_tensor(update, first=stacked) for update in wanted])
+        made = orthogonalize(full, steps=self.cfg.ns_steps)
         weights = [local_tensor(parameter) for parameter in alike]
         directions = [
             shard_like(full, update, first=stacked) for full, update in zip(made, wanted, strict=True)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a warm-up, and a shape after it, as pure functions of the step.
+"""Learning-rate schedules, as pure functions of the step: a linear warm-up and a shape after it.
 
 A new schedule is a class here, a member of `ScheduleConfig`, and a file in `conf/schedule/`.
 """
@@ -12,16 +12,16 @@ from megatrain.config.schema import Problem, at_least, between, config
 
 @config
 class WarmupConfig:
-    """What every schedule has: linear growth to the peak, then a shape of its own."""
+    """Options common to all learning-rate schedules: a linear warm-up to the peak."""
 
     kind: str = ""
     warmup_steps: int | Literal["auto"] = "auto"
-    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
+    """Steps of linear warm-up from 0 to the peak; auto: follows from `warmup_fraction`."""
     warmup_fraction: float | None = None
-    """Share of all steps that `warmup_steps=auto` takes; null: a tenth, 100 steps at most."""
+    """Fraction of all steps that `warmup_steps=auto` stands for; null: 0.1, but at most 100 steps."""
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Return the share of the peak learning rate that step `step` (the first is 0) of `total_steps` uses.
+        """Return the learning rate of step `step` (the first is 0) of `total_steps` as a fraction of the peak.
 
         The first step of the warm-up is not 0, and the step after the warm-up uses the peak.
         """
@@ -31,7 +31,7 @@ class WarmupConfig:
         return self.after_warmup(step, warmup, total_steps)
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
-        """Return the share of the peak that `step` >= `warmup` uses."""
+        """Return the fraction of the peak at `step` >= `warmup`."""
         raise NotImplementedError
 
     def resolved_warmup(self, total_steps: int) -> int:
@@ -49,11 +49,11 @@ class WarmupConfig:
 
 @config
 class ConstantConfig(WarmupConfig):
-    """The peak, after a warm-up if there is one."""
+    """Constant at the peak after the warm-up."""
 
     kind: Literal["constant"] = "constant"
     warmup_steps: int | Literal["auto"] = 0
-    """Steps of linear growth from 0 to the peak; auto: as `warmup_fraction` says."""
+    """Steps of linear warm-up from 0 to the peak; auto: follows from `warmup_fraction`."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         """Return 1."""
@@ -62,11 +62,11 @@ class ConstantConfig(WarmupConfig):
 
 @config
 class CosineConfig(WarmupConfig):
-    """Half a cosine from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
+    """Cosine decay from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
 
     kind: Literal["cosine"] = "cosine"
     final_ratio: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         """Return the cosine's value; the last step has `final_ratio`."""
@@ -80,11 +80,11 @@ class CosineConfig(WarmupConfig):
 
 @config
 class LinearConfig(WarmupConfig):
-    """A straight line from the peak to `final_ratio` of it."""
+    """Linear decay from the peak to `final_ratio` of it."""
 
     kind: Literal["linear"] = "linear"
     final_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         """Return the line's value; the last step has `final_ratio`."""
@@ -97,13 +97,13 @@ class LinearConfig(WarmupConfig):
 
 @config
 class WSDConfig(WarmupConfig):
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395)."""
+    """Warm-up, stable, decay (WSD; MiniCPM, arXiv 2404.06395)."""
 
     kind: Literal["wsd"] = "wsd"
     decay_fraction: float = 0.2
-    """Share of all steps, at the end, in which the rate falls linearly."""
+    """Fraction of all steps, at the end, in which the learning rate decays linearly."""
     final_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         """Return 1 until the decay, then the line's value; the last step has `final_ratio`."""

@@ -26,11 +26,11 @@ SAVED = frozenset(
         "aten::_scaled_dot_product_cudnn_attention",
     }
 )
-"""Operators that are expensive to repeat: selective activation checkpointing saves what they return."""
+"""Operators that are expensive to recompute: selective activation checkpointing saves their outputs."""
 
 
 def checkpoint_activations(model: Decoder, plan: Plan, mesh: Mesh | None, cfg: ParallelConfig) -> None:
-    """Let each block recompute its activations as `cfg.activation_checkpointing` says; gradients stay the same."""
+    """Apply `cfg.activation_checkpointing` to each block; gradients are unchanged."""
     if cfg.activation_checkpointing == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -42,7 +42,7 @@ def checkpoint_activations(model: Decoder, plan: Plan, mesh: Mesh | None, cfg: P
 
 
 def _run_checkpointed(options: dict[str, Any]) -> Callable[..., Tensor]:
-    # A function of ours, not a partial of `checkpoint`: torch.compile passes over frames of torch's own, and
+    # A function defined here, not a partial of `checkpoint`: torch.compile skips frames of torch itself, and
     # would silently compile nothing.
     def run(body: Callable[..., Tensor], *args: Any) -> Tensor:
         out: Tensor = checkpoint(body, *args, **options)

@@ -1,4 +1,4 @@
-"""The one order in which techniques are applied around a model."""
+"""Application of all parallelism techniques to a model, in the one order that works."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from megatrain.parallel.tensor import tensor_parallel
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """What one rank holds of a model. In a run of one process `mesh` is None, and it is the model itself."""
+    """The part of a model that one rank holds: in a run of one process, where `mesh` is None, the full model."""
 
     cfg: ParallelConfig
     plan: Plan
     models: list[Decoder]
-    """The pipeline stages of this rank; one without a pipeline."""
+    """Pipeline stages of this rank; a single one without a pipeline."""
     mesh: Mesh | None = None
     pipeline: Pipeline | None = None
 
@@ -39,7 +39,7 @@ class ParallelModel:
         return next(self.models[0].parameters()).device
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the rank's parameters by canonical name; of two copies of a tied embedding the first."""
+        """Return the rank's parameters by canonical name, only the first of two copies of a tied embedding."""
         found: dict[str, nn.Parameter] = {}
         for model in self.models:
             for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ class ParallelModel:
         return found
 
     def shard_batch(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Return this rank's positions of `(rows, seq)` tensors; doc_ids stay whole: keys come from all ranks."""
+        """Return this rank's positions of `(rows, seq)` tensors; doc_ids stay full, since keys come from all ranks."""
         if self.mesh is None or self.cfg.cp == 1:
             return dict(tensors)
         rank, size = self.mesh.coordinate("cp"), self.cfg.cp
@@ -57,7 +57,7 @@ class ParallelModel:
         }
 
     def owns_loss(self) -> bool:
-        """Tell whether this is the one rank of its tp group whose loss counts: all of them compute the same."""
+        """Tell whether this is the one rank of its tp group whose loss counts; all of them compute the same loss."""
         return self.mesh is None or self.mesh.coordinate("tp") == 0
 
     def owns_balance_loss(self) -> bool:
@@ -78,8 +78,8 @@ class ParallelModel:
     def sum_replicated_gradients(self) -> None:
         """Sum the gradients of tp-replicated parameters over the tp ranks, in one all-reduce.
 
-        Each rank has the share of its own tokens or heads (see `sharding.local_view`). Call once a step, after the last
-        backward pass.
+        Each rank has the partial gradient of its own tokens or heads (see `sharding.local_view`). Call this once per
+        step, after the last backward pass.
         """
         if self.mesh is None or self.cfg.tp == 1:
             return
@@ -98,7 +98,7 @@ class ParallelModel:
     def squared_norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return this rank's share of the squared 2-norm of the whole model's `tensors` (float64 scalar).
 
-        Each element of the model counts on one rank, so the sum over ranks is that of the whole model.
+        Each element of the model counts on one rank, so the sum over ranks is the squared norm of the full model.
         """
         own = [local for name, t in tensors.items() if (local := self._owned(name, t)) is not None]
         if not own:
@@ -130,15 +130,15 @@ def parallelize(
 ) -> ParallelModel:
     """Apply pipeline, expert, tensor and context parallelism, fp8, activation checkpointing, compilation and FSDP.
 
-    In this order: what splits the model comes first; fp8 sees the shards that it will multiply; checkpointing wraps
-    what compilation sees; FSDP shards last, what the others left.
+    In this order: techniques that split the model come first; fp8 sees the shards that it will multiply; checkpointing
+    is inside of compilation; FSDP comes last and shards what the others left.
 
     Args:
-        make_model: returns the whole model on the meta device.
+        make_model: returns the full model on the meta device.
         plan: the model's weights and their roles.
         mesh: None in a run of one process.
-        compute_dtype: in which FSDP gathers parameters.
-        float8: how linear layers are scaled in fp8; None: they compute in `compute_dtype`.
+        compute_dtype: dtype in which FSDP gathers parameters.
+        float8: granularity of the scales of linear layers in fp8; None if they compute in `compute_dtype`.
     """
     models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg))
     for model in models:
@@ -161,7 +161,7 @@ def parallelize(
 def _stages(
     make_model: Callable[[], Decoder], plan: Plan, mesh: Mesh, cfg: ParallelConfig
 ) -> Iterator[Decoder]:
-    """Yield the pipeline stages of this rank, or the whole model without a pipeline."""
+    """Yield the pipeline stages of this rank, or the full model without a pipeline."""
     if cfg.pp == 1:
         yield make_model()
         return

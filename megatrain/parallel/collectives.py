@@ -1,7 +1,7 @@
 """Differentiable collectives: each is the other's backward pass.
 
 A rank's gradients are those of the loss that all ranks of the group share, so a sum in the forward pass is a copy in
-the backward pass, and the other way round (Megatron-LM's f and g, arXiv 1909.08053, section 3; with sequence
+the backward pass, and vice versa (Megatron-LM's f and g, arXiv 1909.08053, section 3; with sequence
 parallelism gather and scatter, arXiv 2205.05198, section 4.2).
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 Group = dist.ProcessGroup
-# torch 2.13 renamed both; the old names go on to work, with a warning.
+# torch 2.13 renamed both; the old names still work, with a warning.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -40,7 +40,7 @@ def own_part(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather in forward; in backward reduce-scatter, or the own part of a gradient that is `shared` already."""
+    """All-gather in forward; in backward reduce-scatter, or a slice if the gradient is `shared` already."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group, shared: bool) -> Tensor:
@@ -117,7 +117,7 @@ def _send_rows(x: Tensor, sent: list[int], received: list[int], group: Group) ->
 
 
 class _Shift(torch.autograd.Function):
-    """Send to the next rank of the ring and receive from the previous one; the other way round in backward."""
+    """Send to the next rank of the ring and receive from the previous one; the reverse in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

@@ -7,7 +7,7 @@ from megatrain.parallel.mesh import Mesh
 
 
 def compile_blocks(model: Decoder, plan: Plan, mesh: Mesh | None, cfg: ParallelConfig) -> None:
-    """Compile every block of `model` in place if `cfg.compile` says so; names of parameters stay."""
+    """Compile every block of `model` in place if `cfg.compile` is set; parameter names are unchanged."""
     if cfg.compile:
         for _, block in model.blocks():
             block.compile()

@@ -1,4 +1,4 @@
-"""The parallel layout: degrees of the mesh's axes, and how each technique works."""
+"""Parallel layout config: the degrees of the mesh axes and the options of each technique."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,52 +9,53 @@ PipelineSchedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v"
 ]
 MULTI_STAGE = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v")
-"""Schedules in which a rank holds several stages."""
+"""Pipeline schedules in which a rank holds several stages."""
 V_SHAPED = ("zbv", "dualpipe_v")
-"""Of these, the ones in which the first rank holds the first and the last stage."""
+"""V-shaped pipeline schedules: the first rank holds both the first and the last stage."""
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipe_v")
-"""Schedules that compute the gradients of weights separately from those of inputs (arXiv 2401.10241)."""
+"""Pipeline schedules that compute weight gradients separately from input gradients (arXiv 2401.10241)."""
 
 
 @config
 class ParallelConfig:
-    """Degrees of the mesh's axes; their product is the number of processes.
+    """Parallelism degrees and options; the product of all degrees but `ep` is the number of processes.
 
     DDP is dp_replicate, FSDP is dp_shard, HSDP is both; ZeRO stages 0 to 3 are zero_stage.
     """
 
     pp: int = 1
-    """Pipeline-parallel degree: the layers are split into stages over so many ranks."""
+    """Pipeline-parallel degree: the layers are split into stages over this many ranks."""
     dp_replicate: int = 1
-    """Data-parallel replicas (DDP; with dp_shard > 1 HSDP): ranks that see different data and hold the same state."""
+    """Replicated data-parallel degree (DDP; HSDP with dp_shard > 1): ranks that read different data and hold the same
+    state."""
     dp_shard: int = 1
-    """Sharded data-parallel degree (FSDP, ZeRO): ranks that see different data and shard parameters, gradients and
-    optimizer state as `zero_stage` says; -1: all processes that the other axes leave."""
+    """Sharded data-parallel degree (FSDP, ZeRO): ranks that read different data and shard parameters, gradients and
+    optimizer state according to `zero_stage`; -1: all processes that the other axes leave."""
     cp: int = 1
-    """Context-parallel degree: each sequence is sharded over so many ranks."""
+    """Context-parallel degree: each sequence is sharded over this many ranks."""
     tp: int = 1
-    """Tensor-parallel degree: matrices, and between them the sequence (sequence parallelism), are sharded over so many
-    ranks."""
+    """Tensor-parallel degree: weight matrices, and the sequence between them (sequence parallelism), are sharded over
+    this many ranks."""
     ep: int = 1
-    """Expert-parallel degree: whole experts are distributed over so many neighbours among the dp_shard · cp · tp ranks,
-    and tokens travel to them; needs no processes of its own. 1: every rank has all experts, and tp shards each."""
+    """Expert-parallel degree: experts are distributed over this many adjacent ranks of the dp_shard · cp · tp ranks,
+    and tokens are sent to them; it adds no processes. 1: every rank has all experts, each sharded by tp."""
     zero_stage: int = 3
-    """What dp_shard shards: 0 nothing, 1 optimizer state and master weights, 2 gradients as well, 3 parameters as well
-    (ZeRO, arXiv 1910.02054; 3 is FSDP's full sharding)."""
+    """ZeRO stage (arXiv 1910.02054), what dp_shard shards. 0: nothing (DDP); 1: optimizer state and master weights;
+    2: gradients too; 3: parameters too (FSDP, full sharding)."""
     pp_schedule: PipelineSchedule = "1f1b"
-    """Pipeline schedule: the order of the micro-batches' forward and backward passes."""
+    """Pipeline schedule: the order of the forward and backward passes of the micro-batches."""
     stages_per_rank: int = 2
-    """Pipeline stages of each rank in the interleaved schedules; the V-shaped ones always have two."""
+    """Pipeline stages per rank in the interleaved schedules; the V-shaped ones (zbv, dualpipe_v) always have two."""
     pp_split: tuple[int, ...] = ()
-    """First layer of each pipeline stage but the first; empty: stages of about equal cost."""
+    """Index of the first layer of each pipeline stage after the first; empty: stages of about equal cost."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
-    """Context-parallel attention: all-gather of keys and values; ring attention (arXiv 2310.01889); or Ulysses, which
-    exchanges heads for positions (arXiv 2309.14509)."""
+    """Context-parallel attention. all_gather: gathers keys and values; ring: ring attention (arXiv 2310.01889);
+    ulysses: all-to-all between positions and heads (DeepSpeed-Ulysses, arXiv 2309.14509)."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Activations recomputed in the backward pass. none: none; full: all of each block's; selective: all but the
-    outputs of linear layers and fused attention."""
+    """Activation checkpointing: which activations of each block are recomputed in the backward pass. none: none; full:
+    all; selective: all but the outputs of linear layers and fused attention."""
     compile: bool = False
-    """torch.compile each block."""
+    """Apply torch.compile to each block."""
 
     @property
     def stages(self) -> int:

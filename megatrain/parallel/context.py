@@ -1,4 +1,4 @@
-"""Context parallelism: a sequence is sharded over the cp axis, and attention sees all of it in one of three ways.
+"""Context parallelism: a sequence is sharded over the cp axis; attention communicates in one of three ways.
 
 The sequence is split into 2 · cp chunks; rank r has chunks r and 2 · cp - 1 - r, so that under a causal mask all ranks
 have equal work (head-tail balance; Llama 3, arXiv 2407.21783, section 3.3.2).
@@ -55,13 +55,13 @@ def context_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig
 
 
 def sum_sequences_over(moe: MoE, group: Group) -> None:
-    """Let the balance loss, which is of whole sequences, also sum over the shards of a sequence in `group`."""
+    """Let the balance loss, which is computed per sequence, also sum over the shards of a sequence in `group`."""
     inner = moe.balance.sequence_sum
     replace_seam(moe.balance, "sequence_sum", lambda part: sum_over(inner(part), group))
 
 
 class _Core(nn.Module):
-    """As `nn.attention.AttentionCore` on this rank's shard of a sequence; `doc_ids` are those of the whole sequence."""
+    """An `nn.attention.AttentionCore` on a rank's shard of a sequence; `doc_ids` are those of the full sequence."""
 
     def __init__(self, core: Any, group: Group) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Core(nn.Module):
 
 
 class GatheredCore(_Core):
-    """Keys and values of all ranks are gathered (in one collective); queries stay."""
+    """Attention that all-gathers keys and values (in one collective); queries stay."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         size, rank = self.group.size(), self.group.rank()
@@ -78,7 +78,7 @@ class GatheredCore(_Core):
         length = q.shape[SEQ] // 2
         outs = []
         for part, chunk in zip(q.split(length, SEQ), chunks_of(rank, size), strict=True):
-            end = (chunk + 1) * length  # later keys are not seen
+            end = (chunk + 1) * length  # later keys are masked
             docs = None if doc_ids is None else doc_ids[:, :end]
             outs.append(
                 attention(
@@ -95,7 +95,7 @@ class GatheredCore(_Core):
 
 
 class UlyssesCore(_Core):
-    """Heads are exchanged for positions: each rank sees the whole sequence of its share of the heads."""
+    """Ulysses attention: an all-to-all gives each rank the full sequence for its share of the heads."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         q, k, v = (self._to_heads(t) for t in (q, k, v))
@@ -116,7 +116,7 @@ class UlyssesCore(_Core):
 
 
 class RingCore(_Core):
-    """Keys and values go round the ring; partial results are joined by their log-sum-exp (arXiv 2310.01889)."""
+    """Ring attention (arXiv 2310.01889): keys and values go around the ring; results are combined by log-sum-exp."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         size, rank = self.group.size(), self.group.rank()

@@ -1,8 +1,8 @@
 """Expert parallelism: each rank of the ep axis holds an equal share of the experts, and tokens travel to them and back.
 
-The all-to-all of GShard (arXiv 2006.16668, section 3.2) without capacities: ranks first tell one another how many rows
-come, then exchange exactly those, so that nothing is dropped and nothing padded (as MegaBlocks, arXiv 2211.15841). A
-rank to which nobody sends a row takes part in every exchange all the same, with no rows.
+The all-to-all of GShard (arXiv 2006.16668, section 3.2) without capacity limits: ranks first exchange the numbers of
+rows, then exactly those rows, so that nothing is dropped or padded (as in MegaBlocks, arXiv 2211.15841). A rank that
+receives no rows still takes part in every collective.
 """
 
 from functools import partial
@@ -25,8 +25,8 @@ from megatrain_kernels import permute, unpermute, unsort
 def expert_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig) -> None:
     """Shard the experts of `model` (on the meta device) in place over the ep axis.
 
-    Rank r holds experts r · n to (r + 1) · n - 1 of the whole, n = n_experts / ep, and each rank routes its own tokens.
-    Shared experts stay as they are. Comes before tensor parallelism, which leaves these experts alone.
+    Rank r holds experts r · n to (r + 1) · n - 1 of the model, n = n_experts / ep, and each rank routes its own tokens.
+    Shared experts are unchanged. Call this before tensor parallelism, which skips these experts.
     """
     group = mesh.ep.get_group()
     for _, block in model.blocks():
@@ -40,7 +40,7 @@ def expert_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
         replace_seam(block.moe, "dispatch", partial(_dispatch, group, n_here))
 
 
-@torch.compiler.disable  # how many rows go where is known on the host only
+@torch.compiler.disable  # the numbers of rows are known on the host only
 def _dispatch(
     group: Group, n_here: int, tokens: Tensor, indices: Tensor, weights: Tensor, experts: Experts
 ) -> Tensor:

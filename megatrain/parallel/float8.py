@@ -9,8 +9,8 @@ largest magnitude. Every product's operands are quantized along the dimension th
 | row | one a token; one an output | one a token; one an input | not quantized |
 | block | groups of 128 in a token; blocks of 128 by 128 | the same | groups of 128 tokens of a channel |
 
-block is DeepSeek-V3's way (arXiv 2412.19437, section 3.3.2). In row and block no number depends on which tokens are
-computed together, or on how the layer is sharded along whole groups: `layout.float8_problems` has the rules.
+block is DeepSeek-V3's method (arXiv 2412.19437, section 3.3.2). In row and block no number depends on which tokens are
+computed together, or on how the layer is sharded along full groups: `layout.float8_problems` has the rules.
 """
 
 from functools import partial
@@ -31,11 +31,11 @@ from megatrain_kernels.backend import multiplies_fp8
 
 Scaling = Literal["tensor", "row", "block"]
 LEFT: dict[Scaling, str] = {"tensor": "tensor", "row": "row", "block": "group"}
-"""How activations and gradients are quantized; weights as the scaling's own name says."""
+"""Quantization of activations and gradients; weights are quantized as the scaling's name says."""
 
 
 def check_float8(device: torch.device) -> None:
-    """Refuse a GPU that cannot multiply fp8. (A CPU computes with the dequantized numbers: slowly, for tests.)
+    """Refuse a GPU that cannot multiply fp8. (A CPU computes with the dequantized numbers, slowly, for tests.)
 
     Raises:
         UserError: `device` has no tensor cores for these formats.
@@ -50,9 +50,9 @@ def check_float8(device: torch.device) -> None:
 def float8_linears(
     model: Decoder, plan: Plan, mesh: Mesh | None, cfg: ParallelConfig, *, scaling: Scaling
 ) -> None:
-    """Let every linear layer inside the blocks of `model` compute in fp8; names and types of parameters stay.
+    """Let every linear layer inside the blocks of `model` compute in fp8; parameter names and dtypes are unchanged.
 
-    Routers, stacked experts, the embedding and the head stay as they are.
+    Routers, stacked experts, the embedding and the head are unchanged.
     """
     for _, block in model.blocks():
         for module in block.modules():

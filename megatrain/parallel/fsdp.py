@@ -1,6 +1,6 @@
 """Data parallelism: ZeRO stages 0 to 3 (DDP, FSDP) and hybrids (HSDP), all by PyTorch's FSDP2 (`fully_shard`).
 
-All stages are one mechanism. Stage 3 (FSDP) frees parameters after each use; in stages 0 to 2 they stay through a step.
+All stages are one mechanism. Stage 3 (FSDP) frees parameters after each use; stages 0 to 2 keep them for a step.
 Stages 2 and 3 reduce-scatter gradients after each micro-batch, stages 0 and 1 after the last one; replicas all-reduce
 theirs after the last one in every stage. Stage 0 (DDP) shards nothing: its mesh has only replicas.
 """
@@ -35,7 +35,7 @@ def fully_shard_blocks(
     data = mesh.data["replicate", "shard"]
     for _, block in model.blocks():
         if mesh.experts is not None and block.moe is not None:
-            # Other ranks hold the same experts than hold the same other parameters.
+            # Experts are replicated over other ranks than the other parameters.
             experts = mesh.experts["replicate", "shard"]
             place = partial(_expert_placement, experts.size(1))
             fully_shard(block.moe.experts, mesh=experts, shard_placement_fn=place, **options)

@@ -1,6 +1,6 @@
-"""Arithmetic of a layout: how many processes it needs, where each stands, and why one is illegal.
+"""Rules of parallel layouts: number of processes, pipeline placement, and why a layout is illegal.
 
-No process and no torch is needed: a login node checks the layout of 4,096 ranks.
+Neither torch nor the processes are needed: a login node can check a layout of 4,096 ranks.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from megatrain.nn.contract import Plan, Role
 from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, V_SHAPED, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""Axes of the mesh, slowest first: ranks that differ in tp only are neighbours."""
+"""Mesh axes from outermost to innermost: ranks that differ only in tp are adjacent."""
 FLOAT8_GROUP = 128  # tokens or channels that share a scale in fp8
 
 
@@ -24,10 +24,10 @@ def world_size(cfg: ParallelConfig) -> int:
 
 
 def layout_summary(cfg: ParallelConfig, *, options: bool = False) -> str:
-    """Return the degrees that are not 1, as a user writes them; empty for one process.
+    """Return the degrees that are not 1, as a user writes them; empty if all are 1.
 
     Args:
-        options: also those of ZeRO stage, pipeline schedule and context parallelism that are not the defaults.
+        options: include ZeRO stage, pipeline schedule and context parallelism where they are not the defaults.
     """
     plain = ParallelConfig()
     names = (*AXES, "ep", *(("zero_stage", "pp_schedule", "cp_kind") if options else ()))
@@ -36,7 +36,7 @@ def layout_summary(cfg: ParallelConfig, *, options: bool = False) -> str:
 
 
 def require_processes(cfg: ParallelConfig, started: int) -> None:
-    """Refuse another number of processes than the layout has ranks.
+    """Refuse a number of processes other than the layout's number of ranks.
 
     Raises:
         UserError: `started` differs from the layout's number of ranks.
@@ -45,18 +45,18 @@ def require_processes(cfg: ParallelConfig, started: int) -> None:
     if started != needed:
         layout = layout_summary(cfg) or "every degree 1"
         raise UserError(
-            f"{started} process{'es' * (started > 1)} started, but the layout ({layout}) has {needed}. Start {needed}, "
-            "change a degree, or let parallel.dp_shard=-1 fill what the other degrees leave."
+            f"{started} process{'es' * (started > 1)} started, but the layout ({layout}) needs {needed}. "
+            f"Start {needed}, change a degree, or set parallel.dp_shard=-1 to use all that the other degrees leave."
         )
 
 
 def data_ranks(cfg: ParallelConfig) -> int:
-    """Return the number of groups of ranks that read different rows of a batch."""
+    """Return the number of data-parallel ranks, which read different rows of a batch."""
     return cfg.dp_replicate * cfg.dp_shard
 
 
 def fill(cfg: ParallelConfig, processes: int) -> ParallelConfig:
-    """Replace `dp_shard` = -1 by what the other axes leave of `processes` (1 if they do not divide it)."""
+    """Replace `dp_shard` = -1 by `processes` divided by the other degrees (1 if they do not divide it)."""
     if cfg.dp_shard != -1:
         return cfg
     others = world_size(dataclasses.replace(cfg, dp_shard=1))
@@ -71,20 +71,18 @@ def stage_rank(stage: int, cfg: ParallelConfig) -> int:
 
 
 def problems(cfg: ParallelConfig, plan: Plan, seq_len: int, rows: int, micro_batch: int) -> Iterator[Problem]:
-    """Report the rules that a layout breaks for a model on sequences of `seq_len` tokens.
+    """Yield the problems of a layout for a model on sequences of `seq_len` tokens.
 
     Args:
         plan: the model's weights.
-        rows: sequences of the global batch.
-        micro_batch: sequences that a rank computes at once.
+        rows: number of sequences in the global batch.
+        micro_batch: number of sequences in a micro-batch of one rank.
     """
     yield from _divisions(cfg, plan, seq_len)
     if cfg.pp > 1:
         yield from _pipeline(cfg, len(plan.blocks), rows // max(1, data_ranks(cfg) * micro_batch))
     if cfg.pp == 1 and cfg.pp_split:
-        yield Problem(
-            "parallel.pp_split", cfg.pp_split, "only a pipeline (parallel.pp > 1) has stages to split", ((),)
-        )
+        yield Problem("parallel.pp_split", cfg.pp_split, "requires a pipeline (parallel.pp > 1)", ((),))
     if cfg.ep > 1:
         yield from _experts(cfg, plan)
 
@@ -107,7 +105,7 @@ def _divisions(cfg: ParallelConfig, plan: Plan, seq_len: int) -> Iterator[Proble
             yield Problem(f"parallel.{axis}", degree, f"must divide {' and '.join(broken)}", legal)
     tokens = seq_len // cfg.cp
     if tokens % cfg.tp:
-        rule = f"must divide the {tokens} tokens of a rank, which sequence parallelism shards"
+        rule = f"must divide a rank's {tokens} tokens per sequence, which sequence parallelism shards"
         yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(tokens, cfg.tp))
 
 
@@ -115,7 +113,7 @@ def _experts(cfg: ParallelConfig, plan: Plan) -> Iterator[Problem]:
     """Check the rules of expert parallelism."""
     stacks = [w for w in plan.weights.values() if w.role & Role.EXPERT]
     if not stacks:
-        yield Problem("parallel.ep", cfg.ep, "the model has no experts to shard", (1,))
+        yield Problem("parallel.ep", cfg.ep, "requires a model with experts (model.experts)", (1,))
         return
     ranks = cfg.dp_shard * cfg.cp * cfg.tp
     parts = {"parallel.dp_shard · cp · tp": ranks, "model.experts.n_experts": stacks[0].shape[0]}
@@ -133,46 +131,46 @@ def _experts(cfg: ParallelConfig, plan: Plan) -> Iterator[Problem]:
 def _pipeline(cfg: ParallelConfig, n_layers: int, micro_batches: int) -> Iterator[Problem]:
     """Check the rules of pipeline parallelism."""
     if cfg.stages > n_layers:
-        rule = f"{cfg.stages} stages need at least as many layers, and the model has {n_layers}"
+        rule = f"{cfg.stages} pipeline stages need at least {cfg.stages} layers, but the model has {n_layers}"
         yield Problem("parallel.pp", cfg.pp, rule, (max(1, n_layers * cfg.pp // cfg.stages),))
     if cfg.pp_split:
         firsts = (0, *cfg.pp_split, n_layers)
         if len(firsts) != cfg.stages + 1 or any(a >= b for a, b in pairwise(firsts)):
-            rule = f"must be {cfg.stages - 1} increasing numbers between 0 and model.n_layers ({n_layers})"
+            rule = (
+                f"must be {cfg.stages - 1} increasing layer indices between 0 and model.n_layers ({n_layers})"
+            )
             yield Problem("parallel.pp_split", cfg.pp_split, rule)
     if cfg.pp_schedule in SPLIT_BACKWARD and cfg.zero_stage == 3:
-        rule = (
-            f"{cfg.pp_schedule} runs the weight-gradient pass later, when ZeRO stage 3 has freed the weights"
-        )
+        rule = f"{cfg.pp_schedule} delays the weight-gradient pass until ZeRO stage 3 has freed the weights"
         yield Problem("parallel.zero_stage", cfg.zero_stage, rule, (1, 2))
     if cfg.pp_schedule in SPLIT_BACKWARD and cfg.tp > 1:
         rule = f"{cfg.pp_schedule} runs the weight-gradient pass separately, which is incompatible with tp collectives"
         yield Problem("parallel.tp", cfg.tp, rule, (1,))
     needed = 2 * cfg.pp if cfg.pp_schedule == "dualpipe_v" else cfg.pp
     if cfg.pp_schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
-        rule = f"{cfg.pp_schedule} needs a multiple of pp and at least {needed} micro-batches, not {micro_batches}"
+        rule = f"{cfg.pp_schedule} needs at least {needed} micro-batches and a multiple of pp, not {micro_batches}"
         yield Problem("parallel.pp_schedule", cfg.pp_schedule, rule, ("1f1b", "gpipe"))
 
 
 def float8_problems(cfg: ParallelConfig, plan: Plan, seq_len: int, scaling: str) -> Iterator[Problem]:
-    """Report the rules that linear layers in fp8 break: no scale may depend on how the work is sharded."""
+    """Yield the problems of linear layers in fp8: scales must not depend on how the work is sharded."""
     if scaling == "tensor":
-        rule = "splits tokens or weights that share a scale under train.fp8_scaling=tensor; block and row allow it"
+        rule = "must be 1: it splits tokens or weights that share a scale in train.fp8_scaling=tensor; use row or block"
         for axis in ("dp_replicate", "dp_shard", "cp", "tp"):
             if getattr(cfg, axis) > 1:
                 yield Problem(f"parallel.{axis}", getattr(cfg, axis), rule, (1,))
     if scaling == "row" and cfg.tp > 1:
-        rule = "splits rows that share a scale under train.fp8_scaling=row; block allows it"
+        rule = "must be 1: it splits rows that share a scale in train.fp8_scaling=row; use block"
         yield Problem("parallel.tp", cfg.tp, rule, (1,))
     if scaling == "block":
         yield from _blocks(cfg, plan, seq_len)
 
 
 def _blocks(cfg: ParallelConfig, plan: Plan, seq_len: int) -> Iterator[Problem]:
-    """Check that groups of tokens and of channels lie whole on a rank."""
+    """Check that no group of tokens or channels is split between ranks."""
     unit = FLOAT8_GROUP * (2 * cfg.cp if cfg.cp > 1 else 1)
     if seq_len % unit:
-        rule = f"must be a multiple of {unit}: train.fp8_scaling=block groups {FLOAT8_GROUP} tokens of one sequence"
+        rule = f"must be a multiple of {unit}: train.fp8_scaling=block groups {FLOAT8_GROUP} tokens of a sequence"
         below = seq_len // unit * unit
         yield Problem("seq_len", seq_len, rule, (below, below + unit)[below == 0 :])
     if cfg.tp == 1:
@@ -186,8 +184,8 @@ def _blocks(cfg: ParallelConfig, plan: Plan, seq_len: int) -> Iterator[Problem]:
     broken = [f"{name} ({width})" for name, width in widths.items() if width % (FLOAT8_GROUP * cfg.tp)]
     if broken:
         rule = (
-            f"must leave whole groups of {FLOAT8_GROUP} channels (train.fp8_scaling=block) in the shards of "
+            f"must leave full groups of {FLOAT8_GROUP} channels (train.fp8_scaling=block) in the shards of "
             + " and ".join(broken)
         )
-        whole = math.gcd(*widths.values()) // FLOAT8_GROUP
-        yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(max(1, whole), cfg.tp))
+        groups = math.gcd(*widths.values()) // FLOAT8_GROUP
+        yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(max(1, groups), cfg.tp))

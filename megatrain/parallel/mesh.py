@@ -1,4 +1,4 @@
-"""The one DeviceMesh of a run and the groups that are made from it."""
+"""The DeviceMesh of a run and the process groups derived from it."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,20 @@ from megatrain.parallel.layout import AXES
 
 @dataclass(frozen=True)
 class Mesh:
-    """The mesh of all ranks, and the submeshes that techniques work over. An axis of degree 1 has one rank."""
+    """The mesh of all ranks, and the submeshes that techniques use. An axis of degree 1 has one rank."""
 
     cfg: ParallelConfig
     whole: DeviceMesh
     data: DeviceMesh
-    """`(pp, replicate, shard, tp)`: FSDP sums gradients over replicate and shard, and shards over the second, which
-    takes in cp."""
+    """`(pp, replicate, shard, tp)`: FSDP reduces gradients over replicate and shard, and shards over the latter, which
+    includes cp."""
     experts: DeviceMesh | None
     """`(pp, replicate, shard, ep)` with expert parallelism: the same for experts' parameters. Ranks that differ in
-    dp_shard, cp or tp hold other experts (the nearest, on `ep`) or share the same ones."""
+    dp_shard, cp or tp hold different experts (adjacent ranks, on `ep`) or replicas of the same ones."""
 
     @property
     def tp(self) -> DeviceMesh:
-        """The tp axis, of the mesh that FSDP uses: it composes with parameters sharded over the same root only."""
+        """The tp axis, of the mesh that FSDP uses, since FSDP requires parameters sharded over the same root mesh."""
         return self.data["tp"]
 
     @property
@@ -56,7 +56,7 @@ class Mesh:
 def make_mesh(cfg: ParallelConfig, device: torch.device) -> Mesh:
     """Make the mesh of `cfg`, whose ep divides dp_shard · cp · tp, over the ranks of the default process group.
 
-    ZeRO stage 0 shards nothing, so all ranks that read different data are replicas.
+    ZeRO stage 0 shards nothing, so all data-parallel ranks are replicas.
     """
     sizes = tuple(getattr(cfg, axis) for axis in AXES)
     whole = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)

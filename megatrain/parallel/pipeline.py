@@ -1,7 +1,7 @@
-"""Pipeline parallelism: stages of a model, and their schedules by `torch.distributed.pipelining`.
+"""Pipeline parallelism: stages of a model, run by the schedules of `torch.distributed.pipelining`.
 
-A stage is the same model class without the other stages' parts, so parameters keep their names. With tied embeddings
-the last stage has a copy of the embedding; the two gradients are summed, and so the copies stay equal.
+A stage is the same model class without the other stages' layers, so parameters keep their names. With tied embeddings
+the last stage has a copy of the embedding; the two gradients are summed, so that the copies stay equal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ def layer_costs(plan: Plan) -> list[float]:
 
 
 def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig) -> range:
-    """Return the layers of `stage`: those that `pp_split` names, or stages of about equal cost."""
+    """Return the layers of `stage`: as given by `pp_split`, or chosen for about equal cost."""
     firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(plan), cfg.stages)
     return range(firsts[stage], [*firsts, len(plan.blocks)][stage + 1])
 
@@ -78,7 +78,7 @@ def own_stages(rank: int, cfg: ParallelConfig) -> list[int]:
 
 @dataclass
 class Pipeline:
-    """This rank's stages, and how a step goes through them."""
+    """This rank's pipeline stages and the schedule that runs them."""
 
     cfg: ParallelConfig
     plan: Plan
@@ -115,7 +115,7 @@ class Pipeline:
     def forward(self, tensors: Tensors) -> Tensor:
         """Return the summed loss of one micro-batch on the rank of the last stage, 0 on the others.
 
-        A rank is free for the next one as soon as it has sent its outputs on. (The schedules' own `eval` runs
+        A rank can start the next one as soon as it has sent its outputs. (The schedules' own `eval` runs
         backward actions in V-shaped ones, which fail: torch 2.13, `get_local_bwd_output`.)
         """
         assert tensors["tokens"] is not None
@@ -199,7 +199,7 @@ class Pipeline:
         if not copies:
             return
         grads = [local_tensor(copy.grad) for copy in copies if copy.grad is not None]
-        if len(grads) == 2:  # a V-shaped schedule: both are here, and the second only follows the first
+        if len(grads) == 2:  # a V-shaped schedule: both copies are on this rank
             grads[0].add_(grads[1])
             copies[1].grad = None
             return
@@ -215,7 +215,7 @@ class Pipeline:
         grads[0].add_(theirs)
 
     def tied_embeddings(self) -> list[nn.Parameter]:
-        """Return this rank's copies of the embedding that the first and the last stage share, if it is tied."""
+        """Return this rank's copies of the embedding that the first and the last stage share, if tied."""
         tied = self.plan.tied_embedding
         if tied is None:
             return []

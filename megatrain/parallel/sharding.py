@@ -1,4 +1,4 @@
-"""Tensor-parallel placements: from a parameter's role in the model's plan to how it is sharded over the tp axis."""
+"""Tensor-parallel placements: how a parameter is sharded over the tp axis, from its role in the model's plan."""
 
 import torch
 from torch import nn
@@ -22,9 +22,9 @@ def tensor_placement(role: Role, ndim: int) -> Placement:
 
 
 def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Replace the parameter `name` of `module` by a DTensor over the one-dimensional `mesh`, without values.
+    """Replace the parameter `name` of `module` by an uninitialized DTensor over the one-dimensional `mesh`.
 
-    Each rank keeps an equal part, or all of it where `placement` replicates.
+    Each rank keeps an equal shard, or all of it if `placement` replicates.
     """
     parameter = module.get_parameter(name)
     local: torch.Tensor = parameter.data
@@ -39,8 +39,8 @@ def shard_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: P
 def local_view(name: str, parameter: nn.Parameter) -> torch.Tensor:
     """Return the rank's shard of a DTensor; its gradient is the shard of a DTensor placed alike.
 
-    At the seam `parameter_view` of layers. The gradient of a replicated parameter is a rank's own share only, of its
-    tokens or heads: `ParallelModel.sum_replicated_gradients` adds the shares up, once a step.
+    Used at the seam `parameter_view` of layers. The gradient of a replicated parameter is partial, from the rank's own
+    tokens or heads: `ParallelModel.sum_replicated_gradients` sums the partial gradients once per step.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -48,7 +48,7 @@ def local_view(name: str, parameter: nn.Parameter) -> torch.Tensor:
 
 
 def local_view_without_bias(name: str, parameter: nn.Parameter) -> torch.Tensor:
-    """Do as `local_view`, but return zero for a bias: of a row-parallel product, on all ranks but the first.
+    """Do as `local_view`, but return zero for a bias; used for row-parallel products on all ranks but the first.
 
     The ranks' partial outputs are summed, so one rank alone may add the bias.
     """

@@ -1,4 +1,4 @@
-"""A rank's shard of a tensor, the full tensor from all ranks' shards, and back to the shard.
+"""Conversion between a rank's shard of a tensor and the full tensor.
 
 Plain tensors are full already. DTensors may be sharded evenly or not, over one axis of the mesh or several.
 """
@@ -11,11 +11,11 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megatrain.nn.init import Shard, whole
+from megatrain.nn.init import Shard, unsharded
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what this rank holds (no copy)."""
+    """Return the local shard of a DTensor, or the tensor itself (no copy)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -27,7 +27,7 @@ def sharding_of(tensor: Tensor) -> Hashable:
 def shard_of(tensor: Tensor) -> Shard:
     """Return the local shard with its place in the full tensor."""
     if not isinstance(tensor, DTensor):
-        return whole(tensor)
+        return unsharded(tensor)
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Shard(tensor.to_local().detach(), tensor.shape, offsets)
 
@@ -36,7 +36,7 @@ def shard_of(tensor: Tensor) -> Shard:
 def full_tensor(tensor: Tensor, *, first: int = 0) -> Tensor:
     """Return `tensor` in full, bit for bit, on every rank that holds a shard of it; all of them must call this.
 
-    Dimensions before `first` stay sharded: of stacked matrices a rank gets those in full that it has a part of.
+    Dimensions before `first` stay sharded: of stacked matrices, a rank gets in full those that it holds a shard of.
 
     Each rank puts its shard among zeros, and these are summed over the axes that shard. Not DTensor.full_tensor: torch
     2.13's failed on a dimension of 64 that FSDP sharded into 4 and tensor parallelism into 2.

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: products and, between them, the sequence are sharded over the tp axis.
+"""Tensor and sequence parallelism: weight matrices, and the sequence between them, are sharded over the tp axis.
 
 Every parameter becomes a DTensor over that axis, placed by its role, and layers compute with the local shards. A block
 gathers its tokens, computes with its columns, then with its rows, and the sum of all ranks' results is scattered over
@@ -32,7 +32,7 @@ SEQ = 1  # dimension of activations `(batch, seq, hidden)`
 def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig) -> None:
     """Shard `model` (on the meta device) in place over the tp axis.
 
-    Parameters that are DTensors already, which are experts sharded by expert parallelism, stay as they are.
+    Parameters that are DTensors already (experts sharded by expert parallelism) are unchanged.
     """
     group = mesh.tp.get_group()
     for name, parameter in list(model.named_parameters()):
@@ -78,7 +78,7 @@ def _scatter_sequence(group: Group, module: nn.Module, args: tuple[Any, ...], ou
 
 
 def _vocabulary_parallel_lookup(group: Group, index: Tensor, weight: Tensor) -> Tensor:
-    """Look up the tokens in this rank's rows of the table; the others' are zero in its share of the sum.
+    """Look up the tokens in this rank's rows of the embedding; rows of other ranks contribute zero to its partial sum.
 
     index `(batch, seq)`, weight `(vocab / tp, hidden)`; returns `(batch, seq / tp, hidden)`.
     """
@@ -90,12 +90,12 @@ def _vocabulary_parallel_lookup(group: Group, index: Tensor, weight: Tensor) -> 
 
 
 def _sequence_parallel_lookup(group: Group, index: Tensor, weight: Tensor) -> Tensor:
-    """Look up this rank's shard of the positions `(..., seq)` in the whole table."""
+    """Look up this rank's shard of the positions `(..., seq)` in the full embedding."""
     return lookup(own_part(index, index.ndim - 1, group), weight)
 
 
 class VocabularyParallelLossHead(nn.Module):
-    """As `nn.loss.LossHead` with the vocabulary sharded; logits are gathered only where they are asked for."""
+    """An `nn.loss.LossHead` with a sharded vocabulary; logits are gathered only if requested."""
 
     def __init__(self, softcap: float | None, group: Group) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Values that a config leaves to the run (`auto`), resolved once before the first step."""
+"""Resolution of `auto` values, once before the first step."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
 
     Args:
         memory: bytes of a rank's device.
-        before: the config of the run that goes on. Its micro-batch is kept where the layout and the memory allow it,
-            so that the run computes the same bits, and always where scales in fp8 depend on it.
+        before: the config of the run that is resumed. Its micro-batch size is kept if the layout and the memory allow
+            it, so that results are bit-identical, and always if fp8 scales depend on it.
     """
     tokenizer = cfg.data.tokenizer
     if tokenizer.vocab_size == "auto":

@@ -21,12 +21,12 @@ from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, with
 from megatrain.train.config import Config
 from megatrain.train.step import train_step
 
-WARM_UP = 3  # steps that are not counted: allocators and libraries set themselves up
+WARM_UP = 3  # steps that are not measured: allocators and libraries initialize
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the counted steps; seconds of one step by class of operation."""
+    """Medians over the measured steps, and seconds of one step by class of operation."""
 
     device: str
     precision: str
@@ -35,9 +35,9 @@ class BenchResult:
     steps: int
     step_time_s: float
     spread_s: tuple[float, float]
-    """Fastest and slowest counted step."""
+    """Duration of the fastest and the slowest measured step, in seconds."""
     rates: dict[str, float]
-    """tokens/s, TFLOP/s and MFU under the names of metrics.jsonl."""
+    """Tokens/s, TFLOP/s and MFU by their names in metrics.jsonl."""
     peak_source: str | None
     """Source of the peak FLOP/s behind MFU: "published", "measured", or None if unknown."""
     peak_memory_gib: float
@@ -51,7 +51,7 @@ def bench(
     """Time `steps` training steps of `cfg` on its own data; memory and operations are those of the first process.
 
     Raises:
-        UserError: the data is wrong, or too short.
+        UserError: the data is invalid or too short.
     """
     cfg = with_layout(cfg, processes.size)
     device = pick_device(processes.local_rank)

@@ -1,4 +1,4 @@
-"""From a config to what a run works with: layout, state, loader, validation batches."""
+"""Construction of a run's parts from its config: layout, state, loader, validation batches."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from megatrain.train.state import TrainState
 COMPUTE_DTYPE = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
-    "fp8": torch.bfloat16,  # of everything but the products of linear layers
+    "fp8": torch.bfloat16,  # dtype of everything but the products of linear layers
     "fp64": torch.float64,
 }
 
@@ -45,9 +45,9 @@ def with_layout(cfg: Config, processes: int) -> Config:
 
 
 def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:
-    """Make the model with its initial weights on `device`, and an optimizer that has done nothing yet.
+    """Make the model with its initial weights on `device`, and a new optimizer.
 
-    Weights are float32 (float64 under `train.precision=fp64`). Each rank of `mesh` makes only its own, in place.
+    Weights are float32 (float64 under `train.precision=fp64`). Each rank of `mesh` initializes only its shards.
 
     Raises:
         UserError: the device cannot compute in `train.precision`.
@@ -70,7 +70,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         model.to_empty(device=device)
         init_weights(model, plan, seed=cfg.train.seed, shard_of=shard_of)
         use_experts_backend(model, cfg.moe.backend)
-    # Under a mesh FSDP makes the copies in the compute type.
+    # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles)
     decay = cfg.train.ema_decay

@@ -1,4 +1,4 @@
-"""The root of a run's config: everything that defines the run, and the rules that join its parts."""
+"""Root config: everything that defines a run, and the rules that span several parts of it."""
 
 import dataclasses
 import math
@@ -28,49 +28,55 @@ SCHEMA_VERSION = 3
 @config
 class RunConfig:
     name: str = "default"
-    """The run directory is `dir`/`name`; the same name again resumes the run."""
+    """Name of the run; its directory is `dir`/`name`. Starting with the same name resumes the run."""
     dir: str = "runs"
+    """Parent of the run directories."""
 
     def problems(self) -> Iterator[Problem]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,/-]*", self.name) or ".." in self.name:
             yield Problem(
-                "name", self.name, "must be letters, digits and . _ - = , / and start with a letter or digit"
+                "name",
+                self.name,
+                "must consist of letters, digits and . _ - = , / and start with a letter or digit",
             )
 
 
 @config
 class TrainConfig:
     steps: int = 1000
-    """Optimizer steps of the whole run; schedules end here."""
+    """Number of optimizer steps of the run; the learning-rate schedule ends here."""
     stop_at: int | None = None
-    """Stop (saved, resumable) after this step, without changing the schedule; null: at `steps`."""
+    """Save and stop after this step without changing the learning-rate schedule; the run can be resumed.
+    null: stop at `steps`."""
     seed: int = 0
-    """Seed of initial weights and sample order."""
+    """Seed of the initial weights and the sample order."""
     resume: Literal["never", "auto", "must"] = "auto"
-    """never: start anew, refuse a directory that has checkpoints; auto: go on if there is one; must: refuse to
-    start anew."""
+    """never: start a new run, and fail if the directory has checkpoints; auto: resume from the latest checkpoint if
+    there is one; must: resume, and fail if there is no checkpoint."""
     allow_changes: tuple[str, ...] = ()
-    """Config keys that may differ from the run's first config although they change the run; `*`: any."""
+    """Config keys that may differ on resuming although they change the result of the run; `*`: any."""
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp64"] = "auto"
-    """Type of the computation. Weights, gradients and optimizer are float32 under bf16 and fp8. fp8: as bf16, with the
-    blocks' linear layers (not routers and experts) in 8 bits, on GPUs that have it; a CPU computes the same numbers,
-    slowly. MFU is of bf16's peak. auto: bf16 where a quick measurement finds it faster on this device, else fp32."""
+    """Compute dtype. Under bf16 and fp8, master weights, gradients and optimizer state stay in float32. fp8: like bf16,
+    with the linear layers of the blocks (but not routers and experts) in 8 bits, on GPUs that support it; a CPU
+    computes the same numbers, slowly; MFU is relative to the bf16 peak. auto: bf16 if a quick benchmark finds it faster
+    on this device, else fp32."""
     fp8_scaling: Literal["tensor", "row", "block"] = "row"
-    """What shares a scale in fp8. tensor: all numbers of an operand; the run then depends on micro_batch_size, and only
-    pipelines can cut it. row: a token, or a weight's row; weights' gradients are computed in bf16. block: 128 numbers
-    of a token or channel, 128 by 128 of a weight (DeepSeek-V3, arXiv 2412.19437, section 3.3)."""
+    """Granularity of fp8 scales. tensor: one per operand; results then depend on micro_batch_size, and only pipeline
+    parallelism can split a batch. row: one per token or weight row; weight gradients are computed in bf16. block: one
+    per 128 elements of a token or channel and per 128 x 128 block of a weight (DeepSeek-V3, arXiv 2412.19437,
+    section 3.3)."""
     z_loss: float = 0.0
-    """Factor on the squared log-partition of the logits (PaLM, arXiv 2204.02311)."""
+    """Coefficient of the z-loss, the squared log-partition of the logits (PaLM, arXiv 2204.02311); 0: none."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the weights with this decay; null: none."""
+    """Decay per step of an exponential moving average of the weights; null: no average."""
     eval_every: int = 100
-    """Steps between validations; 0: only at the end."""
+    """Steps between validations; 0: only at the end of the run."""
     eval_tokens: int = 65536
-    """Tokens of each validation, always the same ones."""
+    """Number of tokens in each validation; they are the same every time."""
     early_stop_patience: int = 0
-    """Stop after this many validations in a row without a new best; 0: never."""
+    """Stop after this many consecutive validations without a new best loss; 0: never."""
     sample_tokens: int = 200
-    """Tokens of text generated at the end of the run; 0: none."""
+    """Tokens of the text sample generated at the end of the run; 0: no sample."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "steps", "stop_at", "eval_tokens")
@@ -80,7 +86,7 @@ class TrainConfig:
 
 @config
 class Config:
-    """One run. The same config and seed give the same run in every layout."""
+    """Config of one run. The same config and seed give the same run in every parallel layout."""
 
     RENAMED: ClassVar[Mapping[str, str | None]] = {
         "parallel.recompute": "parallel.activation_checkpointing",
@@ -96,6 +102,7 @@ class Config:
     """Present key -> values of an earlier version -> their present form."""
 
     schema_version: int = SCHEMA_VERSION
+    """Version of the config format; older configs are upgraded when they are read."""
     run: RunConfig = RunConfig()
     model: ModelConfig = Qwen3Config(vocab_size=4096)
     data: DataConfig = DataConfig()
@@ -107,12 +114,12 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
     seq_len: int = 256
-    """Tokens of a training sequence."""
+    """Length of a training sequence in tokens."""
     global_batch_size: int = 16
-    """Sequences of one optimizer step, over all devices."""
+    """Sequences per optimizer step, over all devices."""
     micro_batch_size: int | Literal["auto"] = "auto"
-    """Sequences computed at once on one device; the rest of the global batch is accumulated. auto: as many as fit in
-    the device's memory by an estimate, with enough micro-batches for a pipeline."""
+    """Sequences per forward and backward pass on one device; gradients are accumulated over the global batch. auto: as
+    many as are estimated to fit in device memory, with enough micro-batches for a pipeline."""
 
     @property
     def resolved_micro_batch_size(self) -> int:
@@ -126,7 +133,10 @@ class Config:
         yield from broken
         if self.schema_version != SCHEMA_VERSION:
             yield Problem(
-                "schema_version", self.schema_version, "written by another version", (SCHEMA_VERSION,)
+                "schema_version",
+                self.schema_version,
+                "was written by another version of the config format",
+                (SCHEMA_VERSION,),
             )
         if not broken:
             yield from self._layout_problems()
@@ -141,17 +151,17 @@ class Config:
             yield Problem("model.vocab_size", self.model.vocab_size, rule, (self._trained_vocab_size(),))
 
     def new_run_problems(self) -> Iterator[Problem]:
-        """Yield the rules that hold for new runs only; earlier versions have started others."""
+        """Yield the problems that are checked for new runs only; runs of earlier versions may have them."""
         size = self._trained_vocab_size()
         if 0 < size < self.model.vocab_size:
             rule = (
-                f"differs from model.vocab_size ({self.model.vocab_size}), so rows of the embedding would never be "
+                f"differs from model.vocab_size ({self.model.vocab_size}), so some embedding rows would never be "
                 "trained; set model.vocab_size, which the tokenizer follows (auto)"
             )
             yield Problem("data.tokenizer.vocab_size", size, rule, ("auto",))
 
     def _trained_vocab_size(self) -> int:
-        """Return the size asked of a tokenizer that is trained on the data; 0: none is, or as the model's."""
+        """Return the vocabulary size of a tokenizer trained on the data; 0 if none is trained or the model decides."""
         size = self.data.tokenizer.vocab_size
         is_trained = self.data.kind == "text" and self.data.tokenizer.kind == "bpe"
         return size if is_trained and size != "auto" else 0
@@ -160,7 +170,7 @@ class Config:
         parallel = self.parallel
         if any(True for _ in parallel.problems()):
             parallel = ParallelConfig()
-        if parallel.dp_shard == -1:  # not known before the processes are, but a multiple of what ep needs
+        if parallel.dp_shard == -1:  # unknown until the processes are, but at least what ep needs
             least = parallel.ep // math.gcd(parallel.ep, parallel.cp * parallel.tp)
             parallel = dataclasses.replace(parallel, dp_shard=least)
         readers = data_ranks(parallel)
@@ -177,7 +187,9 @@ class Config:
             micro_batch = micro_batch_choices(parallel, rows)[0]
         if rows % micro_batch:
             share = (
-                "global_batch_size" if readers == 1 else f"a rank's share of global_batch_size / {readers}"
+                "global_batch_size"
+                if readers == 1
+                else f"a rank's share of the batch, global_batch_size / {readers}"
             )
             legal = nearest_divisors(rows, micro_batch)
             yield Problem("micro_batch_size", micro_batch, f"must divide {share} ({rows})", legal)

@@ -1,4 +1,4 @@
-"""A run's model as a Hugging Face directory, tensor by tensor: the whole model is never in memory."""
+"""Export of a run's model as a Hugging Face directory, tensor by tensor: the full model is never in memory."""
 
 import json
 import os
@@ -24,9 +24,9 @@ from megatrain.train.files import read_config
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MODEL = "model."
-"""What checkpoints put before a parameter's name."""
+"""Prefix of parameter names in checkpoints."""
 AVERAGE = "ema."
-"""What they put before the name of its moving average."""
+"""Prefix of the names of their moving averages."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def export(
     shard_bytes: int,
     progress: Callable[[str, float], None],
 ) -> Exported:
-    """Write the newest checkpoint's model into the new directory `target`, which appears whole.
+    """Write the newest checkpoint's model into the new directory `target`, which appears atomically.
 
     Args:
         dtype: a key of `DTYPES`. average: export the moving average of the weights instead of the weights.
-        shard_bytes: size of a file, at most (but for a tensor that is larger alone).
+        shard_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
-        UserError: there is no such run or checkpoint, the model has options that the Hugging Face form has not, or
+        UserError: there is no such run or checkpoint, the model has options that the Hugging Face format lacks, or
             `target` exists.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -86,7 +86,7 @@ def export(
 
 
 def _pieces(mapping: WeightMap, reader: CheckedReader, prefix: str) -> Iterator[dict[str, Tensor]]:
-    """Yield what each rule of `mapping` makes, one after the other, under Hugging Face's names."""
+    """Yield the tensors of each rule of `mapping` in turn, under Hugging Face's names."""
     parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
     parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
     specs = reader.tensor_specs()
@@ -111,7 +111,7 @@ def _counting(
 def _write_shards(
     directory: Path, pieces: Iterator[dict[str, Tensor]], dtype: torch.dtype, shard_bytes: int
 ) -> tuple[int, int]:
-    """Write files of about `shard_bytes`, and an index of several; returns the numbers of files and parameters."""
+    """Write files of about `shard_bytes`, and an index of several; return the numbers of files and parameters."""
     shard: dict[str, Tensor] = {}
     places: dict[str, int] = {}
     files, size, parameters, total = 0, 0, 0, 0
@@ -139,7 +139,7 @@ def _write_shards(
 
 
 def _unnamed(number: int) -> str:
-    """Return a file's name until the number of files, which is a part of the final one, is known."""
+    """Return the temporary name of a file; the final name contains the number of files."""
     return f"part-{number}"
 
 
@@ -148,7 +148,7 @@ def _save(directory: Path, number: int, shard: dict[str, Tensor]) -> None:
 
 
 def _write_tokenizer(source: Path, target: Path) -> dict[str, Any]:
-    """Write the tokenizer if Hugging Face has a form for it; returns what config.json says of it."""
+    """Write the tokenizer if Hugging Face has a format for it; return its entries in config.json."""
     tokenizer = load_tokenizer(source)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save_pretrained(target)

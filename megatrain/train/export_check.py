@@ -1,4 +1,4 @@
-"""Do transformers compute what we do with an exported model?"""
+"""Comparison of an exported model with transformers."""
 
 from pathlib import Path
 

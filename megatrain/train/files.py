@@ -1,4 +1,4 @@
-"""The run directory's config: what the run was started with, as its ranks and a resume read it."""
+"""The config in the run directory, written when the run starts and read when it resumes."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatrain.train.config import Config
 
 CONFIG_FILE = "config.yaml"
 IMPORT_FILE = "import.json"
-"""Where an imported run says what it was made from. Its model is the one in `config.yaml`, whatever is composed."""
+"""File in which an imported run records its source. Its model is the one in its `config.yaml`."""
 
 
 def run_directory(cfg: Config) -> Path:
@@ -22,7 +22,7 @@ def read_config(directory: Path) -> Config:
     """Return the config that the run in `directory` was last started with.
 
     Raises:
-        UserError: there is none, or it can't be read by this version.
+        UserError: there is none, or this version can't read it.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -34,7 +34,7 @@ def read_config(directory: Path) -> Config:
 
 
 def write_config(directory: Path, cfg: Config) -> None:
-    """Write the config so that a reader sees the old one or the new one, whole."""
+    """Write the config atomically: a reader sees the old one or the new one."""
     partial = directory / f".{CONFIG_FILE}.tmp"
     partial.write_text(to_yaml(cfg))
     os.replace(partial, directory / CONFIG_FILE)

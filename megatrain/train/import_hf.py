@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a run at step 0, tensor by tensor: the whole model is never in memory."""
+"""Import of a Hugging Face directory as a run at step 0, tensor by tensor: the full model is never in memory."""
 
 import json
 import math
@@ -32,7 +32,7 @@ from megatrain.train.state import TrainState
 
 INDEX = "model.safetensors.index.json"
 SEQ_LEN = 4096
-"""Tokens of a sequence in the imported run's config, where the model takes as many."""
+"""Sequence length in tokens in the imported run's config, or the model's maximum if that is smaller."""
 NOTHING = r"(?!)"
 
 
@@ -44,12 +44,12 @@ class Imported:
 
 
 def import_hf(source: Path, run: RunConfig, *, progress: Callable[[str, float], None]) -> Imported:
-    """Write the model and tokenizer of `source` as a new run, which appears whole: its checkpoint is that of step 0.
+    """Write the model and tokenizer of `source` as a new run, which appears atomically, with a checkpoint of step 0.
 
-    Weights are stored in float32. A temporary copy of them is kept on the disk meanwhile, beside the checkpoint.
+    Weights are stored in float32. A temporary copy of them is kept on disk meanwhile, beside the checkpoint.
 
     Raises:
-        UserError: `source` is no such directory, it holds something that our models do not have, or the run exists.
+        UserError: `source` is not such a directory, its model is not supported, or the run exists.
     """
     directory = Path(run.dir) / run.name
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -92,12 +92,12 @@ def import_hf(source: Path, run: RunConfig, *, progress: Callable[[str, float], 
 
 
 def is_untrained_import(directory: Path, checkpointer: Checkpointer) -> bool:
-    """Return whether the run in `directory` was imported and has no checkpoint of its own training yet."""
+    """Return whether the run in `directory` was imported and has not been trained since."""
     return (directory / IMPORT_FILE).is_file() and checkpointer.steps() == [0]
 
 
 def take_up_weights(checkpointer: Checkpointer, state: TrainState) -> tuple[str, ...]:
-    """Start `state` from an imported run's weights alone; return the warnings of loading.
+    """Load only the weights of an imported run into `state`; return the warnings of loading.
 
     Raises:
         DamagedCheckpointError: the checkpoint is damaged.
@@ -131,7 +131,7 @@ def _read_tokenizer(source: Path, model: ModelConfig) -> HuggingFaceTokenizer:
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, and the model's embedding only "
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only "
             f"{model.vocab_size} rows"
         )
     return tokenizer
@@ -167,7 +167,7 @@ def _read_tensors(
     """Return the model's tensors by their keys in a checkpoint, each mapped to a file in `scratch`.
 
     Raises:
-        UserError: a tensor is unknown, missing, of another shape, or differs from the one it should repeat.
+        UserError: a tensor is unknown, missing, of another shape, or differs from the one that it repeats.
     """
     spec = get_spec(model.kind)
     mapping = spec.weights(model)
@@ -221,6 +221,6 @@ def _parts(mapping: WeightMap) -> Iterator[WeightMap]:
 
 
 def _on_disk(path: Path, like: Tensor) -> Tensor:
-    """Make a tensor whose memory is a new file, which the system writes out when memory is short."""
+    """Create a tensor backed by a new memory-mapped file, so that it can exceed the available memory."""
     flat = torch.from_file(str(path), shared=True, size=math.prod(like.shape), dtype=like.dtype)
     return flat.view(like.shape)

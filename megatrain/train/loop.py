@@ -23,16 +23,16 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """What has to happen after a step."""
+    """Actions due after a step."""
 
     evaluate: bool = False
     save: bool = False
     stop: str = ""
-    """Why the run stops: signal, done or stop_at; empty: it goes on."""
+    """Reason to stop: signal, done or stop_at; empty if the run continues."""
 
 
 def requests_after(step: int, cfg: Config, *, stop_wanted: bool) -> Requests:
-    """Return what has to happen after step number `step` (the first is 1).
+    """Return the actions due after step number `step` (the first is 1).
 
     `stop_wanted` says that a signal has reached any of the processes.
     """
@@ -52,7 +52,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
-    """Train from the state's step until there is a reason to stop, and return it in a word or two.
+    """Train from the state's step until there is a reason to stop; return that reason.
 
     Raises:
         DivergedError: the loss or the gradient norm is not finite; nothing of that step was saved.
@@ -66,10 +66,10 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         data_time = time.perf_counter() - ended
         lr = cfg.optim.lr * cfg.schedule.factor(state.step, cfg.train.steps)
         stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
-        loss, grad_norm, stop_wanted = stats.read()  # the step's one wait for the device
+        loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
-                f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint is from before"
+                f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint was saved before"
             )
         row: Row = {"step": state.step, "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
         row |= {"train/tokens": state.tokens, "data/sample_digest": batch.digest}
@@ -123,6 +123,6 @@ def _evaluate(run: Run, observer: Observer, train_loss: float) -> Row:
 
 
 def _patience_left(run: Run) -> bool:
-    """Tell whether early stopping, if it is on, still waits for a new best validation."""
+    """Tell whether early stopping, if enabled, still waits for a new best validation loss."""
     patience = run.cfg.train.early_stop_patience
     return not patience or run.state.watch.get("without_best", 0) < patience

@@ -1,4 +1,4 @@
-"""One run from its config to its exit code: check everything first, then write, train, save and report."""
+"""One training run: check everything first, then write, train, save and report the exit code."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ def run(cfg: Config, processes: Processes) -> int:
     All `processes` call this with the same `cfg`.
 
     Raises:
-        UserError: the config, the data or the run directory is wrong; nothing was written.
+        UserError: the config, the data or the run directory is invalid; nothing was written.
     """
     cfg = with_layout(cfg, processes.size)
     directory = run_directory(cfg)
@@ -80,7 +80,7 @@ def run(cfg: Config, processes: Processes) -> int:
 def _require_same(fingerprints: list[str]) -> None:
     if len(set(fingerprints)) > 1:
         raise UserError(
-            "The processes read different data: data.path holds other content on some machines "
+            "The processes read different data: the content of data.path differs between machines "
             f"(fingerprints {', '.join(sorted({each[:12] for each in fingerprints}))})."
         )
 
@@ -88,21 +88,21 @@ def _require_same(fingerprints: list[str]) -> None:
 def _settle(
     cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device
 ) -> tuple[Config, dict[str, Any]]:
-    """Resolve every `auto` of `cfg` and compare with the config that the run had before; returns the differences too.
+    """Resolve every `auto` of `cfg` and compare it with the saved config of the run; return the differences too.
 
-    A directory without a committed checkpoint holds nothing that could go on, so it is not compared with. One with
-    damaged checkpoints alone is refused later, by whoever loads: then the run is ours, and its status can say so.
+    A directory without a committed checkpoint has nothing to resume, so its config is not compared. One with only
+    damaged checkpoints is refused on loading, when the directory is locked and status.json can record the failure.
     """
     frozen = read_config(directory) if checkpointer.steps() else None
     if frozen is None and cfg.train.resume == "must" and not checkpointer.has_damaged():
         raise UserError(
             f"train.resume=must, but {directory} has no checkpoint to resume from. "
-            "Check run.name and run.dir, or start anew with train.resume=auto."
+            "Check run.name and run.dir, or start a new run with train.resume=auto."
         )
     if frozen is not None and cfg.train.resume == "never":
         raise UserError(
-            f"train.resume=never, but {directory} has checkpoints. Take another run.name, remove the directory, "
-            "or go on with train.resume=auto."
+            f"train.resume=never, but {directory} has checkpoints. Choose another run.name, remove the directory, "
+            "or resume with train.resume=auto."
         )
     if cfg.train.precision == "auto":
         precision = choose_precision(device) if frozen is None else frozen.train.precision
@@ -118,9 +118,9 @@ def _settle(
 
 @contextlib.contextmanager
 def _owned(directory: Path, checkpointer: Checkpointer, state: TrainState) -> Iterator[None]:
-    """Hold the run directory: writable, with room for a checkpoint, and used by this run alone.
+    """Lock the run directory, and check that it is writable and has space for a checkpoint.
 
-    What was made to find that out is removed again when it fails.
+    Files created for these checks are removed if they fail.
     """
     processes = checkpointer.processes
     made = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -130,7 +130,7 @@ def _owned(directory: Path, checkpointer: Checkpointer, state: TrainState) -> It
             processes.from_first(lambda: _lock(directory, stack))
         except UserError:
             for path in (checkpointer.directory, *made):
-                with contextlib.suppress(OSError):  # it holds something, so it stays
+                with contextlib.suppress(OSError):  # not empty, so it stays
                     path.rmdir()
             raise
         if not processes.is_first:
@@ -145,14 +145,14 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"Another process is training in {directory}. Wait for it, stop it, or take another run.name."
+            f"Another process is training in {directory}. Wait for it, stop it, or choose another run.name."
         ) from None
     except OSError as error:
         raise UserError(f"{directory} can't be written: {error}") from None
 
 
 def _train(run: Run) -> int:
-    """Resume, train, and leave status and events behind; returns the exit code."""
+    """Resume, train, and record status and events; return the exit code."""
     cfg, log, state = run.cfg, run.log, run.state
     try:
         warnings = _resume(run)
@@ -207,13 +207,13 @@ def _resume(run: Run) -> tuple[str, ...]:
 
 
 def _write_inputs(run: Run) -> None:
-    """Write what a later resume, and whoever uses the model, needs beside the checkpoints."""
+    """Write the files beside the checkpoints that resuming and using the model require."""
     write_config(run.directory, run.cfg)
     run.data.tokenizer.save(run.directory / "tokenizer")
 
 
 def _title(run: Run) -> str:
-    """Return one line about the run."""
+    """Return a one-line summary of the run."""
     cfg = run.cfg
     size = n_params(cfg.model) / 1e6
     processes = run.processes.size

@@ -1,20 +1,20 @@
-"""How many sequences a device computes at once: what a layout allows, and what fits in memory by a simple estimate."""
+"""Choice of the micro-batch size: what a layout allows, and what fits in memory by a simple estimate."""
 
 from megatrain.models.flops import n_params
 from megatrain.nn.config import GATED, DecoderConfig
 from megatrain.parallel.config import MULTI_STAGE, ParallelConfig
 
 USABLE = 0.8
-"""Share of a device's memory that the estimate may fill; the rest is for workspaces, fragmentation and what is not
+"""Fraction of device memory that the estimate may fill; the rest is for workspaces, fragmentation and all that is not
 counted."""
 MOST_TOKENS = 65536
-"""Tokens of a micro-batch beyond which no matrix product gets faster."""
+"""Tokens per micro-batch beyond which matrix products get no faster."""
 ROUNDS = 4
-"""Micro-batches for each rank of a pipeline, where there are as many rows: a fifth of the time, at most, is bubble."""
+"""Micro-batches per pipeline rank, if there are enough rows: the bubble is then at most a fifth of the time."""
 
 
 def micro_batch_choices(parallel: ParallelConfig, rows: int) -> list[int]:
-    """Return the micro-batch sizes that divide `rows`, a rank's sequences of one step, the best first.
+    """Return the micro-batch sizes that divide `rows`, a rank's sequences per step, the best first.
 
     A pipeline wants `ROUNDS` micro-batches for each of its ranks, and some schedules refuse fewer than one or two, and
     other numbers than multiples of `pp`. Where no size satisfies the schedule the only choice is 1, which the layout's
@@ -75,7 +75,7 @@ def activation_bytes(
     layers = sum(
         _kept_values(model, layer, parallel.activation_checkpointing) for layer in range(model.n_layers)
     )
-    if parallel.activation_checkpointing == "full":  # one block at a time is computed again
+    if parallel.activation_checkpointing == "full":  # one block at a time is recomputed
         layers += max(_kept_values(model, layer, "none") for layer in range(model.n_layers))
     head = 4 * model.hidden_size
     return (layers + head) * size * seq_len / (parallel.cp * parallel.tp)

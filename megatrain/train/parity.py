@@ -21,29 +21,29 @@ from megatrain.train.step import accumulate_gradients, train_step
 
 Arrays = dict[str, np.ndarray]
 FAULTS = ("dropped_reduction", "doubled_tokens")
-"""Errors that can be planted, to see that they are found."""
+"""Faults that can be injected to check that they are detected."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run computed; arrays by canonical parameter name, whole."""
+    """Results of a run; arrays are full, by canonical parameter name."""
 
     losses: list[float]
     grad_norms: list[float]
     digests: list[str]
     initial: Arrays
     gradients: Arrays
-    """Of the first step, before clipping."""
+    """Gradients of the first step, before clipping."""
     final: Arrays
     eval_loss: float
-    """Validation after the last step."""
+    """Validation loss after the last step, in nats per token."""
 
 
 def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None) -> Trace:
     """Train `steps` steps of `cfg` on this rank of the default process group (or alone).
 
-    `fault`, one of `FAULTS`, plants an error in a run of several processes. Of the arrays each pipeline rank
-    returns its own; the other ranks of its stage return none.
+    `fault`, one of `FAULTS`, injects an error in a run of several processes. The first rank of each pipeline stage
+    returns the arrays of that stage; other ranks return none.
     """
     device = torch.device("cpu")
     mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
@@ -81,7 +81,7 @@ def _broken(batch: StepBatch, fault: str | None, mesh: Mesh | None) -> StepBatch
     if fault == "doubled_tokens":
         return replace(batch, valid_tokens=2 * batch.valid_tokens)
     if fault == "dropped_reduction" and mesh is not None and dist.get_rank() == dist.get_world_size() - 1:
-        # The last rank's part of every sum is lost.
+        # The last rank's contribution to every sum is lost.
         return replace(batch, micro_batches=[ignored_batch(part) for part in batch.micro_batches])
     return batch
 
@@ -102,7 +102,7 @@ def merged(parts: list[Trace]) -> Trace:
     """Merge the ranks' traces into one.
 
     Raises:
-        ValueError: ranks that must agree do not, or two copies of a parameter differ.
+        ValueError: ranks that must agree do not, or copies of a parameter differ.
     """
     first = parts[0]
     arrays: list[Arrays] = []

@@ -1,4 +1,4 @@
-"""A trained model from a run directory."""
+"""Loading of a trained model from a run directory."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""May this config take up that run? Every key that would change the run is named and refused."""
+"""Check whether a config can resume a run; every key that would change the run is named and refused."""
 
 from fnmatch import fnmatchcase
 
@@ -6,14 +6,14 @@ from megatrain.config.errors import UserError
 from megatrain.config.load import flatten
 from megatrain.train.config import Config
 
-# Keys that change how a run is cut, watched, stored or stopped, but not what it computes (up to rounding).
+# Keys that change how a run is sharded, monitored, stored or stopped, but not its results (up to rounding).
 FREE = (
     "run.*",
     "log.*",
     "checkpoint.*",
     "parallel.*",
     "micro_batch_size",
-    "schedule.warmup_fraction",  # warmup_steps, which follows from it, is compared
+    "schedule.warmup_fraction",  # warmup_steps, which is derived from it, is compared
     "moe.*",
     "train.stop_at",
     "train.resume",
@@ -22,7 +22,7 @@ FREE = (
     "train.eval_tokens",
     "train.sample_tokens",
     "train.early_stop_patience",
-    "data.path",  # what was read is compared by its fingerprint instead
+    "data.path",  # the data is compared by its fingerprint instead
     "data.cache_dir",
     "data.prefetch",
 )
@@ -33,7 +33,7 @@ def changed_keys(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     before, after = flatten(old), flatten(new)
     free = set(FREE)
     if new.train.precision == "fp8" and new.train.fp8_scaling == "tensor":
-        free.remove("micro_batch_size")  # tokens that are computed together share a scale
+        free.remove("micro_batch_size")  # the tokens of a micro-batch share a scale
     keys = [key for key in before | after if not any(fnmatchcase(key, pattern) for pattern in free)]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -52,16 +52,16 @@ def check_same_run(old: Config, new: Config) -> dict[str, tuple[object, object]]
     if refused:
         lines = [f"  {key}: was {was}, now {now}" for key, (was, now) in refused.items()]
         raise UserError(
-            f"The run '{new.run.name}' was started with another config, and these keys would change it:\n"
+            f"The run '{new.run.name}' was started with another config, and these keys would change its results:\n"
             + "\n".join(lines)
-            + "\nGive the old values back, start another run with run.name=..., or allow the change with "
+            + "\nRestore the old values, start another run with run.name=..., or allow the change with "
             + f"'train.allow_changes=[{','.join(refused)}]'."
         )
     return changed
 
 
 def check_same_data(old_fingerprint: str, new_fingerprint: str, cfg: Config) -> bool:
-    """Refuse other data under the same run; True if the change is allowed by the key `data.path`.
+    """Refuse changed data in the same run; return True if the data changed and `data.path` is allowed to.
 
     Raises:
         UserError: the fingerprints differ and `train.allow_changes` does not name `data.path`.
@@ -72,6 +72,6 @@ def check_same_data(old_fingerprint: str, new_fingerprint: str, cfg: Config) -> 
         return True
     raise UserError(
         f"The data of run '{cfg.run.name}' has changed since it started (fingerprint {old_fingerprint[:12]}, now "
-        f"{new_fingerprint[:12]}), so the same samples can't follow. Restore the data, start another run with "
-        "run.name=..., or allow it with 'train.allow_changes=[data.path]'."
+        f"{new_fingerprint[:12]}), so the run can't continue with the same samples. Restore the data, "
+        "start another run with run.name=..., or allow it with 'train.allow_changes=[data.path]'."
     )

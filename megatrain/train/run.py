@@ -1,4 +1,4 @@
-"""One process's share of a run: everything that exists while it trains."""
+"""State of one process of a run while it trains."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from megatrain.train.state import TrainState
 
 @dataclass(frozen=True)
 class Run:
-    """What was settled and opened before the first step. `state` changes; the rest does not."""
+    """Objects created before the first step. Only `state` changes afterwards."""
 
     cfg: Config
     directory: Path
@@ -34,7 +34,7 @@ class Run:
     display: Display
     log: RunLog
     changes: dict[str, Any]
-    """Keys that differ from the run's former config, and were allowed to: key -> (old, new)."""
+    """Allowed differences from the run's previous config: key -> (old, new)."""
 
     @cached_property
     def flops_full(self) -> float:

@@ -36,6 +36,6 @@ def continue_text(
         produced.append(token)
         text = tokenizer.decode(produced)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue  # a character whose bytes are not all there yet
+            continue  # a character whose bytes are not complete yet
         yield text[len(shown) :]
         shown = text

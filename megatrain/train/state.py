@@ -1,4 +1,4 @@
-"""All that a checkpoint holds: weights, optimizer, average, position, and the counters of early stopping."""
+"""Content of a checkpoint: weights, optimizer state, weight average, position, and early-stopping counters."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,15 +24,15 @@ class TrainState:
     optimizer: Optimizer
     average: WeightAverage | None
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     tokens: int = 0
-    """Tokens with a loss, seen so far."""
+    """Number of tokens with a loss seen so far."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Counters of the over-fitting notice and of early stopping."""
 
     @property
     def model(self) -> nn.Module:
-        """Whole model in a run of one process, else the rank's (first) pipeline stage."""
+        """Full model in a run of one process, else the rank's (first) pipeline stage."""
         return self.parallel.models[0]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class TrainState:
         self.sync_model_weights()
 
     def sync_model_weights(self) -> None:
-        """Let the model compute with the master weights' present values."""
+        """Copy the master weights to the model's compute weights."""
         self.weights.sync_model_weights()
         if self.parallel.pipeline is not None:
             self.parallel.pipeline.sync_tied_embeddings()

@@ -1,4 +1,4 @@
-"""The training step: what happens between two values of the weights."""
+"""The training step: forward, backward and optimizer update over one global batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from megatrain.train.state import TrainState
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """Results of one step, equal on all ranks. They stay on the device until `read`, which waits for it, once."""
+    """Results of one step, equal on all ranks. They stay on the device until `read`, which synchronizes once."""
 
     values: Tensor
     """`(3,)` float64: loss, gradient norm, number of ranks that want to stop."""
@@ -67,13 +67,13 @@ def train_step(
     `wants_stop` is asked late in the step, and all ranks learn together whether any wants to: so they stop together.
 
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
-    batch, so the split into micro-batches and over ranks changes nothing but rounding.
+    batch, so the split into micro-batches and over ranks only affects rounding.
     """
     parallel, weights = state.parallel, state.weights.parameters
     loss = accumulate_gradients(state, batch, cfg)
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
     stop = torch.full_like(loss, float(wants_stop()))
-    # One all-reduce for what every rank must know: small collectives cost their latency, not their bytes.
+    # One all-reduce for all scalars: small collectives are bound by latency.
     loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
     grad_norm = squared_norm.sqrt()
     clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
@@ -102,7 +102,7 @@ def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Te
 def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Run forward and backward of this rank's micro-batches in turn; returns its share of the loss (float64)."""
     parallel = state.parallel
-    total = torch.zeros((), dtype=torch.float64, device=parallel.device)  # a long sum of small parts
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)  # a long sum of small terms
     for n, part in enumerate(batch.micro_batches):
         is_last = n == len(batch.micro_batches) - 1
         before_micro_batch(parallel.models[0], is_last=is_last, zero_stage=parallel.cfg.zero_stage)

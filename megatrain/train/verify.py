@@ -1,4 +1,4 @@
-"""Does every layout compute what one process computes? A config is shrunk, run on this machine's CPU, and compared."""
+"""Check that parallel layouts match a single process, with a shrunk config on this machine's CPU."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"pp": 2, "dp_shard": 2},
     {"cp": 2, "tp": 2},
 )
-"""What is tried of itself, beside the config's own layout."""
+"""Layouts that are tried in addition to the config's own."""
 EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"dp_shard": 2, "ep": 2},
     {"tp": 2, "ep": 2},
@@ -39,20 +39,20 @@ EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"dp_shard": 2, "tp": 2, "ep": 4},
     {"pp": 2, "dp_shard": 2, "ep": 2},
 )
-"""What is tried as well of models with experts."""
+"""Further layouts for models with experts."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One layout beside one process; errors are relative."""
+    """Comparison of one layout with a single process; errors are relative."""
 
     layout: str
     loss: float
     grad_norm: float
     gradient: tuple[str, float]
-    """The parameter whose first gradient is worst, and by how much."""
+    """Parameter with the largest error of the first gradient, and that error."""
     weight: tuple[str, float]
-    """The same of the weights after the last step."""
+    """Parameter with the largest error of the weights after the last step, and that error."""
     same_samples: bool
     same_start: bool
 
@@ -63,7 +63,7 @@ class Verdict:
 
 
 def shrink(cfg: Config) -> Config:
-    """Return a run of a few seconds with `cfg`'s features: head ratio, experts, ties, window, documents, optimizer."""
+    """Return a config that runs in seconds, with `cfg`'s heads, experts, tying, window, documents and optimizer."""
     model = cfg.model
     ratio = min(8, model.n_heads // model.kv_heads)
     small: ModelConfig = dataclasses.replace(
@@ -127,7 +127,7 @@ def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], N
     """Yield a verdict for each layout that fits the shrunk config.
 
     Args:
-        fault: one of `parity.FAULTS`, planted in every layout to see that it is caught.
+        fault: one of `parity.FAULTS`, injected in every layout to check that it is detected.
     """
     small = shrink(cfg)
     store = SyntheticStore(small.model.vocab_size, n_tokens=1 << 14, documents=600)
@@ -150,13 +150,13 @@ def compare(layout: str, found: Trace, truth: Trace) -> Verdict:
         name = max(errors, key=lambda each: errors[each])
         return name, errors[name]
 
-    def apart(a: list[float], b: list[float]) -> float:
+    def relative_error(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
     return Verdict(
         layout=layout,
-        loss=apart([*found.losses, found.eval_loss], [*truth.losses, truth.eval_loss]),
-        grad_norm=apart(found.grad_norms, truth.grad_norms),
+        loss=relative_error([*found.losses, found.eval_loss], [*truth.losses, truth.eval_loss]),
+        grad_norm=relative_error(found.grad_norms, truth.grad_norms),
         gradient=worst(found.gradients, truth.gradients),
         weight=worst(found.final, truth.final),
         same_samples=found.digests == truth.digests,

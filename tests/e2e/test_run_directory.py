@@ -20,7 +20,7 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
         "tokenizer",
     } <= found
     assert {"wandb", "tensorboard"} <= found
-    assert "A sample of what the model writes" in done.stdout
+    assert "A sample of text from the model" in done.stdout
     assert done.stdout.count("  megatrain ") == 3
 
     rows = workplace.rows("full")
@@ -69,8 +69,8 @@ def test_a_damaged_checkpoint_is_put_aside_and_without_a_good_one_the_exit_code_
         damage(step)
     for resume in ("auto", "must", "never"):  # the first puts them aside, and the others find none but these
         done = workplace.run(workplace.tiny("run.name=d", f"train.resume={resume}"), expect=3)
-        assert "No good checkpoint is left" in done.stderr
-        assert "start anew: choose another run.name" in done.stderr
+        assert "No intact checkpoint is left" in done.stderr
+        assert "start a new run: choose another run.name" in done.stderr
         assert not list(checkpoints.glob("step-*"))
         status = json.loads((checkpoints.parent / "status.json").read_text())
         assert (status["state"], status["exit_code"]) == ("failed", 3)

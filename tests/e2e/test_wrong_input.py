@@ -44,7 +44,7 @@ OVERRIDES = {
         ["train.stepz=3", "model.n_heads=5", "optim.lr=fast"],
         ["stepz", "n_heads", "optim.lr"],
     ),
-    "wrong type": (["train.steps=many"], ["train.steps", "whole number"]),
+    "wrong type": (["train.steps=many"], ["train.steps", "integer"]),
     "a layout that the model does not fit": (["parallel.tp=3"], ["parallel.tp=3", "must divide"]),
 }
 

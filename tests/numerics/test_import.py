@@ -120,7 +120,7 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([str(source)], "name the new run"),
         ([str(source), "run.name=x", "optim.lr=1"], "optim.lr: only run.name and run.dir"),
         ([str(tmp_path), "run.name=x"], "not a Hugging Face model directory"),
-        ([str(source), "run.name=../x"], "must be letters"),
+        ([str(source), "run.name=../x"], "must consist of letters"),
     ):
         assert main(["import", *words]) == 2
         assert says in capsys.readouterr().err

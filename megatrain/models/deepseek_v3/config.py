@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (arXiv 2412.19437) without its module of multi-token prediction: latent attention and many experts."""
+"""DeepSeek-V3 (arXiv 2412.19437) without multi-token prediction: multi-head latent attention and many experts."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's form at Hugging Face, where rotary dimensions are neighbours in pairs."""
+"""Hugging Face format of DeepSeek-V3, where the two dimensions of a rotary pair are adjacent."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -41,9 +41,9 @@ MOE = {
     "top_groups": "topk_group",
     "first_k_dense": "first_k_dense_replace",
 }
-"""Fields, ours -> theirs."""
+"""Config fields: MegaTrain's name -> Hugging Face's."""
 MIXING = ("mscale", "mscale_all_dim")
-"""Keys of rope_scaling: temperatures of cos and sin, and of the scores with them."""
+"""Keys of rope_scaling: temperatures of cos and sin, and of the attention scores."""
 
 
 def weight_map(cfg: DeepseekV3Config) -> WeightMap:
@@ -85,8 +85,8 @@ def _layer_rules(cfg: DeepseekV3Config, layer: int) -> Iterator[Rule]:
 
 
 def check(cfg: DeepseekV3Config) -> None:
-    """Refuse what Hugging Face's DeepSeek-V3 does not have."""
-    # Its norms inside attention have this epsilon whatever config.json says.
+    """Refuse options that Hugging Face's DeepSeek-V3 does not have."""
+    # Its norms inside attention use this epsilon regardless of config.json.
     require_decoder(cfg, "DeepSeek-V3", expresses=LLAMA_LIKE | {"mla", "experts"}, norm_eps=1e-6)
     require_part(cfg, "DeepSeek-V3", "mla")
     moe = require_part(cfg, "DeepSeek-V3", "experts")
@@ -139,7 +139,7 @@ def _without_mixing(hf: Mapping[str, Any]) -> tuple[dict[str, Any], float | None
     """Return config.json without the temperatures in its description of rotary positions; and their common value.
 
     Raises:
-        UserError: the two differ, so that cos and sin would have a factor too.
+        UserError: the two differ, so that cos and sin would be scaled as well.
     """
     plain, found = dict(hf), None
     for key in ("rope_parameters", "rope_scaling"):

@@ -1,4 +1,4 @@
-"""GPT-2's form at Hugging Face: fused query-key-value, weights kept as (in, out)."""
+"""Hugging Face format of GPT-2: fused query-key-value projection, weights stored as (in, out)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +47,7 @@ def weight_map(cfg: GPT2Config) -> WeightMap:
 
 
 def check(cfg: GPT2Config) -> None:
-    """Refuse what Hugging Face's GPT-2 does not have."""
+    """Refuse options that Hugging Face's GPT-2 does not have."""
     require_decoder(
         cfg,
         "GPT-2",
@@ -88,7 +88,7 @@ def hf_config(cfg: GPT2Config) -> dict[str, Any]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> GPT2Config:
-    """Return the config of a `GPT2LMHeadModel`. Dropout, which concerns training only, is not taken over."""
+    """Return the config of a `GPT2LMHeadModel`. Dropout, which affects training only, is ignored."""
     require_hf(
         hf,
         scale_attn_weights=True,

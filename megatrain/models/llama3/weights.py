@@ -1,4 +1,4 @@
-"""Llama's form at Hugging Face, which Qwen3 shares but for the norms of queries and keys."""
+"""Hugging Face format of Llama, which Qwen3 shares except for the norms of queries and keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +20,11 @@ MODULES = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-"""Inside each layer, ours -> theirs."""
+"""Modules of each layer: MegaTrain's name -> Hugging Face's."""
 LLAMA_LIKE = frozenset(
     {"n_kv_heads", "head_dim", "rope_theta", "rope_scaling", "attention_bias", "tie_embeddings"}
 )
-"""Options, beside sizes, that config.json expresses for models laid out as Llama."""
+"""Options other than sizes that config.json can express for Llama-like models."""
 SCALING = {
     "factor": "factor",
     "original_max_seq_len": "original_max_position_embeddings",
@@ -34,13 +34,13 @@ SCALING = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
 }
-"""Fields of RopeScaling, ours -> theirs."""
+"""Fields of RopeScaling: MegaTrain's name -> Hugging Face's."""
 SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
 }
-"""Those that each kind uses."""
+"""Fields of RopeScaling that each kind uses."""
 
 
 def weight_map(cfg: Llama3Config) -> WeightMap:
@@ -50,7 +50,7 @@ def weight_map(cfg: Llama3Config) -> WeightMap:
 
 
 def check(cfg: Llama3Config) -> None:
-    """Refuse what Hugging Face's Llama does not have."""
+    """Refuse options that Hugging Face's Llama does not have."""
     require_decoder(cfg, "Llama", expresses=LLAMA_LIKE | {"mlp_bias"}, output_bias=cfg.attention_bias)
 
 
@@ -68,7 +68,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Llama3Config:
 
 
 def llama_like_map(cfg: DecoderConfig, modules: Mapping[str, str]) -> WeightMap:
-    """Return the map of a model laid out as Llama, with `modules` inside each layer."""
+    """Return the weight map of a Llama-like model with `modules` in each layer."""
     rules = [
         Rule("model.embed_tokens.weight", ("embed.weight",)),
         Rule("model.norm.weight", ("norm.weight",)),
@@ -90,7 +90,7 @@ def llama_like_map(cfg: DecoderConfig, modules: Mapping[str, str]) -> WeightMap:
 
 
 def llama_like_config(cfg: DecoderConfig) -> dict[str, Any]:
-    """Return what config.json has in common for models laid out as Llama.
+    """Return the part of config.json that Llama-like models have in common.
 
     Rotary positions are written as `rope_theta` and `rope_scaling`, which every version of transformers reads.
     """
@@ -116,7 +116,7 @@ def llama_like_config(cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def llama_like_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain data of the config of a model laid out as Llama; the reverse of `llama_like_config`."""
+    """Return the config of a Llama-like model as plain data; the inverse of `llama_like_config`."""
     require_hf(hf, hidden_act="silu", quantization_config=None)
     # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -140,17 +140,17 @@ def llama_like_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
-    """Return transformers' description of scaled rotary positions."""
+    """Return transformers' description of a rotary scaling."""
     values = {SCALING[name]: getattr(scaling, name) for name in SCALING_FIELDS[scaling.kind]}
     return {"rope_type": scaling.kind} | {key: value for key, value in values.items() if value is not None}
 
 
 def scaling_from_hf(rope: Mapping[str, Any], *, max_seq_len: int) -> dict[str, Any] | None:
-    """Return plain data of RopeScaling, or None without scaling. Where no original length is given, transformers takes
-    `max_seq_len`, and so do we.
+    """Return plain data of RopeScaling, or None without scaling. Where no original length is given, `max_seq_len` is
+    used, as in transformers.
 
     Raises:
-        UserError: a kind or an option of stretching that we do not have.
+        UserError: a kind or option of rotary scaling that MegaTrain does not support.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): as Llama, with experts in every layer; `ffn_size` is the width of one."""
+"""Mixtral (arXiv 2401.04088): like Llama, with experts in every layer, each of size `ffn_size`."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Mixtral's form at Hugging Face: Llama's, with the experts' matrices one by one."""
+"""Hugging Face format of Mixtral: Llama's, with a separate matrix per expert."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,7 +32,7 @@ EXPERTS = {
     "up": "block_sparse_moe.experts.{}.w3",
     "down": "block_sparse_moe.experts.{}.w2",
 }
-"""Matrices of one expert, ours -> theirs with the expert's number."""
+"""Matrices of one expert: MegaTrain's name -> Hugging Face's with the expert's index."""
 
 
 def weight_map(cfg: MixtralConfig) -> WeightMap:
@@ -42,7 +42,7 @@ def weight_map(cfg: MixtralConfig) -> WeightMap:
 
 
 def expert_stacks(cfg: DecoderConfig, names: Mapping[str, str]) -> tuple[Stack, ...]:
-    """Return the stacked matrices of all layers' experts; `names` as `EXPERTS`."""
+    """Return the stacked matrices of all layers' experts; `names` has the form of `EXPERTS`."""
     assert cfg.experts is not None
     return tuple(
         Stack(
@@ -56,7 +56,7 @@ def expert_stacks(cfg: DecoderConfig, names: Mapping[str, str]) -> tuple[Stack, 
 
 
 def check(cfg: MixtralConfig) -> None:
-    """Refuse what Hugging Face's Mixtral does not have."""
+    """Refuse options that Hugging Face's Mixtral does not have."""
     options = LLAMA_LIKE - {"attention_bias"} | {"sliding_window", "experts"}
     require_decoder(cfg, "Mixtral", expresses=options)
     common = ExpertsConfig()

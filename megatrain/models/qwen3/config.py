@@ -1,4 +1,4 @@
-"""Qwen3 (arXiv 2505.09388): as Llama, with a norm over each query and key head and a free head size."""
+"""Qwen3 (arXiv 2505.09388): like Llama, with a norm over each query and key head and an independent head size."""
 
 from typing import Literal
 

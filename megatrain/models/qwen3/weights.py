@@ -1,4 +1,4 @@
-"""Qwen3's form at Hugging Face: Llama's, and a norm of queries and keys."""
+"""Hugging Face format of Qwen3: Llama's, with norms of queries and keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def weight_map(cfg: Qwen3Config) -> WeightMap:
 
 
 def check(cfg: Qwen3Config) -> None:
-    """Refuse what Hugging Face's Qwen3 does not have."""
+    """Refuse options that Hugging Face's Qwen3 does not have."""
     options = LLAMA_LIKE | {"sliding_window"}
     require_decoder(cfg, "Qwen3", expresses=options, qk_norm=True, output_bias=cfg.attention_bias)
 

@@ -210,7 +210,7 @@ def test_when_none_is_good_the_exit_code_is_3_now_and_later(tmp_path: Path) -> N
     halve(tmp_path / "step-00000100" / "state.json")
     flip_a_bit(tmp_path / "step-00000200" / "__0_0_0.distcp")
     for _ in range(2):  # the second time the directory holds nothing but the quarantine: still no fresh start
-        with pytest.raises(DamagedCheckpointError, match="No good checkpoint is left") as caught:
+        with pytest.raises(DamagedCheckpointError, match="No intact checkpoint is left") as caught:
             checkpointer.load(targets_for(make_tensors(100)))
         assert caught.value.exit_code == 3
         assert "Restore one" in str(caught.value)

@@ -71,7 +71,7 @@ def test_a_full_disk_is_seen_beforehand(disk: Disk) -> None:
     checkpointer = two_checkpoints(disk.path)
     before = snapshot(disk.path)
     with pytest.raises(
-        CheckpointSaveError, match=r"needs 4,2\d\d,\d\d\d bytes .*, and 1,\d\d\d,\d\d\d .*free"
+        CheckpointSaveError, match=r"needs 4,2\d\d,\d\d\d bytes .*, but 1,\d\d\d,\d\d\d .*free"
     ):
         checkpointer.save(300, {"w": torch.zeros(MIB)}, {})
     assert snapshot(disk.path) == before

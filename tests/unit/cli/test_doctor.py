@@ -52,7 +52,7 @@ def test_a_missing_feature_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
     found = rows(machine.features())
     assert found["no_such_package_x"] == machine.Row(
         "no_such_package_x",
-        "not installed; for something",
+        "not installed; needed for something",
         "missing",
         f"{sys.executable} -m pip install no_such_package_x",
     )
@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_written_is_broken(tmp_path: Path, monkeypatch: py
     row = rows(machine.paths())["data cache"]
     assert (row.state, row.fix) == (
         "broken",
-        "set MEGATRAIN_CACHE or data.cache_dir to a directory that can be written",
+        "set MEGATRAIN_CACHE or data.cache_dir to a writable directory",
     )
 
 

@@ -26,12 +26,12 @@ def test_docs_are_those_that_pydantic_finds() -> None:
     expected = {name: part.get("description", "") for name, part in schema["properties"].items()}
     found = {key.path: key.doc for key in describe(DecoderConfig) if "." not in key.path}
     assert found.items() <= {name: " ".join(text.split()) for name, text in expected.items()}.items()
-    assert found["n_heads"] == "Query heads."
+    assert found["n_heads"] == "Number of query heads."
 
 
 def test_a_field_redefined_without_words_keeps_its_base_class_words() -> None:
     found = {key.path: key.doc for key in describe(Qwen3Config)}
-    assert found["vocab_size"] == "Rows of the embedding; at least the tokenizer's size."
+    assert found["vocab_size"] == "Number of embedding rows; at least the tokenizer's vocabulary size."
 
 
 def test_defaults_name_the_kinds_where_they_differ() -> None:

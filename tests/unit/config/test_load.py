@@ -188,10 +188,10 @@ def test_rules_of_inner_classes_have_full_paths() -> None:
 
 def test_a_field_of_wrong_type_is_reported_once() -> None:
     found = broken(Outer, {"part": {"kind": "inner", "size": "many"}})
-    assert [problem.rule for problem in found.values()] == ["must be a whole number"]
+    assert [problem.rule for problem in found.values()] == ["must be an integer"]
     with pytest.raises(ConfigError) as caught:  # the default that stands in for "x" would break a rule
         load(Config, {"schedule": {"kind": "cosine", "warmup_steps": "x"}, "train": {"steps": 10}})
-    assert [problem.rule for problem in caught.value.problems] == ["must be a whole number or auto"]
+    assert [problem.rule for problem in caught.value.problems] == ["must be an integer or auto"]
 
 
 def test_check_repairs_by_defaults() -> None:

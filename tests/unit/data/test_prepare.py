@@ -396,12 +396,12 @@ def test_empty_missing_and_not_utf8(tmp_path: Path, cache: Path) -> None:
     assert "the file is empty" in refusal(tmp_path / "empty.txt", cache)
     assert "no such file" in refusal(tmp_path / "none.txt", cache)
     assert "latin.txt is not UTF-8: byte 0xe9 at offset 4" in refusal(tmp_path / "latin.txt", cache)
-    assert "there is no text in it (left out: 1 binary)" in refusal(tmp_path / "dir", cache)
+    assert "contains no text (excluded: 1 binary)" in refusal(tmp_path / "dir", cache)
 
 
 def test_only_empty_texts(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
-    assert "there is no text in it (left out: 3 empty)" in refusal(tmp_path / "a.jsonl", cache)
+    assert "contains no text (excluded: 3 empty)" in refusal(tmp_path / "a.jsonl", cache)
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path, cache: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_tokenizer_that_breaks_its_own_vocabulary(
 ) -> None:
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 100)
     (tmp_path / "a.txt").write_text("some text\n" * 10)
-    assert "made token 120, but its vocabulary ends at 100" in refusal(tmp_path / "a.txt", cache)
+    assert "produced token id 120, but its vocabulary size is 100" in refusal(tmp_path / "a.txt", cache)
 
 
 def test_text_that_changes_while_it_is_read(tmp_path: Path, cache: Path) -> None:
@@ -429,7 +429,7 @@ def test_text_that_changes_while_it_is_read(tmp_path: Path, cache: Path) -> None
             file.write_text("other text\n" * 10)
 
     cfg = DataConfig(path=str(file), cache_dir=str(cache), tokenizer=BYTES)
-    with pytest.raises(UserError, match="was changed while it was read"):
+    with pytest.raises(UserError, match="was modified while it was being read"):
         prepare(cfg, progress=progress)
     assert data_sets(cache) == []
 

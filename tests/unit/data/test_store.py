@@ -76,7 +76,7 @@ def test_read_gives_windows(tmp_path: Path) -> None:
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match="made token 10, but its vocabulary ends at 10"),
+        pytest.raises(UserError, match="produced token id 10, but its vocabulary size is 10"),
         SplitWriter(tmp_path, "train", vocab_size=10, eos_id=EOS_ID) as writer,
     ):
         writer.append(np.array([1, 10]), text_bytes=2, ends_document=True)

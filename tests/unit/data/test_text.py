@@ -204,9 +204,9 @@ def test_empty_file(tmp_path: Path) -> None:
 
 
 def test_directory_without_text(tmp_path: Path) -> None:
-    assert "there is no text in it" in refusal(tmp_path)
+    assert "it contains no text" in refusal(tmp_path)
     (tmp_path / "empty.txt").touch()
-    assert "there is no text in it" in refusal(tmp_path)
+    assert "it contains no text" in refusal(tmp_path)
 
 
 def test_binary_file(tmp_path: Path) -> None:

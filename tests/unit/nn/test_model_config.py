@@ -36,5 +36,5 @@ def test_latent_attention_refuses_options_of_the_other_kind() -> None:
 
 
 def test_a_temperature_of_latent_attention_is_refused_elsewhere() -> None:
-    with pytest.raises(ConfigError, match=r"rope_scaling\.mscale=0\.7: is for latent attention"):
+    with pytest.raises(ConfigError, match=r"rope_scaling\.mscale=0\.7: is an option of latent attention"):
         load(Llama3Config, {"rope_scaling": {"kind": "yarn", "mscale": 0.7}})

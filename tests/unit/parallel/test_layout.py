@@ -114,7 +114,9 @@ def test_ep_is_no_mistake_before_the_processes_are_known() -> None:
 def test_another_number_of_processes_is_refused() -> None:
     require_processes(ParallelConfig(), 1)
     require_processes(ParallelConfig(pp=2, tp=2), 4)
-    with pytest.raises(UserError, match=r"^3 processes started, but the layout \(dp_shard=2 tp=2\) has 4\."):
+    with pytest.raises(
+        UserError, match=r"^3 processes started, but the layout \(dp_shard=2 tp=2\) needs 4\."
+    ):
         require_processes(ParallelConfig(dp_shard=2, tp=2), 3)
 
 
