@@ -146,7 +146,10 @@ class Config:
         if self.schedule.warmup_steps != "auto" and self.schedule.warmup_steps > self.train.steps:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
-        if self._trained_vocab_size() > self.model.vocab_size:
+        if self.data.kind == "text" and self.data.tokenizer.kind == "bpe" and self.model.vocab_size < 257:
+            rule = "must be at least 257: a byte-level tokenizer has a token for each byte and one that ends a document"
+            yield Problem("model.vocab_size", self.model.vocab_size, rule, (257,))
+        elif self._trained_vocab_size() > self.model.vocab_size:
             rule = f"must be at least data.tokenizer.vocab_size ({self._trained_vocab_size()})"
             yield Problem("model.vocab_size", self.model.vocab_size, rule, (self._trained_vocab_size(),))
 
