@@ -12,13 +12,13 @@ from megatrain_kernels import attention, rotary
 
 
 class SequenceInfo(NamedTuple):
-    """Where the tokens of a batch stand, computed once and shared by all layers."""
+    """Positions and documents of the tokens in a batch, computed once and shared by all layers."""
 
     cos: Tensor | None
     """`(seq, head_dim / 2)` or `(batch, seq, head_dim / 2)`; None without rotary positions."""
     sin: Tensor | None
     doc_ids: Tensor | None
-    """`(batch, seq)`: a token sees its own document only; None: all."""
+    """`(batch, seq)`: a token attends to its own document only; None: each row is one document."""
 
 
 class AttentionCore(nn.Module):

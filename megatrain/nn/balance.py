@@ -1,4 +1,4 @@
-"""Equal load of experts during training: the scale of the balance loss, and biases that follow the counted load."""
+"""Load balancing of experts in training: the scale of the balance loss, and routing biases that follow the load."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,7 +11,7 @@ from megatrain.nn.moe import MoE
 
 
 def _moe_layers(models: Iterable[Decoder]) -> Iterator[tuple[int, MoE]]:
-    """Yield (index in the whole model, MoE) of each layer that has experts."""
+    """Yield (index in the full model, MoE) of each layer that has experts."""
     for model in models:
         for index, block in model.blocks():
             if block.moe is not None:
@@ -19,7 +19,7 @@ def _moe_layers(models: Iterable[Decoder]) -> Iterator[tuple[int, MoE]]:
 
 
 def begin_balance(models: Iterable[Decoder], scale: float) -> None:
-    """Tell the balance losses, before a step, that its loss is `scale` times the sum over all tokens."""
+    """Set the scale of the balance losses before a step, whose loss is `scale` times the sum over all tokens."""
     for _, moe in _moe_layers(models):
         moe.balance.scale = scale
 

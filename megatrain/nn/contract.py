@@ -17,7 +17,7 @@ class Role(Flag):
     """What a parameter is. Roles combine: an expert's down projection is `ROW | EXPERT | BRANCH_OUTPUT`."""
 
     REPLICATED = 0
-    """Whole on every device of a tensor-parallel group, each of which uses it for its own tokens, heads or sums."""
+    """Replicated over a tensor-parallel group, each rank of which uses it for its own tokens, heads or partial sums."""
     COLUMN = auto()
     """Tensor parallelism shards the outputs of this product (Megatron-LM, arXiv 1909.08053, section 3)."""
     ROW = auto()
@@ -35,7 +35,7 @@ class Role(Flag):
     HEAD = auto()
     """Produces logits: never Muon's."""
     TIED = auto()
-    """An embedding that is also the head."""
+    """A tied embedding: also the weight of the output head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Weight:
     size_key: str = ""
     """The config key that counts these units, for messages."""
     active: int = 1
-    """Matrices of a stack that one token meets."""
+    """Number of matrices of a stack that one token is multiplied with."""
 
     @property
     def is_stacked(self) -> bool:
@@ -113,7 +113,7 @@ class Plan:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical parameter name -> shape in the whole model."""
+        """Canonical parameter name -> shape in the full model."""
         return {name: shape for at, weight in self.weights.items() for name, shape in weight.parameters(at)}
 
     @cached_property

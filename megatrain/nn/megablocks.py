@@ -13,7 +13,7 @@ from megatrain.config.errors import UserError
 
 
 def megablocks_product(x: Tensor, weights: Tensor, group_sizes: Tensor) -> Tensor:
-    """Do as `megatrain_kernels.grouped_gemm`, which see; `group_sizes` is copied to the host.
+    """Do as `megatrain_kernels.grouped_gemm`; `group_sizes` is copied to the host.
 
     Raises:
         UserError: the inputs are not bf16 on a GPU.

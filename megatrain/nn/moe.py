@@ -23,7 +23,7 @@ GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Routing(NamedTuple):
-    """Who goes where; `tokens` counts all tokens of the batch, row by row."""
+    """Assignment of tokens to experts; `tokens` counts all tokens of the batch, row by row."""
 
     indices: Tensor
     """`(tokens, top_k)` int64: experts of each token, the best first."""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere, nothing on request."""
+"""Terminal output of a run: a live table on a terminal, plain lines elsewhere, or nothing."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ LINE_S = 10.0  # plain lines are no closer than this, so that a scheduler's log 
 
 
 class Display(Protocol):
-    """Told what happens; decides what to show. Nothing that goes wrong with the output reaches the caller."""
+    """Receiver of a run's progress that decides what to show. Output errors never reach the caller."""
 
     def phase(self, name: str, fraction: float) -> None:
         """Take note that a part of the work before the first step, such as `tokenizing`, is done to `fraction`."""
@@ -62,7 +62,7 @@ def _is_terminal() -> bool:
 
 
 class NoDisplay:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def phase(self, name: str, fraction: float) -> None: ...
     def start(self, total_steps: int, step: int, title: str) -> None: ...
@@ -72,7 +72,7 @@ class NoDisplay:
 
 
 class PlainDisplay:
-    """One line every ten seconds, for every validation, and for every notice."""
+    """A display that prints a line every ten seconds, for every validation, and for every notice."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now

@@ -1,4 +1,4 @@
-"""What displays are made of: the figures of a row, progress and ETA, the course of the loss, and safe output."""
+"""Parts of displays: the figures of a row, progress and ETA, the loss curve, and safe output."""
 
 import contextlib
 import os

@@ -27,7 +27,7 @@ class _Console(Console):
 
 
 class LiveDisplay:
-    """Drawn in place, a few times a second at most; everything is left on the screen at the end."""
+    """A display drawn in place, at most a few times per second; its last state stays on the screen."""
 
     def __init__(self) -> None:
         self._console = _Console()

@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, by class of operation."""
+"""Profile of one training step by class of operation."""
 
 import os
 import time
@@ -68,7 +68,7 @@ def breakdown(step: Callable[[], object]) -> tuple[list[tuple[str, float]], list
             step()
         if on_gpu:
             torch.cuda.synchronize()
-        whole = (time.perf_counter() - started) / STEPS
+        duration = (time.perf_counter() - started) / STEPS
     classes: dict[str, float] = defaultdict(float)
     operators: dict[str, float] = defaultdict(float)
     for event in recorded.events() or ():
@@ -77,7 +77,7 @@ def breakdown(step: Callable[[], object]) -> tuple[list[tuple[str, float]], list
         time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         classes[classify(event.name, _callers(event))] += time_us / 1e6 / STEPS
         operators[event.name] += time_us / 1e6 / STEPS
-    classes[OUTSIDE] = max(0.0, whole - sum(classes.values()))
+    classes[OUTSIDE] = max(0.0, duration - sum(classes.values()))
     return _largest(classes), _largest(operators)[:10]
 
 

@@ -1,6 +1,6 @@
-"""The run's own record: metrics.jsonl (a row a step), events.jsonl (what happened) and status.json (how it stands).
+"""The run's own record: metrics.jsonl (one row per step), events.jsonl (what happened) and status.json (its state).
 
-Nothing here ends a run: a record that can't be written is said once, on standard error, and training goes on. A number
+Nothing here ends a run: a failure to write is reported once, on standard error, and training continues. A number
 that JSON does not have (nan, inf) is written as null.
 """
 
@@ -67,13 +67,13 @@ class RunLog:
                 self._warned = True
                 with contextlib.suppress(OSError, ValueError):  # standard error may be gone as well
                     print(
-                        f"megatrain: the run's log can't be written, training goes on: {error}",
+                        f"megatrain: the run's log can't be written, training continues: {error}",
                         file=sys.stderr,
                     )
 
 
 class NoLog(RunLog):
-    """Of the processes that are not the first one: writes nothing."""
+    """A log that writes nothing, for processes other than the first."""
 
     def _attempted(self, write: Callable[[], None]) -> None:
         pass

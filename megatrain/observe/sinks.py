@@ -1,4 +1,4 @@
-"""Where a step's row goes: metrics.jsonl, the display, Weights & Biases, TensorBoard."""
+"""Sinks of a step's row: metrics.jsonl, the display, Weights & Biases, TensorBoard."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Sink = Callable[[Row], None]
 
 
 class Observer:
-    """Fans rows out. No sink can end a run: one that fails is said once and left out from then on.
+    """Fans rows out. No sink can end a run: one that fails is reported once and disabled.
 
     Raises:
         UserError: TensorBoard is asked for and is not installed.
@@ -69,7 +69,7 @@ class Observer:
             action()
         except Exception as error:
             self._sinks.pop(name, None)
-            self.notice(f"{name} is left out from here on: {error}")
+            self.notice(f"{name} is disabled from here on: {error}")
 
     def _open_wandb(
         self, run_dir: Path, project: str, mode: Literal["offline", "online"], config: dict[str, Any]

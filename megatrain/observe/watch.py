@@ -1,4 +1,4 @@
-"""Is the run over-fitting? Counters that live in the checkpoint, and a notice."""
+"""Detection of over-fitting: counters that are stored in the checkpoint, and a notice."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From the optimizer's config to a torch optimizer whose state exists from the start."""
+"""Construction of a torch optimizer from its config; its state exists from the start."""
 
 from collections.abc import Mapping
 

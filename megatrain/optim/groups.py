@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and which are Muon's: rules on roles and shapes."""
+"""Parameter groups: which parameters are decayed, and which use Muon, by role and shape."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an optimizer provides: how it is made for parameter groups, and the state that it starts from."""
+"""Interface of an optimizer: its constructor from parameter groups, and its initial state."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

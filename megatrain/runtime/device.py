@@ -1,4 +1,4 @@
-"""The device of a process: which one, how fast at best, and in which precision it trains faster."""
+"""The device of a process: its choice, its peak FLOP/s, and the faster training precision."""
 
 import contextlib
 import json
@@ -56,13 +56,13 @@ SLOWER_KINDS = {
 
 GEMM_SHAPE = (2048, 1024, 1024)  # rows, inner, columns: large enough for the peak, 25 ms on two cores
 QUICK_S = 0.05  # a product that takes longer is not made larger
-FASTER = 1.3  # casts and norms eat a smaller gain
+FASTER = 1.3  # casts and norms cancel a smaller gain
 NOISE = 1.02  # measurements that differ by less are the same
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The ceiling that utilization is a share of."""
+    """Peak FLOP/s, the denominator of MFU."""
 
     flops: float
     """FLOP/s of dense matrix products."""

@@ -1,4 +1,4 @@
-"""Joins the processes that a launcher has started."""
+"""Process group of the processes that a launcher has started."""
 
 import contextlib
 import ctypes
@@ -62,7 +62,7 @@ def _places() -> tuple[int, int, int, int]:
     missing = [name for name in names if not os.environ.get(name, "").isdigit()]
     if missing:
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but {', '.join(missing)} is no number there. "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but {', '.join(missing)} is missing or not a number. "
             "Start with torchrun, set all four, or unset WORLD_SIZE."
         )
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine and looks after them.
+"""Launcher of the processes of a run on this machine.
 
 One command line then trains in any layout that fits the machine. (torchrun, which does it for several machines, reports
 exit code 1 whatever happened, passes no SIGUSR1 on and kills what has not saved after 30 seconds.)

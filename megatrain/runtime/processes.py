@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and how all of them agree before something is written or given up.
+"""The processes of a run: the rank of this one, and how all agree before something is written or abandoned.
 
 torchrun, a scheduler or `megatrain` itself starts them and says so in the environment (RANK, WORLD_SIZE, LOCAL_RANK).
 A run of one process needs none of that, nor torch (`runtime/group.py`).
@@ -29,10 +29,10 @@ class Processes:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Place among those of this machine."""
+    """Rank among the processes of this machine."""
     local_size: int = 1
     group: Any = None
-    """The torch process group of all of them."""
+    """The torch process group of all processes."""
 
     @property
     def is_first(self) -> bool:

@@ -157,7 +157,7 @@ def test_no_room_is_said_once_ends_nothing_and_tears_no_line(tmp_path: Path) -> 
         [sys.executable, "-c", NO_ROOM, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert len(done.stderr.splitlines()) == 1
-    assert "training goes on" in done.stderr
+    assert "training continues" in done.stderr
     ends = accumulate(len(json.dumps({"step": step, "text": "x" * 50})) + 1 for step in range(1, 31))
     fitted = sum(end <= 1000 for end in ends)
     assert steps(tmp_path) == [*range(1, fitted + 1), *range(31, 36)]

@@ -68,7 +68,7 @@ def test_a_failing_sink_is_left_out_with_one_notice(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(wandb, "init", no_network)  # an unreachable server would take its full time-out
     observe(tmp_path, LogConfig(wandb="online"), [{"step": 1}, {"step": 2}])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event["text"] for event in events] == ["Weights & Biases is left out from here on: no network"]
+    assert [event["text"] for event in events] == ["Weights & Biases is disabled from here on: no network"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
