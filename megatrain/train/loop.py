@@ -47,6 +47,13 @@ def requests_after(step: int, cfg: Config, *, stop_wanted: bool) -> Requests:
     )
 
 
+def reason_to_stop(run: Run) -> str:
+    """Return why a run that was resumed has nothing left to do (done, stop_at, early stop); empty if it has."""
+    step = run.state.step
+    stop = requests_after(step, run.cfg, stop_wanted=False).stop if step else ""
+    return stop or ("" if _patience_left(run) else "early stop")
+
+
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 

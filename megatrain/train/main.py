@@ -29,7 +29,7 @@ from megatrain.train.build import build_eval_batches, build_loader, build_state,
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
 from megatrain.train.import_hf import is_untrained_import, take_up_weights
-from megatrain.train.loop import train_loop
+from megatrain.train.loop import reason_to_stop, train_loop
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
 from megatrain.train.state import TrainState
@@ -168,7 +168,7 @@ def _train(run: Run) -> int:
     log.status("running", step=state.step, reason="")
     try:
         with StopSignals() as signals:
-            reason = "done" if state.step >= cfg.train.steps else train_loop(run, observer, signals)
+            reason = reason_to_stop(run) or train_loop(run, observer, signals)
     except BaseException as error:
         _record_failure(log, state.step, error)
         raise
