@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
     from megatrain.observe.display import (
         make_display,
     )  # these import torch, so only once the command line is valid
-    from megatrain.train.export_check import largest_difference
+    from megatrain.train.export_check import check_logits
     from megatrain.train.files import run_directory
     from megatrain.train.import_hf import import_hf
 
@@ -34,7 +34,8 @@ def run(argv: list[str]) -> int:
         f"{target}: {done.cfg.model.kind}, {done.parameters / 1e6:.1f}M parameters from {done.files} file(s)"
     )
     if options.check:
-        print(f"largest difference of logits to transformers: {largest_difference(target, source):.2e}")
+        difference = check_logits(target, source)
+        print(f"largest difference of logits to transformers: {difference:.2e} of the largest logit")
     print(
         "Try next:\n"
         f'  megatrain generate {target} "Once"\n'

@@ -11,11 +11,13 @@ TOKENS = 64
 
 
 @torch.no_grad()
-def largest_difference(run: Path, exported: Path) -> float:
-    """Return the largest difference of logits between `run`'s newest model and `exported`, on random tokens.
+def check_logits(run: Path, exported: Path, *, tolerance: float = 1e-3) -> float:
+    """Compare the logits of `run`'s newest model with those of `exported` in transformers, on random tokens.
+
+    Returns the largest difference, as a share of the largest logit.
 
     Raises:
-        UserError: transformers is not installed.
+        UserError: transformers is not installed, or the difference is above `tolerance` or not a number.
     """
     try:
         from transformers import AutoModelForCausalLM
@@ -25,4 +27,11 @@ def largest_difference(run: Path, exported: Path) -> float:
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     length = min(TOKENS, cfg.model.max_seq_len)
     tokens = torch.randint(cfg.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    return float((ours.eval()(tokens) - theirs.eval()(tokens).logits).abs().max())
+    logits = ours.eval()(tokens)
+    difference = float((logits - theirs.eval()(tokens).logits).abs().max() / logits.abs().max())
+    if not difference <= tolerance:  # not: also for NaN
+        raise UserError(
+            f"--check: the logits of {run} and of {exported} in transformers differ by {difference:.2e} of the "
+            f"largest, more than {tolerance:g}. Both directories stay as they are; do not rely on this conversion."
+        )
+    return difference

@@ -141,8 +141,8 @@ def _open_all(source: Path, stack: ExitStack) -> dict[str, Any]:
     """Open the safetensors files of `source`; return the name of each tensor with the open file that holds it."""
     if (source / INDEX).is_file():
         listed = _read_json(source / INDEX).get("weight_map")
-        if not isinstance(listed, dict):
-            raise UserError(f"{source / INDEX} has no weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise UserError(f"{source / INDEX} has no weight_map from tensors to file names")
         names = sorted(set(listed.values()))
     else:
         names = sorted(path.name for path in source.glob("*.safetensors"))
@@ -183,6 +183,9 @@ def _read_tensors(
             name for stack in part.stacks for name in stack.theirs
         ]
         theirs = {name: files[places[name]].get_tensor(places[name]) for name in names}
+        for name, tensor in theirs.items():
+            if not tensor.is_floating_point() or tensor.itemsize == 1:
+                raise UserError(f"{name} is quantized ({tensor.dtype}): import the model in 16 or 32 bits")
         for name, value in part.load(theirs, shapes).items():
             target = _on_disk(scratch / str(len(tensors)), wanted[name])
             tensors[MODEL + name] = target.copy_(value)

@@ -104,11 +104,11 @@ def _settle(
             f"train.resume=never, but {directory} has checkpoints. Choose another run.name, remove the directory, "
             "or resume with train.resume=auto."
         )
+    if is_untrained_import(directory, checkpointer):
+        frozen = None  # its config names the model only; the recipe and the data are free
     if cfg.train.precision == "auto":
         precision = choose_precision(device) if frozen is None else frozen.train.precision
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
-    if is_untrained_import(directory, checkpointer):
-        frozen = None
     memory = memory_bytes(device, checkpointer.processes.local_size)
     if frozen is not None:
         frozen = resolve_auto(frozen, memory=memory)

@@ -16,14 +16,14 @@ from megatrain.config.errors import UserError
 from megatrain.data.tokenizer import train_bpe
 from megatrain.train.config import RunConfig
 from megatrain.train.export import export
-from megatrain.train.export_check import largest_difference
+from megatrain.train.export_check import check_logits
 from megatrain.train.files import read_config
 from megatrain.train.import_hf import Imported, import_hf
 
 FAMILIES = {name: MODELS[name] for name in ("gpt2", "llama, tied, llama3 scaling", "qwen3")}
 FAMILIES |= {name: EXPERTS[name] for name in ("mixtral", "deepseek")}
 TRAIN = (
-    *("seq_len=16", "global_batch_size=4", "train.precision=fp32", "train.sample_tokens=0", "log.wandb=off"),
+    *("seq_len=16", "global_batch_size=4", "train.sample_tokens=0", "log.wandb=off"),
     *("log.display=off", "train.eval_tokens=64", "train.steps=4"),
 )
 
@@ -50,7 +50,7 @@ def test_logits_and_tensors_are_the_same(tmp_path: Path, family: str) -> None:
     source = downloaded(tmp_path / "source", family, shard="40KB")
     done = imported(source)
     assert done.files > 1
-    assert largest_difference(tmp_path / "run", source) < 1e-4  # logits of a few units in float32
+    assert check_logits(tmp_path / "run", source) < 1e-4  # logits of a few units in float32
     export(
         tmp_path / "run",
         tmp_path / "back",
@@ -93,6 +93,20 @@ def test_an_imported_run_trains_and_is_resumed(
     assert "the run was imported" in capsys.readouterr().err
 
 
+def test_a_check_that_fails_is_an_error(tmp_path: Path) -> None:
+    source = downloaded(tmp_path / "source", "qwen3")
+    imported(source)
+    tensors = load_file(source / "model.safetensors")
+    for factor in (1.01, float("nan")):
+        save_file(
+            tensors | {"model.norm.weight": tensors["model.norm.weight"] * factor},
+            source / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        with pytest.raises(UserError, match="--check: the logits"):
+            check_logits(tmp_path / "run", source)
+
+
 def test_what_cannot_be_expressed_leaves_nothing_behind(tmp_path: Path) -> None:
     source = downloaded(tmp_path / "source", "qwen3")
     config = json.loads((source / "config.json").read_text())
@@ -107,6 +121,17 @@ def test_what_cannot_be_expressed_leaves_nothing_behind(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.zeros(7)
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.norm\.weight has the shape \(7,\)"):
+        imported(source)
+    tensors["model.norm.weight"] = torch.zeros(48, dtype=torch.int8)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight is quantized"):
+        imported(source)
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"rope_type": "linear"},
+    }
+    (source / "config.json").write_text(json.dumps(config | both))
+    with pytest.raises(UserError, match="rope_parameters and rope_scaling differ"):
         imported(source)
     (source / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(UserError, match=r"model\.safetensors can't be read"):

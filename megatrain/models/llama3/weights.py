@@ -119,6 +119,8 @@ def llama_like_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of a Llama-like model as plain data; the inverse of `llama_like_config`."""
     require_hf(hf, hidden_act="silu", quantization_config=None)
     # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
+    if hf.get("rope_parameters") and hf.get("rope_scaling") not in (None, hf["rope_parameters"]):
+        raise UserError("config.json: rope_parameters and rope_scaling differ; keep the one that holds")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     return {
         "n_layers": value_of(hf, "num_hidden_layers"),
