@@ -64,7 +64,7 @@ class BalancePoint(nn.Module):
 
 
 def as_it_is(x: Tensor) -> Tensor:
-    """Return the sum over a whole sequence, which it already is on one device."""
+    """Return the sum over a full sequence, which it already is on one device."""
     return x
 
 

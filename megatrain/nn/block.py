@@ -24,7 +24,7 @@ def run_body(body: Body, x: Tensor, sequence: SequenceInfo) -> Tensor:
 class Block(nn.Module):
     """A pre-norm block, `(batch, seq, hidden)` to the same. It has either `mlp` or `moe`.
 
-    `layer` is its index in the whole model.
+    `layer` is its index in the full model.
     """
 
     SEAMS = ("run",)

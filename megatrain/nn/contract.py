@@ -102,7 +102,7 @@ class Plan:
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """Every weight by its name in the whole model (`layers.3.attn.wq`)."""
+        """Every weight by its name in the full model (`layers.3.attn.wq`)."""
         blocks = {f"layers.{i}.{name}": w for i, block in enumerate(self.blocks) for name, w in block.items()}
         return {**self.ends, **blocks}
 

@@ -17,7 +17,7 @@ from megatrain.nn.rope import rope_angles
 
 
 class Decoder(nn.Module):
-    """Tokens to logits, or to the summed loss. Layers are keyed by their index in the whole model.
+    """Tokens to logits, or to the summed loss. Layers are keyed by their index in the full model.
 
     A pipeline stage is a decoder that kept a part of its layers (`keep_layers`): without the first layer it takes
     hidden states instead of tokens, without the last one it returns hidden states.
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         self.loss_head: nn.Module = LossHead(cfg.logit_softcap)
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
-        """Yield (index in the whole model, block) in order."""
+        """Yield (index in the full model, block) in order."""
         for index, block in self.layers.items():
             assert isinstance(block, Block)
             yield int(index), block

@@ -56,7 +56,7 @@ def classify(operator: str, callers: Names = ()) -> str:
 def breakdown(step: Callable[[], object]) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """Profile one call of `step`: its seconds by class, and those of its ten slowest operators, both largest first.
 
-    Means over a few calls. The classes add up to the whole duration: on a CPU operators are counted by their own
+    Means over a few calls. The classes add up to the full duration: on a CPU operators are counted by their own
     time in the calling thread, on a GPU by that of the kernels they started.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own log lines: not on the user's terminal

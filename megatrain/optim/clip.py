@@ -1,4 +1,4 @@
-"""Clipping by the gradient norm of the whole model."""
+"""Clipping by the gradient norm of the full model."""
 
 from collections.abc import Iterable
 

@@ -96,7 +96,7 @@ class ParallelModel:
             share.copy_(part.view_as(share))
 
     def squared_norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return this rank's share of the squared 2-norm of the whole model's `tensors` (float64 scalar).
+        """Return this rank's share of the squared 2-norm of the full model's `tensors` (float64 scalar).
 
         Each element of the model counts on one rank, so the sum over ranks is the squared norm of the full model.
         """

@@ -20,9 +20,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate every rank's `x` along `dim`, in the order of ranks."""
     size = group.size()
-    whole = x.new_empty(size, *x.shape)
-    _all_gather(whole.view(size * x.shape[0], *x.shape[1:]), x.contiguous(), group=group)
-    return torch.cat(whole.unbind(0), dim) if dim else whole.flatten(0, 1)
+    gathered = x.new_empty(size, *x.shape)
+    _all_gather(gathered.view(size * x.shape[0], *x.shape[1:]), x.contiguous(), group=group)
+    return torch.cat(gathered.unbind(0), dim) if dim else gathered.flatten(0, 1)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:

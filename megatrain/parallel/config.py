@@ -59,7 +59,7 @@ class ParallelConfig:
 
     @property
     def stages(self) -> int:
-        """Number of pipeline stages of the whole model."""
+        """Number of pipeline stages of the full model."""
         if self.pp_schedule in V_SHAPED:
             return 2 * self.pp
         return self.pp * (self.stages_per_rank if self.pp_schedule in MULTI_STAGE else 1)

@@ -44,7 +44,7 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
             view = local_view_without_bias if is_row and group.rank() > 0 else local_view
             replace_seam(layer, "parameter_view", view)
     for _, block in model.blocks():
-        for part in _parts_on_whole_sequence(block, cfg, group):
+        for part in _parts_on_full_sequence(block, cfg, group):
             part.register_forward_pre_hook(partial(_gather_sequence, group))
             part.register_forward_hook(partial(_scatter_sequence, group))
     if model.embed is not None:
@@ -54,7 +54,7 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
     replace_seam(model, "loss_head", VocabularyParallelLossHead(model.cfg.logit_softcap, group))
 
 
-def _parts_on_whole_sequence(block: Block, cfg: ParallelConfig, group: Group) -> Iterator[nn.Module]:
+def _parts_on_full_sequence(block: Block, cfg: ParallelConfig, group: Group) -> Iterator[nn.Module]:
     """Yield the parts of a block whose products are sharded, so that every rank must see all tokens."""
     yield block.attn
     if block.mlp is not None:

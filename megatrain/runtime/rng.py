@@ -67,7 +67,7 @@ def fill_normal_(
 def _element_numbers(part: Tensor, shape: Sequence[int], offsets: Sequence[int]) -> Tensor:
     """Return the row-major number, in a tensor of `shape`, of each element of `part`, which begins at `offsets`."""
     numbers = torch.zeros((), dtype=torch.int64, device=part.device)
-    for size, whole, offset in zip(part.shape, shape, offsets, strict=True):
+    for size, full_size, offset in zip(part.shape, shape, offsets, strict=True):
         place = torch.arange(offset, offset + size, device=part.device)
-        numbers = numbers.unsqueeze(-1) * whole + place
+        numbers = numbers.unsqueeze(-1) * full_size + place
     return numbers

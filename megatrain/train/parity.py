@@ -127,7 +127,7 @@ def _reported(part: Trace) -> tuple[object, ...]:
 def relative_errors(found: Arrays, truth: Arrays) -> dict[str, float]:
     """Return the largest difference of each parameter, relative to the largest magnitude of its true values.
 
-    That magnitude is taken as a tenth of the whole model's largest at least: a gradient may be zero but for rounding
+    That magnitude is taken as a tenth of the full model's largest at least: a gradient may be zero but for rounding
     (a key's bias shifts all scores of a query alike), and then says nothing.
     """
     largest = {name: float(np.abs(values).max(initial=0.0)) for name, values in truth.items()}

@@ -30,7 +30,7 @@ class StepStats:
 
     @property
     def grad_norm(self) -> Tensor:
-        """2-norm of the whole model's gradient, before clipping."""
+        """2-norm of the full model's gradient, before clipping."""
         return self.values[1]
 
     def read(self) -> tuple[float, float, bool]:
@@ -119,10 +119,10 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
     assert parallel.pipeline is not None
     parts = [_on_device(parallel, part) for part in batch.micro_batches]
     columns = {name: [part[name] for part in parts] for name in parts[0]}
-    whole = {name: None if t[0] is None else torch.cat(cast(list[Tensor], t)) for name, t in columns.items()}
+    rows = {name: None if t[0] is None else torch.cat(cast(list[Tensor], t)) for name, t in columns.items()}
     scale = 1 / max(batch.valid_tokens, 1)
     loss = parallel.pipeline.forward_backward(
-        whole, cfg.resolved_micro_batch_size, scale=scale, z_loss=cfg.train.z_loss
+        rows, cfg.resolved_micro_batch_size, scale=scale, z_loss=cfg.train.z_loss
     )
     return loss.to(torch.float64)
 

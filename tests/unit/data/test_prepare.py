@@ -385,7 +385,7 @@ def test_of_two_preparations_one_works_and_one_waits(
 def test_one_token_file(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     for tokenizer in (BYTES, TokenizerConfig(vocab_size=300)):
-        assert "too little text: 1 tokens" in refusal(tmp_path / "a.txt", cache, tokenizer=tokenizer)
+        assert "too little text: 1 training tokens" in refusal(tmp_path / "a.txt", cache, tokenizer=tokenizer)
 
 
 def test_empty_missing_and_not_utf8(tmp_path: Path, cache: Path) -> None:
