@@ -133,6 +133,7 @@ def test_what_cannot_be_expressed_leaves_nothing_behind(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | both))
     with pytest.raises(UserError, match="rope_parameters and rope_scaling differ"):
         imported(source)
+    (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(UserError, match=r"model\.safetensors can't be read"):
         imported(source)
