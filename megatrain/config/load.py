@@ -222,7 +222,12 @@ class _Walk:
         if value is None and NoneType in members(hint):
             return None
         if not classes:
-            self.report(path, value, f"must be {expected(hint)}", _nearest_values(hint, value))
+            # A value that meant something in an earlier version is answered with its present form.
+            changed: Mapping[object, object] = getattr(self.root, "CHANGED", {}).get(path, {})
+            legal = (
+                (changed[value],) if _is_scalar(value) and value in changed else _nearest_values(hint, value)
+            )
+            self.report(path, value, f"must be {expected(hint)}", legal)
             return None
         if not isinstance(value, Mapping):
             self.report(path, value, "must be a mapping of keys to values")
@@ -257,6 +262,10 @@ def _convert(hint: Any, value: Any) -> Any:
         return float(value)
     except OverflowError:  # an integer beyond the largest float
         return math.inf if value > 0 else -math.inf
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _nearest_values(hint: Any, value: object) -> tuple[object, ...]:

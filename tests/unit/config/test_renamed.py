@@ -65,3 +65,12 @@ def test_a_file_is_answered_with_the_new_name() -> None:
         load(Config, {"engine": "native"})
     with pytest.raises(ConfigError, match=r"parallel.recompute=full: this key is now"):
         load(Config, {"parallel": {"recompute": "full"}})
+
+
+def test_a_value_of_an_earlier_version_is_answered_with_the_present_one() -> None:
+    for load_it in (
+        lambda: compose(["schedule.warmup_steps=null"]),
+        lambda: load(Config, {"schedule": {"kind": "cosine", "warmup_steps": None}}),
+    ):
+        with pytest.raises(ConfigError, match=r"schedule\.warmup_steps=null: .* Nearest legal: auto\."):
+            load_it()
