@@ -21,7 +21,7 @@ def n_embedding_parameters(cfg: DecoderConfig) -> int:
 
 def n_params(cfg: DecoderConfig, *, active: bool = False) -> int:
     """Count all parameters, a tied head once; `active` excludes experts that a token is not routed to."""
-    return sum(weight.n_params(active=active) for weight in decoder_plan(cfg).weights.values())
+    return decoder_plan(cfg).n_params(active=active)
 
 
 def attention_pairs(seq_len: int, *, causal: bool, window: int | None) -> int:

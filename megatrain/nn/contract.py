@@ -121,6 +121,10 @@ class Plan:
         """Name of the parameter that is both the embedding and the head; None if the head has its own."""
         return next((name for name, role in self.roles.items() if role & Role.TIED), None)
 
+    def n_params(self, *, active: bool = False) -> int:
+        """Count all parameters; `active` counts only the experts that one token meets."""
+        return sum(weight.n_params(active=active) for weight in self.weights.values())
+
     def block_products(self, layer: int) -> int:
         """Count the weights of block `layer` that one token is multiplied with."""
         return sum(

@@ -1,7 +1,7 @@
 """Choice of the micro-batch size: what a layout allows, and what fits in memory by a simple estimate."""
 
-from megatrain.models.flops import n_params
 from megatrain.nn.config import GATED, DecoderConfig
+from megatrain.nn.plan import decoder_plan
 from megatrain.parallel.config import MULTI_STAGE, ParallelConfig
 
 USABLE = 0.8
@@ -52,7 +52,7 @@ def state_bytes(model: DecoderConfig, parallel: ParallelConfig, *, precision: st
     Under bf16 and fp8 the model's own copy of the weights comes on top. ZeRO (arXiv 1910.02054) shards what its stage
     says over `dp_shard`.
     """
-    parameters = n_params(model) / (parallel.pp * parallel.tp)
+    parameters = decoder_plan(model).n_params() / (parallel.pp * parallel.tp)
     width = 8 if precision == "fp64" else 4
     copy = 2 if precision in ("bf16", "fp8") else 0
     parts = {1: 3 * width, 2: width, 3: copy}
