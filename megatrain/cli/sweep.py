@@ -20,6 +20,7 @@ from megatrain.config.errors import UserError
 from megatrain.config.schema import ConfigError
 from megatrain.runtime.launch import SAVED_BY_SIGNAL, passing_signals
 from megatrain.train.config import Config
+from megatrain.train.files import IMPORT_FILE, run_directory
 
 NAME_LENGTH = 80
 """Maximum length in characters of the part of a run's name that comes from its overrides."""
@@ -51,6 +52,11 @@ def plan_sweep(overrides: list[str], source: Source) -> list[Job]:
         try:
             cfg = compose(lines, source)
             if "run.name" not in swept:
+                if (run_directory(cfg) / IMPORT_FILE).is_file():
+                    raise UserError(
+                        f"run.name={cfg.run.name} is an imported run, and each job of a sweep is a run of its own: "
+                        "import the model once for each job, and sweep over run.name"
+                    )
                 name = f"{cfg.run.name}/{index}-{_label(lines, swept)}"
                 cfg = replace(cfg, run=replace(cfg.run, name=name))
                 lines = [*lines, f"run.name='{name}'"]

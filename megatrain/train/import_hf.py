@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.errors import CheckpointSaveError
 from megatrain.checkpoint.store import Checkpointer
-from megatrain.config.errors import UserError
+from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import dump, load
 from megatrain.data.config import DataConfig, TokenizerConfig
 from megatrain.data.tokenizer import HuggingFaceTokenizer, read_tokenizer
@@ -94,6 +94,27 @@ def import_hf(source: Path, run: RunConfig, *, progress: Callable[[str, float], 
 def is_untrained_import(directory: Path, checkpointer: Checkpointer) -> bool:
     """Return whether the run in `directory` was imported and has not been trained since."""
     return (directory / IMPORT_FILE).is_file() and checkpointer.steps() == [0]
+
+
+def require_imported_weights(directory: Path, checkpointer: Checkpointer) -> None:
+    """Refuse to start an imported run anew, from random weights or without its own damaged checkpoints.
+
+    Raises:
+        UserError: the imported weights are gone.
+        DamagedCheckpointError: the run's own checkpoints are damaged, and only the imported weights are left.
+    """
+    if not (directory / IMPORT_FILE).is_file():
+        return
+    if not checkpointer.steps() and not checkpointer.has_damaged():
+        raise UserError(
+            f"{directory} was imported, and has no checkpoint any more: it would start from random weights. Import the "
+            "model again under another run.name."
+        )
+    if checkpointer.steps() == [0] and checkpointer.has_damaged():
+        raise DamagedCheckpointError(
+            f"The checkpoints that {directory} saved in training are damaged; only the imported weights are intact. To "
+            "train from them again, import the model under another run.name."
+        )
 
 
 def take_up_weights(checkpointer: Checkpointer, state: TrainState) -> tuple[str, ...]:

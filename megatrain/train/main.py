@@ -28,7 +28,7 @@ from megatrain.train.auto import resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
-from megatrain.train.import_hf import is_untrained_import, take_up_weights
+from megatrain.train.import_hf import is_untrained_import, require_imported_weights, take_up_weights
 from megatrain.train.loop import reason_to_stop, train_loop
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
@@ -104,6 +104,7 @@ def _settle(
             f"train.resume=never, but {directory} has checkpoints. Choose another run.name, remove the directory, "
             "or resume with train.resume=auto."
         )
+    require_imported_weights(directory, checkpointer)
     if is_untrained_import(directory, checkpointer):
         frozen = None  # its config names the model only; the recipe and the data are free
     if cfg.train.precision == "auto":

@@ -1,6 +1,7 @@
 """An imported model computes what transformers computes, and goes on as any other run, of every family."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def test_an_imported_run_trains_and_is_resumed(
     assert [row["train/loss"] for row in rows[0]] == [row["train/loss"] for row in rows[1]]
     assert main([*line, "run.name=whole", "model.n_layers=1"]) == 2
     assert "the run was imported" in capsys.readouterr().err
+    assert main([*line, "-m", "run.name=whole", "optim.lr=1e-3,2e-3"]) == 2
+    assert "is an imported run" in capsys.readouterr().err
+    checkpoints = tmp_path / "runs/whole/checkpoints"
+    shutil.rmtree(checkpoints)
+    assert main([*line, "run.name=whole"]) == 2
+    assert "has no checkpoint any more" in capsys.readouterr().err
 
 
 def test_a_check_that_fails_is_an_error(tmp_path: Path) -> None:
