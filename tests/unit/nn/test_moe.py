@@ -259,5 +259,5 @@ def test_impossible_routing_is_refused(field: str) -> None:
 
 
 def test_experts_need_their_activation() -> None:
-    with pytest.raises(ConfigError, match="activation=gelu: experts are gated"):
+    with pytest.raises(ConfigError, match="activation=gelu: is not supported with experts"):
         load(DecoderConfig, {"experts": {}, "activation": "gelu"})
