@@ -195,7 +195,7 @@ def test_the_default_is_the_standard_library(cache: Path) -> None:
         assert run(None, cache, progress).fingerprint == made.fingerprint
         seconds.append(time.process_time() - start)
     assert progress.seen == {}
-    assert min(seconds) < 0.3  # CPU time, which other processes disturb less: 0.05 s; reading all files again takes 0.4 s or more
+    assert min(seconds) < 0.3  # CPU time: 0.05 s; reading all files again takes 0.4 s or more
 
 
 def test_synthetic_data_reads_and_writes_nothing(cache: Path) -> None:
