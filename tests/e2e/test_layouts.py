@@ -157,7 +157,7 @@ def test_bench_measures_a_layout(workplace: Workplace) -> None:
 
 def test_another_number_of_processes_than_the_layout_has_is_refused(workplace: Workplace) -> None:
     done = workplace.run(torchrun(workplace, workplace.tiny("run.name=odd", "parallel.tp=1")), expect=1)
-    assert done.stderr.count("2 processes started, but the layout (every degree 1) has 1.") == 1
+    assert done.stderr.count("2 processes started, but the layout (every degree 1) needs 1.") == 1
     assert not (workplace.folder / "runs").exists()
 
 
