@@ -162,7 +162,9 @@ def read_tensors(reader: CheckedReader, tensors: dict[str, Tensor]) -> None:
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
-def check_same_tensors(saved: Metadata, wanted: Mapping[str, TensorSpec], *, only: str = "") -> None:
+def check_same_tensors(
+    saved: Metadata, wanted: Mapping[str, TensorSpec], *, only: str | tuple[str, ...] = ""
+) -> None:
     """Compare names, shapes and dtypes of the saved tensors whose names start with `only` with `wanted`.
 
     Raises:

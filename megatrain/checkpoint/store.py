@@ -190,11 +190,13 @@ class Checkpointer:
         """Return a reader of a checkpoint found by `latest`, to read some of its tensors with `read_tensors`."""
         return self._open(step)[1]
 
-    def load(self, tensors: dict[str, Tensor], *, only: str = "") -> VerifiedCheckpoint | None:
+    def load(
+        self, tensors: dict[str, Tensor], *, only: str | tuple[str, ...] = ""
+    ) -> VerifiedCheckpoint | None:
         """Read the newest intact checkpoint into `tensors`, in place; return None if there never was one.
 
         Names, shapes and dtypes must match the saved ones exactly; `only` restricts the saved ones to names that
-        start with it. After an error the values in `tensors` are undefined.
+        start with it, or with one of them. After an error the values in `tensors` are undefined.
 
         Raises:
             DamagedCheckpointError: there are checkpoints, and none is intact.
@@ -291,7 +293,7 @@ class Checkpointer:
         return replace(manifest, files={name: manifest.files[name] for name in names})
 
     def _read(
-        self, step: int, tensors: dict[str, Tensor], specs: dict[str, TensorSpec], only: str
+        self, step: int, tensors: dict[str, Tensor], specs: dict[str, TensorSpec], only: str | tuple[str, ...]
     ) -> VerifiedCheckpoint:
         """Read `tensors` in place while the files are hashed; the result counts only if the hashes are right."""
         found, reader = self._open(step)

@@ -17,7 +17,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("run")
     parser.add_argument("directory")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--average", action="store_true")
+    parser.add_argument("--average", action=argparse.BooleanOptionalAction)
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
@@ -45,6 +45,6 @@ def run(argv: list[str]) -> int:
     print(f"{target}: step {done.step}, {done.parameters / 1e6:.1f}M parameters in {done.files} file(s)")
     if options.check:
         tolerance = 1e-3 if options.dtype == "fp32" else 0.1  # 16-bit weights round each logit
-        difference = check_logits(source, target, tolerance=tolerance)
+        difference = check_logits(source, target, tolerance=tolerance, average=options.average)
         print(f"largest difference of logits to transformers: {difference:.2e} of the largest logit")
     return 0

@@ -21,6 +21,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--average", action=argparse.BooleanOptionalAction)
     options = parser.parse_args(argv)
     if options.temperature < 0 or options.tokens < 0 or (options.top_k is not None and options.top_k < 1):
         raise UserError("generate: --temperature and --tokens must be at least 0, and --top-k at least 1")
@@ -30,7 +31,7 @@ def run(argv: list[str]) -> int:
     from megatrain.train.restore import restore_model
     from megatrain.train.sample import continue_text
 
-    model, tokenizer, cfg, step = restore_model(Path(options.run), pick_device())
+    model, tokenizer, cfg, step = restore_model(Path(options.run), pick_device(), average=options.average)
     print(f"{options.run}, step {step}, seed {options.seed}", file=sys.stderr)
     print(options.prompt, end="", flush=True)
     for piece in continue_text(

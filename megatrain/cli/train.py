@@ -4,8 +4,6 @@ from megatrain.cli.job import run_in_layout
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
-PYTHON_PROMPT = "def "
-
 
 def run(argv: list[str]) -> int:
     """Compose and check the config, train, and show the result; return the exit code."""
@@ -24,6 +22,7 @@ def _train(cfg: Config, processes: Processes) -> int:
 def _show_result(cfg: Config, code: int) -> None:
     """Print a text sample, the files of the run, and commands to try next."""
     from megatrain.train.files import run_directory
+    from megatrain.train.sample import PYTHON_PROMPT
 
     directory = run_directory(cfg)
     if code:
@@ -48,19 +47,10 @@ def _print_sample(cfg: Config, prompt: str) -> None:
     from megatrain.runtime.device import pick_device
     from megatrain.train.files import run_directory
     from megatrain.train.restore import restore_model
-    from megatrain.train.sample import continue_text
+    from megatrain.train.sample import sample_text
 
     model, tokenizer, _, _ = restore_model(run_directory(cfg), pick_device())
     print(prompt, end="")
-    for piece in continue_text(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=cfg.train.sample_tokens,
-        context=cfg.seq_len,
-        temperature=0.7,
-        top_k=50,
-        seed=cfg.train.seed,
-    ):
+    for piece in sample_text(model, tokenizer, prompt, cfg, tokens=cfg.train.sample_tokens):
         print(piece, end="", flush=True)
     print()

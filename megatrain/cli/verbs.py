@@ -27,6 +27,12 @@ class Verb:
         return int(import_module(f"megatrain.cli.{module}").run(argv))
 
 
+AVERAGE = (
+    "--[no-]average",
+    "use the moving average of the weights, or the weights themselves; default: the average, if the run keeps one "
+    "(train.ema_decay)",
+)
+
 VERBS = (
     Verb(
         name="train",
@@ -69,6 +75,7 @@ VERBS = (
             ("--temperature T", "sampling temperature; 0: greedy decoding; default: 0.8"),
             ("--top-k K", "sample from the K most likely tokens; default: all"),
             ("--seed N", "sampling seed; default: 0"),
+            AVERAGE,
         ),
     ),
     Verb(
@@ -89,7 +96,7 @@ VERBS = (
         takes_config=False,
         flags=(
             ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
-            ("--average", "export the exponential moving average of the weights (train.ema_decay)"),
+            AVERAGE,
             ("--shard-gb GB", "maximum file size in GB; default: 5"),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),

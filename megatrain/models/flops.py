@@ -7,6 +7,7 @@ only the pairs that a causal or windowed mask leaves.
 """
 
 import math
+from collections import Counter
 
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.contract import Role
@@ -37,6 +38,9 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
     """
     plan = decoder_plan(cfg)
     matrices = plan.head_products + sum(plan.block_products(layer) for layer in range(cfg.n_layers))
-    pairs = attention_pairs(seq_len, causal=causal, window=cfg.sliding_window)
-    attention = 2 * cfg.n_layers * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * pairs / seq_len
+    pairs = sum(
+        attention_pairs(seq_len, causal=causal, window=window) * layers
+        for window, layers in Counter(map(cfg.window, range(cfg.n_layers))).items()
+    )
+    attention = 2 * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * pairs / seq_len
     return 3 * (2 * matrices + attention)

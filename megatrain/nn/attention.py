@@ -46,19 +46,19 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention, `(batch, seq, hidden)` to the same.
 
-    Head counts come from the weights, so a shard of the heads works alone.
+    Head counts come from the weights, so a shard of the heads works alone. `sliding_window` is the layer's.
     """
 
     SEAMS = ("core",)
 
-    def __init__(self, cfg: DecoderConfig) -> None:
+    def __init__(self, cfg: DecoderConfig, sliding_window: int | None) -> None:
         super().__init__()
         weights = attention_weights(cfg)
         self.head_dim = cfg.qk_head_dim
         self.wq, self.wk, self.wv, self.wo = (Linear(weights[name]) for name in ("wq", "wk", "wv", "wo"))
         self.q_norm = RMSNorm(weights["q_norm"], cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(weights["k_norm"], cfg.norm_eps) if cfg.qk_norm else None
-        self.core: nn.Module = AttentionCore(cfg.sliding_window)
+        self.core: nn.Module = AttentionCore(sliding_window)
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
         heads = (-1, self.head_dim)

@@ -34,7 +34,7 @@ class Block(nn.Module):
         weights = block_weights(cfg, layer)
         self.scale = cfg.residual_scale
         self.attn_norm = make_norm(cfg, weights["attn_norm"])
-        self.attn = Attention(cfg) if cfg.mla is None else MultiHeadLatentAttention(cfg)
+        self.attn = (Attention if cfg.mla is None else MultiHeadLatentAttention)(cfg, cfg.window(layer))
         self.mlp_norm = make_norm(cfg, weights["mlp_norm"])
         self.mlp: GatedMLP | PlainMLP | None = None
         self.moe: MoE | None = None

@@ -181,6 +181,9 @@ class DecoderConfig:
     sliding_window: int | None = None
     """Sliding window in tokens: a token attends to itself and the `sliding_window - 1` tokens before it; null: full
     attention."""
+    full_attention_every: int | None = None
+    """Every n-th layer has full attention, the others a sliding window (2 in Gemma 2, arXiv 2408.00118; 6 in Gemma 3);
+    null: all layers have the window."""
     attention_bias: bool = False
     """Add a bias to the query, key and value projections."""
     output_bias: bool = False
@@ -232,6 +235,11 @@ class DecoderConfig:
             self.ffn_size if self.experts is None or self.experts.ffn_size is None else self.experts.ffn_size
         )
 
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window of layer `layer` in tokens; None for full attention."""
+        every = self.full_attention_every
+        return self.sliding_window if every is None or (layer + 1) % every else None
+
     def has_experts(self, layer: int) -> bool:
         """Tell whether layer `layer` has a mixture of experts instead of a feed-forward block."""
         moe = self.experts
@@ -241,11 +249,15 @@ class DecoderConfig:
         sizes = ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "vocab_size")
         broken = [
             *at_least(self, 1, *sizes, "max_seq_len", "sliding_window"),
+            *at_least(self, 2, "full_attention_every"),
             *at_least(self, 0, "init_std", "norm_eps"),
         ]
         yield from broken
         if broken:
             return
+        if self.full_attention_every is not None and self.sliding_window is None:
+            rule = "has no effect without sliding_window: all layers have full attention"
+            yield Problem("full_attention_every", self.full_attention_every, rule, (None,))
         yield from self._head_problems() if self.mla is None else self._latent_problems()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             yield Problem("logit_softcap", self.logit_softcap, "must be positive, or null for none")

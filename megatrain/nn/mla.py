@@ -15,14 +15,14 @@ from megatrain_kernels import rotary
 class MultiHeadLatentAttention(nn.Module):
     """Multi-head latent attention, `(batch, seq, hidden)` to the same.
 
-    Head counts come from the weights, so a shard of the heads works alone.
+    Head counts come from the weights, so a shard of the heads works alone. `sliding_window` is the layer's.
     Of each query and key head the first `qk_nope_head_dim` numbers have no position; the rest are turned, and those of
     the key are shared by all heads.
     """
 
     SEAMS = ("core",)
 
-    def __init__(self, cfg: DecoderConfig) -> None:
+    def __init__(self, cfg: DecoderConfig, sliding_window: int | None) -> None:
         super().__init__()
         mla = cfg.mla
         assert mla is not None
@@ -38,9 +38,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.wkv_down, self.wkv_up = Linear(weights["wkv_down"]), Linear(weights["wkv_up"])
         self.kv_norm = RMSNorm(weights["kv_norm"], cfg.norm_eps)
         self.wk_rope, self.wo = Linear(weights["wk_rope"]), Linear(weights["wo"])
-        self.core = AttentionCore(
-            cfg.sliding_window, rope_score_factor(cfg.rope_scaling) * cfg.qk_head_dim**-0.5
-        )
+        scale = rope_score_factor(cfg.rope_scaling) * cfg.qk_head_dim**-0.5
+        self.core = AttentionCore(sliding_window, scale)
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
         assert sequence.cos is not None

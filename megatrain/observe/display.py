@@ -27,6 +27,9 @@ class Display(Protocol):
     def notice(self, text: str) -> None:
         """Show something that a person should know."""
 
+    def sample(self, text: str) -> None:
+        """Take in a text by the model as it is now."""
+
     def close(self) -> None:
         """Leave the terminal in order. Phases may follow."""
 
@@ -68,6 +71,7 @@ class NoDisplay:
     def start(self, total_steps: int, step: int, title: str) -> None: ...
     def step(self, row: Row) -> None: ...
     def notice(self, text: str) -> None: ...
+    def sample(self, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -104,6 +108,7 @@ class PlainDisplay:
     def notice(self, text: str) -> None:
         self._print(one_line(text))
 
+    def sample(self, text: str) -> None: ...  # the last one is printed at the end
     def close(self) -> None: ...
 
     def _print(self, text: str) -> None:

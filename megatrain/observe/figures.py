@@ -28,6 +28,8 @@ class Clock:
         The time between steps counts, so validations and checkpoints do; what came before the first step does not.
         """
         self.done = row["step"]
+        if "perf/step_time_s" not in row:  # a validation before the first step
+            return
         if self._first is None:
             self._first, self._step_s = (self.done, self._now()), row["perf/step_time_s"]
         else:
@@ -78,16 +80,17 @@ class Course:
 
 def row_figures(row: Row) -> list[tuple[str, str]]:
     """Return the figures of a row that a person watches, as (name, formatted value)."""
-    figures = [("loss", f"{row['train/loss']:.4f}")]
+    figures = [("loss", f"{row['train/loss']:.4f}")] if "train/loss" in row else []
     if "eval/loss" in row:
         figures.append(("val loss", f"{row['eval/loss']:.4f}"))
     if "eval/bits_per_byte" in row:
         figures.append(("bits/byte", f"{row['eval/bits_per_byte']:.4f}"))
-    figures += [
-        ("grad norm", f"{row['train/grad_norm']:.3f}"),
-        ("lr", f"{row['train/lr']:.2e}"),
-        ("tokens/s", f"{row['perf/tokens_per_sec']:,.0f}"),
-    ]
+    if "train/loss" in row:  # not at step 0, the validation of the untrained model
+        figures += [
+            ("grad norm", f"{row['train/grad_norm']:.3f}"),
+            ("lr", f"{row['train/lr']:.2e}"),
+            ("tokens/s", f"{row['perf/tokens_per_sec']:,.0f}"),
+        ]
     if "perf/mfu" in row:
         figures.append(("MFU", f"{row['perf/mfu']:.1%}"))
     return figures

@@ -38,6 +38,7 @@ class LiveDisplay:
         self._row: Row = {}
         self._losses = Course()
         self._notices: list[str] = []
+        self._sample = ""
         self._next_drawing = float("-inf")
         self._started = False
 
@@ -55,12 +56,17 @@ class LiveDisplay:
 
     def step(self, row: Row) -> None:
         self._clock.tick(row)
-        self._losses.add(row["train/loss"])
+        if "train/loss" in row:
+            self._losses.add(row["train/loss"])
         self._row = {key: self._row[key] for key in STICKY if key in self._row} | row
         self._draw(force="eval/loss" in row or self._clock.finished)
 
     def notice(self, text: str) -> None:
         self._notices = [*self._notices, one_line(text)][-KEPT_NOTICES:]
+        self._draw(force=True)
+
+    def sample(self, text: str) -> None:
+        self._sample = one_line(text)
         self._draw(force=True)
 
     def close(self) -> None:
@@ -95,6 +101,8 @@ class LiveDisplay:
             parts.append(self._figures())
             width = max(10, min(72, self._console.width - 8))
             parts.append(Text(sparkline(self._losses.values(), width), style="cyan"))
+        if self._sample:
+            parts.append(Text(f"sample: {self._sample}", style="dim", no_wrap=True, overflow="ellipsis"))
         parts += [Text(f"- {notice}", style="yellow") for notice in self._notices]
         return Group(*parts)
 

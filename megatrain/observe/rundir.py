@@ -34,7 +34,7 @@ class RunLog:
         Lines that a kill or a full disk left torn are dropped, from the events too.
         """
         self.first_step = step
-        self._attempted(lambda: _rewrite(self._metrics, keep=lambda row: row.get("step", 0) <= step))
+        self._attempted(lambda: _rewrite(self._metrics, keep=lambda row: 0 < step >= row.get("step", 0)))
         self._attempted(lambda: _rewrite(self._events, keep=lambda row: True))
 
     def row(self, row: dict[str, Any]) -> None:

@@ -58,6 +58,11 @@ class Observer:
         self._log.event("notice", text=text)
         self._display.notice(text)
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Show what the model makes of `prompt` after `step` steps, and keep it in events.jsonl."""
+        self._log.event("sample", step=step, prompt=prompt, text=text)
+        self._display.sample(prompt + text)
+
     def close(self) -> None:
         """Flush and close all sinks."""
         for close in self._closers:

@@ -18,3 +18,11 @@ class WeightAverage:
         """Take in the weights of one more step."""
         averages = list(self.averages.values())
         torch._foreach_lerp_(averages, [weights[name] for name in self.averages], 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self, weights: Mapping[str, Tensor]) -> None:
+        """Exchange the averages with `weights` in place, one tensor at a time; a second call undoes it exactly."""
+        for name, average in self.averages.items():
+            held = weights[name].detach().clone()
+            weights[name].copy_(average)
+            average.copy_(held)

@@ -64,3 +64,10 @@ def before_micro_batch(model: nn.Module, *, is_last: bool, zero_stage: int) -> N
     model.set_requires_all_reduce(is_last)
     model.set_reshard_after_backward(is_last or zero_stage == 3)
     model.set_is_last_backward(is_last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered parameters, so that the next pass gathers their present values."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

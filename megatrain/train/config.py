@@ -68,15 +68,17 @@ class TrainConfig:
     z_loss: float = 0.0
     """Coefficient of the z-loss, the squared log-partition of the logits (PaLM, arXiv 2204.02311); 0: none."""
     ema_decay: float | None = None
-    """Decay per step of an exponential moving average of the weights; null: no average."""
+    """Decay per step of an exponential moving average (EMA) of the weights, which validation, samples, `generate` and
+    `export` then use instead of the weights; null: no average."""
     eval_every: int = 100
-    """Steps between validations; 0: only at the end of the run."""
+    """Steps between validations, of which the first is before any training; 0: only at the end of the run."""
     eval_tokens: int = 65536
     """Number of tokens in each validation; they are the same every time."""
     early_stop_patience: int = 0
     """Stop after this many consecutive validations without a new best loss; 0: never."""
     sample_tokens: int = 200
-    """Tokens of the text sample generated at the end of the run; 0: no sample."""
+    """Tokens of the text sample generated at the end of the run; those after a validation, in a run of one process,
+    are of at most 64; 0: no samples."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "steps", "stop_at", "eval_tokens")

@@ -20,13 +20,10 @@ from megatrain.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import WeightMap
 from megatrain.train.files import read_config
+from megatrain.train.restore import AVERAGE, WEIGHTS, takes_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MODEL = "model."
-"""Prefix of parameter names in checkpoints."""
-AVERAGE = "ema."
-"""Prefix of the names of their moving averages."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,14 @@ def export(
     target: Path,
     *,
     dtype: str,
-    average: bool,
+    average: bool | None,
     shard_bytes: int,
     progress: Callable[[str, float], None],
 ) -> Exported:
     """Write the newest checkpoint's model into the new directory `target`, which appears atomically.
 
     Args:
-        dtype: a key of `DTYPES`. average: export the moving average of the weights instead of the weights.
+        dtype: a key of `DTYPES`. average: export the moving average of the weights; None: if the run keeps one.
         shard_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
@@ -58,8 +55,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already. Remove it, or export to another directory.")
     cfg = read_config(run)
-    if average and cfg.train.ema_decay is None:
-        raise UserError(f"{run} keeps no moving average of its weights (train.ema_decay is null)")
+    prefix = AVERAGE if takes_average(run, cfg, average) else WEIGHTS
     spec = get_spec(cfg.model.kind)
     mapping, config = spec.weights(cfg.model), spec.hf_config(cfg.model)
     checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint)
@@ -71,7 +67,7 @@ def export(
         partial.mkdir(parents=True)
         tokenizer = _write_tokenizer(run / "tokenizer", partial)
         _write_json(partial / "config.json", config | tokenizer | {"dtype": HF_DTYPES[dtype]})
-        pieces = _pieces(mapping, checkpointer.open(found.step), AVERAGE if average else MODEL)
+        pieces = _pieces(mapping, checkpointer.open(found.step), prefix)
         total = len(mapping.rules) + len(mapping.stacks)
         counted = _counting(pieces, total, progress)
         files, parameters = _write_shards(partial, counted, DTYPES[dtype], shard_bytes)
@@ -94,7 +90,7 @@ def _pieces(mapping: WeightMap, reader: CheckedReader, prefix: str) -> Iterator[
         names = [name for rule in part.rules for name in rule.ours] + [stack.ours for stack in part.stacks]
         ours = {}
         for name in names:
-            key = prefix + name if prefix + name in specs else MODEL + name  # buffers have no average
+            key = prefix + name if prefix + name in specs else WEIGHTS + name  # buffers have no average
             ours[key] = torch.empty(specs[key].size, dtype=specs[key].dtype)
         read_tensors(reader, ours)
         yield part.export(dict(zip(names, ours.values(), strict=True)))

@@ -11,10 +11,10 @@ TOKENS = 64
 
 
 @torch.no_grad()
-def check_logits(run: Path, exported: Path, *, tolerance: float = 1e-3) -> float:
+def check_logits(run: Path, exported: Path, *, tolerance: float = 1e-3, average: bool | None = None) -> float:
     """Compare the logits of `run`'s newest model with those of `exported` in transformers, on random tokens.
 
-    Returns the largest difference, as a share of the largest logit.
+    Returns the largest difference, as a share of the largest logit. `average` is as in `takes_average`.
 
     Raises:
         UserError: transformers is not installed, or the difference is above `tolerance` or not a number.
@@ -23,7 +23,7 @@ def check_logits(run: Path, exported: Path, *, tolerance: float = 1e-3) -> float
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("--check needs the package transformers: pip install transformers") from None
-    ours, _, cfg, _ = restore_model(run, torch.device("cpu"))
+    ours, _, cfg, _ = restore_model(run, torch.device("cpu"), average=average)
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     length = min(TOKENS, cfg.model.max_seq_len)
     tokens = torch.randint(cfg.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))

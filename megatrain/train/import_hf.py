@@ -26,8 +26,8 @@ from megatrain.models.registry import config_from_hf, get_spec
 from megatrain.models.spec import WeightMap
 from megatrain.observe.rundir import RunLog
 from megatrain.train.config import Config, RunConfig
-from megatrain.train.export import MODEL
 from megatrain.train.files import IMPORT_FILE, write_config
+from megatrain.train.restore import WEIGHTS
 from megatrain.train.state import TrainState
 
 INDEX = "model.safetensors.index.json"
@@ -123,8 +123,8 @@ def take_up_weights(checkpointer: Checkpointer, state: TrainState) -> tuple[str,
     Raises:
         DamagedCheckpointError: the checkpoint is damaged.
     """
-    weights = {name: tensor for name, tensor in state.tensors().items() if name.startswith(MODEL)}
-    found = checkpointer.load(weights, only=MODEL)
+    weights = {name: tensor for name, tensor in state.tensors().items() if name.startswith(WEIGHTS)}
+    found = checkpointer.load(weights, only=WEIGHTS)
     assert found is not None, "the caller has seen a checkpoint"
     state.sync_model_weights()
     if state.average is not None:
@@ -209,8 +209,8 @@ def _read_tensors(
                 raise UserError(f"{name} is quantized ({tensor.dtype}): import the model in 16 or 32 bits")
         for name, value in part.load(theirs, shapes).items():
             target = _on_disk(scratch / str(len(tensors)), wanted[name])
-            tensors[MODEL + name] = target.copy_(value)
-    if missing := sorted(set(wanted) - {name.removeprefix(MODEL) for name in tensors}):
+            tensors[WEIGHTS + name] = target.copy_(value)
+    if missing := sorted(set(wanted) - {name.removeprefix(WEIGHTS) for name in tensors}):
         raise UserError(f"a Hugging Face {model.kind} model does not hold: {', '.join(missing[:8])}")
     return tensors
 

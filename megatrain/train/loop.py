@@ -12,6 +12,7 @@ from megatrain.resilience.signals import StopSignals
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
 from megatrain.train.run import Run
+from megatrain.train.sample import sample
 from megatrain.train.step import train_step
 
 Row = dict[str, Any]
@@ -68,6 +69,9 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
     reset_peak_memory(state.parallel.device)
     ended = time.perf_counter()
     batches = run.loader.batches(state.step)
+    if state.step == 0 and cfg.train.eval_every and run.eval_batches:
+        observer.step({"step": 0} | _evaluate(run, observer))  # of the untrained model
+        ended = time.perf_counter()
     while True:
         batch = next(batches)
         data_time = time.perf_counter() - ended
@@ -85,7 +89,7 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         requests = requests_after(state.step, cfg, stop_wanted=stop_wanted)
         stop = requests.stop
         if requests.evaluate:
-            row |= _evaluate(run, observer, loss)
+            row |= _evaluate(run, observer, train_loss=loss)
             stop = stop or ("" if _patience_left(run) else "early stop")
         observer.step(row)
         if requests.save or stop:
@@ -112,17 +116,24 @@ def _speed(run: Run, step_time: float, data_time: float) -> Row:
     return row
 
 
-def _evaluate(run: Run, observer: Observer, train_loss: float) -> Row:
-    """Validate if anything is held out; update the counters and notices of the over-fitting watch."""
+def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) -> Row:
+    """Validate if anything is held out, and show a sample; `train_loss` None: no step has been taken yet.
+
+    Both use the moving average of the weights where one is kept.
+    """
     if not run.eval_batches:
         return {}
     state = run.state
-    result = evaluate(state.parallel, run.eval_batches, run.data.token_bytes)
-    state.watch, notice = watch_update(
-        state.watch, step=state.step, train_loss=train_loss, eval_loss=result.loss
-    )
-    if notice is not None:
-        observer.notice(notice)
+    with state.averaged():
+        result = evaluate(state.parallel, run.eval_batches, run.data.token_bytes)
+        if (text := sample(run)) is not None:
+            observer.sample(state.step, *text)
+    if train_loss is not None:
+        state.watch, notice = watch_update(
+            state.watch, step=state.step, train_loss=train_loss, eval_loss=result.loss
+        )
+        if notice is not None:
+            observer.notice(notice)
     found: Row = {"eval/loss": result.loss}
     if result.bits_per_byte is not None:
         found["eval/bits_per_byte"] = result.bits_per_byte

@@ -12,20 +12,45 @@ from megatrain.models.registry import get_spec
 from megatrain.train.config import Config
 from megatrain.train.files import read_config
 
+WEIGHTS = "model."
+"""Prefix of the names of parameters and buffers in checkpoints."""
+AVERAGE = "ema."
+"""Prefix of the names of the parameters' moving averages."""
 
-def restore_model(directory: Path, device: torch.device) -> tuple[nn.Module, Tokenizer, Config, int]:
-    """Load the model of the newest checkpoint in float32, its tokenizer, its config, and the step.
+
+def takes_average(directory: Path, cfg: Config, average: bool | None) -> bool:
+    """Tell whether to use the moving average of the weights; `average` None means where the run keeps one.
 
     Raises:
-        UserError: `directory` is not a run directory, or has no checkpoint.
+        UserError: an average is asked for, and the run keeps none.
+    """
+    kept = cfg.train.ema_decay is not None
+    if average and not kept:
+        raise UserError(f"{directory} keeps no moving average of its weights (train.ema_decay is null)")
+    return kept if average is None else average
+
+
+def restore_model(
+    directory: Path, device: torch.device, *, average: bool | None = None
+) -> tuple[nn.Module, Tokenizer, Config, int]:
+    """Load the model of the newest checkpoint in float32, its tokenizer, its config, and the step.
+
+    Args:
+        average: as in `takes_average`.
+
+    Raises:
+        UserError: `directory` is not a run directory, has no checkpoint, or lacks the average that is asked for.
     """
     cfg = read_config(directory)
+    prefix = AVERAGE if takes_average(directory, cfg, average) else WEIGHTS
     with torch.device("meta"):
         model = get_spec(cfg.model.kind).build(cfg.model)
     dtype = torch.float64 if cfg.train.precision == "fp64" else torch.float32
     model = model.to(dtype).to_empty(device=device)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    found = Checkpointer(directory / "checkpoints", cfg.checkpoint).load(tensors, only="model.")
+    tensors = {prefix + name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = {WEIGHTS + name: buffer for name, buffer in model.named_buffers()}  # these have no average
+    checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint)
+    found = checkpointer.load(tensors | buffers, only=(prefix, *buffers))
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
     return model, load_tokenizer(directory / "tokenizer"), cfg, found.step

@@ -1,5 +1,7 @@
 """Content of a checkpoint: weights, optimizer state, weight average, position, and early-stopping counters."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ from megatrain.optim.build import optimizer_tensors
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel
+from megatrain.parallel.fsdp import reshard
 
 
 @dataclass
@@ -56,6 +59,24 @@ class TrainState:
         """Take up `metadata` after the tensors were loaded in place."""
         self.step, self.tokens, self.watch = metadata["step"], metadata["tokens"], metadata["watch"]
         self.sync_model_weights()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with the moving average of the weights, if one is kept, in the `with` block; do not train in it."""
+        if self.average is None:
+            yield
+            return
+        self._swap_average(self.average)
+        try:
+            yield
+        finally:
+            self._swap_average(self.average)
+
+    def _swap_average(self, average: WeightAverage) -> None:
+        average.swap(self.weights.parameters)
+        self.sync_model_weights()
+        for model in self.parallel.models:
+            reshard(model)  # a forward pass without a backward pass keeps the weights that it gathered
 
     def sync_model_weights(self) -> None:
         """Copy the master weights to the model's compute weights."""

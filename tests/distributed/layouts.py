@@ -22,7 +22,9 @@ STORE = SyntheticStore(64, n_tokens=1 << 14, documents=700)  # about 23 tokens e
 SIZES = {"n_layers": 4, "hidden_size": 32, "n_heads": 8, "ffn_size": 48, "vocab_size": 64, "init_std": 0.2}
 
 CFG = Config(
-    model=Qwen3Config(**SIZES, n_kv_heads=4, head_dim=8, tie_embeddings=False, sliding_window=20),
+    model=Qwen3Config(
+        **SIZES, n_kv_heads=4, head_dim=8, tie_embeddings=False, sliding_window=20, full_attention_every=2
+    ),
     data=DataConfig(kind="synthetic", mask_documents=True),
     optim=AdamWConfig(lr=1e-2, clip_norm=0.5),  # the norm is about 4: every step is clipped
     train=TrainConfig(precision="fp64", z_loss=1e-3, seed=3),

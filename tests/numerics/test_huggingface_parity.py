@@ -46,6 +46,9 @@ MODELS: dict[str, ModelConfig] = {
     "qwen3, untied, window": Qwen3Config(
         **TINY, n_kv_heads=4, head_dim=12, tie_embeddings=False, sliding_window=9
     ),
+    "qwen3, window in some layers": Qwen3Config(
+        **TINY | {"n_layers": 4}, sliding_window=9, full_attention_every=2
+    ),
     "qwen3, biases": Qwen3Config(**TINY, **BIASES),
 }
 
@@ -228,6 +231,15 @@ def test_a_window_is_read_without_layer_types() -> None:
     assert (
         config_from_hf(hf | {"max_window_layers": 2}).sliding_window is None
     )  # it would begin after the last layer
+
+
+def test_other_patterns_of_windows_are_refused() -> None:
+    hf = get_spec("qwen3").hf_config(MODELS["qwen3, window in some layers"])
+    full, windowed = "full_attention", "sliding_attention"
+    assert hf["layer_types"] == [windowed, full, windowed, full]
+    assert config_from_hf(hf).full_attention_every == 2
+    with pytest.raises(UserError, match="layer_types"):
+        config_from_hf(hf | {"layer_types": [full, full, windowed, full]})
 
 
 def test_an_unknown_family_is_named() -> None:

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "relu2": {"activation": "relu2"},
     "learned positions": {"positions": "learned", "max_seq_len": 24},
     "window": {"sliding_window": 3},
+    "window in some layers": {"n_layers": 4, "sliding_window": 3, "full_attention_every": 2},
     "softcap": {"logit_softcap": 2.0},
     "scales": {"residual_scale": 0.5, "embedding_scale": 3.0},
     "scales, layer norm": {"residual_scale": 0.5, "norm": "layer"},
@@ -99,7 +100,10 @@ def written_out(cfg: DecoderConfig, w: dict[str, torch.Tensor], tokens: list[int
     for layer in range(cfg.n_layers):
         own = {key.removeprefix(f"layers.{layer}."): value for key, value in w.items()}
         mix = attention if cfg.mla is None else latent_attention
-        x = x + cfg.residual_scale * mix(cfg, own, norm(cfg, own, "attn_norm", x))
+        every = cfg.full_attention_every
+        is_full = every is not None and layer in range(every - 1, cfg.n_layers, every)
+        kind = replace(cfg, sliding_window=None, full_attention_every=None) if is_full else cfg
+        x = x + cfg.residual_scale * mix(kind, own, norm(cfg, own, "attn_norm", x))
         y = norm(cfg, own, "mlp_norm", x)
         moe = cfg.experts
         if moe is None or layer < moe.first_k_dense or layer % moe.layer_frequency:

@@ -1,5 +1,7 @@
 """The closed form of a step's FLOPs against torch's counter, which watches the operations as they run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,6 +66,13 @@ def test_llama_3_8b() -> None:
     for causal, keys in ((False, 8192), (True, 8193 / 2)):
         expected = 6 * weights + 12 * 32 * 4096 * keys
         assert flops_per_token(cfg, 8192, causal=causal) == pytest.approx(expected, rel=1e-12)
+
+
+def test_layers_with_and_without_a_window_count_their_own_pairs() -> None:
+    cfg = Llama3Config(n_layers=5, hidden_size=64, n_heads=4, n_kv_heads=2, ffn_size=96, vocab_size=100)
+    mixed = replace(cfg, sliding_window=3, full_attention_every=2)  # layers 1 and 3 see all
+    full, windowed = (flops_per_token(each, 8, causal=True) for each in (cfg, replace(cfg, sliding_window=3)))
+    assert flops_per_token(mixed, 8, causal=True) == pytest.approx((2 * full + 3 * windowed) / 5, rel=1e-12)
 
 
 @pytest.mark.parametrize(("seq", "window"), [(1, None), (7, None), (7, 3), (7, 9), (10, 1)])
