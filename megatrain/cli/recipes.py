@@ -2,11 +2,21 @@
 
 from megatrain.cli.compose import compose
 from megatrain.cli.conf import group_options
-from megatrain.optim.config import AdamWConfig
+from megatrain.optim.config import AdamWConfig, MuonConfig
 from megatrain.optim.schedule import ConstantConfig
 
 COLUMNS = (
-    *("model=", "peak lr", "tokens per step", "sequences", "seq_len", "warm-up", "schedule", "final ratio"),
+    *(
+        "model=",
+        "optimizer",
+        "peak lr",
+        "tokens per step",
+        "sequences",
+        "seq_len",
+        "warm-up",
+        "schedule",
+        "final ratio",
+    ),
     *("weight decay", "betas", "eps", "clip", "tokenizer"),
 )
 
@@ -17,10 +27,11 @@ def recipe_table() -> str:
     for model in group_options()["model"]:
         cfg = compose([f"model={model}"])
         optim, schedule = cfg.optim, cfg.schedule
-        assert isinstance(optim, AdamWConfig)
+        assert isinstance(optim, AdamWConfig | MuonConfig)
         assert not isinstance(schedule, ConstantConfig)
         share = schedule.warmup_fraction
         numbers = (
+            optim.kind,
             *(f"{optim.lr:g}", f"{cfg.global_batch_size * cfg.seq_len:,}", f"{cfg.global_batch_size:,}"),
             *(
                 f"{cfg.seq_len:,}",

@@ -93,7 +93,7 @@ def test_sigterm_saves_and_exits_75(workplace: Workplace) -> None:
 def test_the_same_command_again_trains_no_further(workplace: Workplace) -> None:
     for stop_at in (4, 4, 2):
         workplace.run(workplace.tiny("run.name=same", f"train.stop_at={stop_at}"))
-    assert [row["step"] for row in workplace.rows("same")] == [1, 2, 3, 4]
+    assert [row["step"] for row in workplace.rows("same")] == [0, 1, 2, 3, 4]
 
 
 def test_stop_at_then_on_equals_straight_through(workplace: Workplace) -> None:

@@ -23,7 +23,8 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
     assert "A sample of text from the model" in done.stdout
     assert done.stdout.count("  megatrain ") == 3
 
-    rows = workplace.rows("full")
+    untrained, *rows = workplace.rows("full")
+    assert (untrained["step"], untrained.keys()) == (0, {"step", "eval/loss", "eval/bits_per_byte"})
     assert [row["step"] for row in rows] == list(range(1, 13))
     wanted = {
         "train/loss", "train/grad_norm", "train/lr", "train/tokens", "perf/tokens_per_sec",
@@ -44,7 +45,7 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
     workplace.run(
         workplace.tiny("run.name=full", "log.wandb=offline")
     )  # the same command again: nothing to do
-    assert len(workplace.rows("full")) == 12
+    assert len(workplace.rows("full")) == 13
 
 
 def test_a_second_process_is_refused(workplace: Workplace) -> None:
