@@ -48,7 +48,7 @@ def test_multirun_with_cfg_prints_every_job(capsys: pytest.CaptureFixture[str]) 
 
 def test_mistakes_exit_2_without_traceback_or_traces(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "megatrain", "train", "train.stepz=3", "model=llama9", "model.n_heads=7", "+foo=1"],
+        [sys.executable, "-m", "megatrain", "train", "train.stepz=3", "model=llama9", "model.n_heads=-7", "+foo=1"],
         capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
     )  # fmt: skip
     lines = done.stderr.splitlines()
