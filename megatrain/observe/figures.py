@@ -129,3 +129,13 @@ def unbreakable_output() -> Iterator[None]:
             os.close(nowhere)
     except ValueError:  # the output is closed
         pass
+
+
+def visible(text: str) -> str:
+    """Return the text with what can't be seen spelled out: control characters, and all of a blank text.
+
+    A model that writes nothing but line breaks shows as `\\n\\n` rather than as an empty space.
+    """
+    if not text.strip():
+        return repr(text)[1:-1] or "(empty)"
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
