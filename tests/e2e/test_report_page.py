@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import recorded
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
-import recorded
 from megatrain.observe.report.page import report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

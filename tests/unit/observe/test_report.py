@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import recorded
+
 from megatrain.cli.main import main
 from megatrain.observe.figures import visible
 from megatrain.observe.report import metrics as metrics_module
