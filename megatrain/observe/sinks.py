@@ -61,7 +61,7 @@ class Observer:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show what the model makes of `prompt` after `step` steps, and keep it in events.jsonl."""
         self._log.event("sample", step=step, prompt=prompt, text=text)
-        self._display.sample(prompt + text)
+        self._display.sample(step, prompt + text)
 
     def close(self) -> None:
         """Flush and close all sinks."""

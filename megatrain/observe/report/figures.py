@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatrain.observe.figures import amount
 from megatrain.observe.report.charts import elapsed_seconds
 from megatrain.observe.report.record import Record
 
@@ -68,14 +69,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60:02d} min"
     return f"{minutes} min {round(seconds) % 60:02d} s" if minutes else f"{round(seconds)} s"
-
-
-def amount(number: float) -> str:
-    """Return a count in words: 1,500, 12.3 million, 4.6 billion, 1.2 trillion."""
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if number >= size:
-            return f"{number / size:.3g} {word}"
-    return f"{number:,.0f}"
 
 
 def _finite(record: Record, key: str) -> tuple[np.ndarray, np.ndarray]:
