@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatrain.config.errors import UserError
+from megatrain.runtime.packages import require_package
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +24,8 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.shard_gb > 0:
         raise UserError("export: --shard-gb must be above 0")
+    if options.check:
+        require_package("transformers", "export --check")  # before anything is written
     from megatrain.observe.display import (
         make_display,
     )  # these import torch, so only once the command line is valid
