@@ -46,6 +46,8 @@ def run(argv: list[str]) -> int:
     finally:
         display.close()
     print(f"{target}: step {done.step}, {done.parameters / 1e6:.1f}M parameters in {done.files} file(s)")
+    if not any(target.glob("tokenizer*")):
+        print("no tokenizer was written: Hugging Face's format has none for a tokenizer of bytes")
     if options.check:
         tolerance = 1e-3 if options.dtype == "fp32" else 0.1  # 16-bit weights round each logit
         difference = check_logits(source, target, tolerance=tolerance, average=options.average)

@@ -21,17 +21,17 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
     } <= found
     assert {"wandb", "tensorboard"} <= found
     assert "A sample of text from the model" in done.stdout
-    assert done.stdout.count("  megatrain ") == 3
+    assert done.stdout.count("  megatrain ") == 4
 
     rows = workplace.rows("full")
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == list(range(13))  # the first is the untrained model's validation
     wanted = {
         "train/loss", "train/grad_norm", "train/lr", "train/tokens", "perf/tokens_per_sec",
         "perf/tokens_per_sec_per_device", "perf/step_time_s", "perf/data_time_s", "perf/tflops_per_device",
         "perf/mfu", "memory/peak_gib", "data/sample_digest",
     }  # fmt: skip
-    assert all(wanted <= row.keys() for row in rows)
-    assert [row["step"] for row in rows if "eval/loss" in row] == [5, 10, 12]
+    assert all(wanted <= row.keys() for row in rows[1:])
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 5, 10, 12]
     assert "eval/bits_per_byte" in rows[-1]
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["exit_code"], status["attempt"]) == ("done", 12, 0, 1)
@@ -44,7 +44,7 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
     workplace.run(
         workplace.tiny("run.name=full", "log.wandb=offline")
     )  # the same command again: nothing to do
-    assert len(workplace.rows("full")) == 12
+    assert len(workplace.rows("full")) == 13
 
 
 def test_a_second_process_is_refused(workplace: Workplace) -> None:

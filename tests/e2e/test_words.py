@@ -1,5 +1,6 @@
 """The words with which runs begin and end, and that every command in them can be followed as it stands."""
 
+import json
 import os
 import re
 import shlex
@@ -20,14 +21,22 @@ def shell(workplace: Workplace) -> dict[str, str]:
     return workplace.environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def follow(printed: str, workplace: Workplace, shell: dict[str, str], *, expect: int = 0) -> dict[str, str]:
+def sh(
+    line: str, workplace: Workplace, shell: dict[str, str], expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run one line as a shell reads it."""
+    done = subprocess.run(
+        line, shell=True, cwd=workplace.folder, env=shell, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == expect, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def follow(printed: str, workplace: Workplace, shell: dict[str, str]) -> dict[str, str]:
     """Run every command that a text advises, as a shell reads it; return verb -> what it printed."""
     outputs = {}
     for command in ADVICE.findall(printed):
-        done = subprocess.run(
-            command, shell=True, cwd=workplace.folder, env=shell, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == expect, f"{command}\n{done.stdout}\n{done.stderr}"
+        done = sh(command, workplace, shell)
         outputs[shlex.split(command)[1]] = done.stdout
     return outputs
 
@@ -50,10 +59,12 @@ def test_a_finished_run_says_all_and_every_command_works(workplace: Workplace, s
     plan = re.findall(r"12 steps of 4 x 32 tokens, 1,536 tokens, ([\d.]+) epochs", printed)
     assert float(plan[0]) == pytest.approx(12 * 4 / ((train - 1) // 32), rel=0.01)
     assert "Finished: all 12 steps are done." in printed
-    rows = [row for row in workplace.rows("../my runs/a/b,c=1") if "eval/loss" in row]
-    best = min(rows, key=lambda row: float(str(row["eval/loss"])))
+    run = workplace.folder / "my runs" / "a" / "b,c=1"
+    table = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in table if "eval/loss" in row]
+    best = min(rows, key=lambda row: float(row["eval/loss"]))
     assert f"{best['eval/loss']:.4f} ({best['eval/bits_per_byte']:.4f} bits per byte)" in printed
-    assert (workplace.folder / "my runs" / "a" / "b,c=1" / "report.html").stat().st_mode & 0o044
+    assert (run / "report.html").stat().st_mode & 0o044
 
     outputs = follow(printed, workplace, shell)
     assert outputs.keys() == {"generate", "report", "export", "train"}
@@ -73,9 +84,7 @@ def test_a_run_that_stops_before_its_end_says_why_and_how_to_go_on(
     assert "Nothing is left to do. Stopped at step 4 of 12" in again
     assert "resuming" not in again
     (go_on,) = [line for line in ADVICE.findall(printed) if line.startswith("megatrain train")]
-    done = subprocess.run(
-        go_on, shell=True, cwd=workplace.folder, env=shell, capture_output=True, text=True, check=True
-    )
+    done = sh(go_on, workplace, shell)
     assert "resuming at step 4 of 12" in done.stdout
     assert "Finished: all 12 steps are done." in done.stdout
     finished = workplace.run(workplace.tiny()).stdout
@@ -127,18 +136,13 @@ def test_what_is_missing_is_said_before_anything_is_written(
     )
     line = "megatrain export runs/mine exported --check"
     without = shell | {"PYTHONPATH": str(workplace.folder)}
-    done = subprocess.run(
-        line, shell=True, cwd=workplace.folder, env=without, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
+    done = sh(line, workplace, without, 2)
     assert not (workplace.folder / "exported").exists()
     pip = done.stderr.partition("Install it: ")[2].strip()
     subprocess.run(
         f"{pip} --dry-run --no-index --no-deps --quiet", shell=True, check=True
     )  # it is installed here
-    done = subprocess.run(
-        line, shell=True, cwd=workplace.folder, env=shell, capture_output=True, text=True, check=True
-    )
+    done = sh(line, workplace, shell)
     assert "largest difference of logits" in done.stdout
     done = workplace.run(
         ["env", f"PYTHONPATH={workplace.folder}", *workplace.tiny("log.tensorboard=true", "run.name=n")], 2

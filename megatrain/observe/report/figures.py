@@ -135,7 +135,7 @@ MAKERS: tuple[Callable[[Record], Figure | None], ...] = (
     _steps,
     _tokens,
     _time,
-    _median("perf/tokens_per_sec", "Throughput", ",.0f", " tokens/s"),
+    _median("perf/tokens_per_sec", "Tokens per second", ",.0f", ""),
     _median("perf/mfu", "MFU", ".1f", " %", 100.0),
     _memory,
 )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 CHUNK_BYTES = 8 << 20
+FAST_FROM = 1 << 20  # bytes; less is parsed in the time that importing Arrow takes
 ABSENT = object()
 Rows = list[dict[str, Any]]
 Columns = dict[str, np.ndarray]
@@ -84,7 +85,7 @@ def _fast(chunk: bytes) -> Columns | None:
 
     Arrow doesn't tell an absent key from null, so a chunk with null (or NaN) is left to `json`.
     """
-    if b"null" in chunk or b"NaN" in chunk:
+    if len(chunk) < FAST_FROM or b"null" in chunk or b"NaN" in chunk:
         return None
     try:
         import pyarrow as pa

@@ -39,9 +39,7 @@ def overview(records: Sequence[Record], names: Sequence[str]) -> str:
         tiles = "".join(_tile(figure) for figure in figures_of(records[0]))
         return f"<dl class='tiles'>{tiles}</dl>"
     head = "".join(f"<th scope='col'>{_swatch(n)}{text(name)}</th>" for n, name in enumerate(names))
-    rows = [
-        ("State", [f"<td>{_badge(record)}<small>{text(ending(record))}</small></td>" for record in records])
-    ]
+    rows = [("State", [f"<td>{_badge(each)}<small>{text(_more(each))}</small></td>" for each in records])]
     rows += [(name, [_cell(figure) for figure in row]) for name, row in compared(records)]
     return _table(f"<th scope='col'>Run</th>{head}", rows, "The runs' figures, side by side")
 
@@ -132,15 +130,20 @@ def _summary(record: Record) -> str:
         if "global_batch_size" in cfg
         else ""
     )
-    end = ending(record)
     facts = [
         cfg.get("model.kind"),
         shape,
         cfg.get("train.precision"),
         batch,
-        "" if end == record.state else end,
+        _more(record),
     ]
     return " · ".join(str(fact) for fact in facts if fact)
+
+
+def _more(record: Record) -> str:
+    """Return how the run ended, where the badge's one word doesn't say it."""
+    end = ending(record)
+    return "" if end == record.state else end
 
 
 def _facts(record: Record) -> dict[str, str]:

@@ -41,6 +41,7 @@ def test_rows_are_those_that_the_definition_gives(
 ) -> None:
     """Rows done again after a resume, a torn end, absent and non-finite values, in chunks of every size."""
     monkeypatch.setattr(metrics_module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(metrics_module, "FAST_FROM", 0)
     first = recorded.rows(60, bad=bad)
     again = [recorded.row(step, 1.5, **{"new/key": step}) for step in range(31, 50)]
     directory = recorded.write(tmp_path / "run", [*first, *again], torn='{"step": 50, "train/lo')
@@ -111,7 +112,7 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     assert found["Steps"] == ("3", "of 200")
     assert found["Tokens trained on"][0] == "6,144"
     assert found["Time in steps"][0] == "0.8 s"  # three steps of a quarter of a second
-    assert found["Throughput"] == ("8,002 tokens/s", "median")
+    assert found["Tokens per second"] == ("8,002", "median")
     assert found["MFU"][0] == "12.5 %"
     assert found["Peak memory"][0] == "0.50 GiB"
     assert "Bits per byte" not in found
