@@ -28,7 +28,7 @@ def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
 
     directory = run_directory(cfg)
     page = _report(directory)
-    shown = [] if done.kind in ("signal", "stop_at") else _sample(cfg)
+    shown = [] if done.kind == "signal" else _sample(cfg)
     if shown:
         say("\nA sample of text from the model:\n")
         say("".join(shown))

@@ -1,5 +1,6 @@
 """`megatrain train`."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
+    from megatrain.train.files import run_directory
     from megatrain.train.loop import DivergedError
     from megatrain.train.main import run as train  # imports torch, so only once the config is valid
 
@@ -23,7 +25,8 @@ def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
         done = train(cfg, processes)
     except DivergedError as error:
         if processes.is_first:
-            print(f"megatrain: {error}", file=sys.stderr)
+            curves = shlex.quote(str(run_directory(cfg)))
+            print(f"megatrain: {error} Its curves: megatrain report {curves}", file=sys.stderr)
         return 1
     if cfg.log.display != "off" and processes.is_first:
         close(cfg, done, argv)
