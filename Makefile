@@ -4,9 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install train test test-all sweep lint format docs bench bench-gpu test-gpu clean
+.PHONY: install extras train test test-all sweep lint format docs bench bench-gpu test-gpu clean
 
 install: .venv/.dev
+
+# What `make train` leaves out: TensorBoard files (log.tensorboard=true), comparisons with transformers (export --check).
+extras: .venv/.run
+	$(PIP) -e '.[tensorboard,transformers]'
 
 train: .venv/.run
 	@$(BIN)/megatrain train $(ARGS)

@@ -30,7 +30,8 @@ PLAIN_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]{1,200}")  # no separator, no 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Return the versions of MegaTrain, PyTorch and Python."""
     try:
         own = importlib.metadata.version("megatrain")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
@@ -48,7 +49,7 @@ class Manifest:
     """Metadata of the run: layout, config digest, data fingerprint."""
     parent: str | None
     """Name of the checkpoint that the run loaded or saved before this one."""
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatrain.config.errors import UserError
+from megatrain.runtime.packages import require_package
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +24,8 @@ def run(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.shard_gb > 0:
         raise UserError("export: --shard-gb must be above 0")
+    if options.check:
+        require_package("transformers", "export --check")  # before anything is written
     from megatrain.observe.display import (
         make_display,
     )  # these import torch, so only once the command line is valid
@@ -43,6 +46,8 @@ def run(argv: list[str]) -> int:
     finally:
         display.close()
     print(f"{target}: step {done.step}, {done.parameters / 1e6:.1f}M parameters in {done.files} file(s)")
+    if not any(target.glob("tokenizer*")):
+        print("no tokenizer was written: Hugging Face's format has none for a tokenizer of bytes")
     if options.check:
         tolerance = 1e-3 if options.dtype == "fp32" else 0.1  # 16-bit weights round each logit
         difference = check_logits(source, target, tolerance=tolerance, average=options.average)

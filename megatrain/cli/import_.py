@@ -1,10 +1,12 @@
 """`megatrain import`: import a Hugging Face model as a run, to generate from, export or continue training."""
 
+import shlex
 from pathlib import Path
 
 from megatrain.cli.options import Parser
 from megatrain.config.errors import UserError
 from megatrain.config.load import load
+from megatrain.runtime.packages import require_package
 from megatrain.train.config import RunConfig
 
 
@@ -16,6 +18,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_intermixed_args(argv)
     named = _run_config(options.run)
+    if options.check:
+        require_package("transformers", "import --check")  # before anything is written
     from megatrain.observe.display import (
         make_display,
     )  # these import torch, so only once the command line is valid
@@ -38,8 +42,8 @@ def run(argv: list[str]) -> int:
         print(f"largest difference of logits to transformers: {difference:.2e} of the largest logit")
     print(
         "Try next:\n"
-        f'  megatrain generate {target} "Once"\n'
-        f"  megatrain train run.name={named.name} data.path=FILE_OR_DIRECTORY train.steps=1000"
+        f'  megatrain generate {shlex.quote(str(target))} "Once"\n'
+        f"  megatrain train {shlex.join(options.run)} data.path=FILE_OR_DIRECTORY train.steps=1000"
     )
     return 0
 

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from megatrain.runtime.packages import how_to_install
 from megatrain.runtime.paths import cache_dir
 
 GIB = 2**30
@@ -64,7 +65,7 @@ def versions() -> list[Row]:
             import_module(name)
             rows.append(Row(name, version(package)))
         except Exception as error:  # a broken installation may raise anything
-            rows.append(Row(name, f"{type(error).__name__}: {error}", "broken", _pip(package)))
+            rows.append(Row(name, f"{type(error).__name__}: {error}", "broken", how_to_install(package)))
     return rows
 
 
@@ -146,7 +147,7 @@ def compiler() -> list[Row]:
             Row("python headers", f"none; needed for {use}", "missing", "e.g. apt install python3-dev")
         )
     ninja = shutil.which("ninja")
-    fix = "" if ninja else _pip("ninja")
+    fix = "" if ninja else how_to_install("ninja")
     value = ninja or "none; needed to build C++ extensions"
     rows.append(Row("ninja", value, "ok" if ninja else "missing", fix))
     return rows
@@ -209,17 +210,13 @@ def features() -> list[Row]:
     rows = []
     for name, purpose in FEATURES:
         if find_spec(name) is None:
-            rows.append(Row(name, f"not installed; needed for {purpose}", "missing", _pip(name)))
+            rows.append(Row(name, f"not installed; needed for {purpose}", "missing", how_to_install(name)))
             continue
         try:
             rows.append(Row(name, f"{version(name)}; for {purpose}"))
         except PackageNotFoundError:
             rows.append(Row(name, f"unknown version; for {purpose}"))
     return rows
-
-
-def _pip(package: str) -> str:
-    return f"{sys.executable} -m pip install {package}"
 
 
 def _read(path: str) -> str:

@@ -1,5 +1,11 @@
 """`megatrain train`."""
 
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from megatrain.cli.closing import close
 from megatrain.cli.job import run_in_layout
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
@@ -7,50 +13,21 @@ from megatrain.train.config import Config
 
 def run(argv: list[str]) -> int:
     """Compose and check the config, train, and show the result; return the exit code."""
-    return run_in_layout("train", argv, argv, _train)
+    return run_in_layout("train", argv, argv, partial(_train, argv))
 
 
-def _train(cfg: Config, processes: Processes) -> int:
+def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
+    from megatrain.train.files import run_directory
+    from megatrain.train.loop import DivergedError
     from megatrain.train.main import run as train  # imports torch, so only once the config is valid
 
-    code = train(cfg, processes)
+    try:
+        done = train(cfg, processes)
+    except DivergedError as error:
+        if processes.is_first:
+            curves = shlex.quote(str(run_directory(cfg)))
+            print(f"megatrain: {error} Its curves: megatrain report {curves}", file=sys.stderr)
+        return 1
     if cfg.log.display != "off" and processes.is_first:
-        _show_result(cfg, code)
-    return code
-
-
-def _show_result(cfg: Config, code: int) -> None:
-    """Print a text sample, the files of the run, and commands to try next."""
-    from megatrain.train.files import run_directory
-    from megatrain.train.sample import PYTHON_PROMPT
-
-    directory = run_directory(cfg)
-    if code:
-        print(
-            f"\nStopped by a signal; everything is saved in {directory}. Run the same command again to resume."
-        )
-        return
-    prompt = PYTHON_PROMPT if cfg.data.kind == "text" and cfg.data.path is None else ""
-    if cfg.train.sample_tokens and cfg.data.kind == "text":
-        print("\nA sample of text from the model:\n")
-        _print_sample(cfg, prompt)
-    quoted = f'"{prompt or "Once"}"'
-    print(
-        f"\nThe run is in {directory}: metrics.jsonl, events.jsonl, checkpoints/, config.yaml. Try next:\n"
-        f"  megatrain generate {directory} {quoted}\n"
-        "  megatrain train data.path=FILE_OR_DIRECTORY run.name=mine\n"
-        "  megatrain train --help"
-    )
-
-
-def _print_sample(cfg: Config, prompt: str) -> None:
-    from megatrain.runtime.device import pick_device
-    from megatrain.train.files import run_directory
-    from megatrain.train.restore import restore_model
-    from megatrain.train.sample import sample_text
-
-    model, tokenizer, _, _ = restore_model(run_directory(cfg), pick_device())
-    print(prompt, end="")
-    for piece in sample_text(model, tokenizer, prompt, cfg, tokens=cfg.train.sample_tokens):
-        print(piece, end="", flush=True)
-    print()
+        close(cfg, done, argv)
+    return done.exit_code

@@ -79,6 +79,30 @@ VERBS = (
         ),
     ),
     Verb(
+        name="report",
+        summary="write one HTML page with a run's curves, samples of text, events and config, or compare several runs",
+        usage="RUN... [--out FILE] [--open]",
+        examples=(
+            (
+                "megatrain report runs/default",
+                "write runs/default/report.html, which needs no network; also while it trains",
+            ),
+            (
+                "megatrain report runs/lr-* --out lr.html",
+                "several runs in the same curves, and where their configs differ",
+            ),
+            ("megatrain report runs/default --open", "and open it in the browser"),
+        ),
+        takes_config=False,
+        flags=(
+            (
+                "--out FILE",
+                "the page; default: report.html in the run's directory, or here if there are several runs",
+            ),
+            ("--open", "open the page in the default browser"),
+        ),
+    ),
+    Verb(
         name="export",
         summary="export a run's model as a Hugging Face directory (config.json, safetensors, tokenizer)",
         usage="RUN DIRECTORY [flags]",

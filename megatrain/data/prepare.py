@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,22 @@ TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much tex
 
 
 @dataclass(frozen=True, slots=True)
+class Contents:
+    """What was read to make the tokens."""
+
+    origin: str
+    files: int | None
+    """None in a cache of an earlier version, which doesn't count them."""
+    documents: int
+    train_tokens: int
+    val_tokens: int
+    text_bytes: int
+    """Size of the text in UTF-8 bytes, both splits together."""
+    left_out: dict[str, int]
+    """What was not read, and how many of each: kind (`empty`, `binary`, ...) -> number."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """Tokenized data, ready to be read.
 
@@ -62,6 +78,8 @@ class Prepared:
     tokenizer: Tokenizer
     fingerprint: str
     token_bytes: np.ndarray
+    contents: Contents | None
+    """None for synthetic data."""
 
 
 class Piece(NamedTuple):
@@ -81,6 +99,7 @@ class Survey:
     """
 
     chars: int
+    documents: int
     tail_document: int | None
     skipped: dict[str, int]
 
@@ -105,7 +124,7 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
         directory = _find_or_build(cfg, corpus, root, progress)
         if is_settled:
             _write_shortcut(shortcut, directory)
-    return _open(directory, vocab_size)
+    return _open(directory, corpus.origin, vocab_size)
 
 
 def held_out(text: str, val_fraction: float) -> bool:
@@ -122,6 +141,7 @@ def _synthetic(cfg: DataConfig, vocab_size: int) -> Prepared:
         tokenizer=ByteTokenizer(),
         fingerprint=train.fingerprint,
         token_bytes=np.zeros(vocab_size, dtype=np.int64),
+        contents=None,
     )
 
 
@@ -137,7 +157,7 @@ def _find_or_build(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progre
     return directory
 
 
-def _open(directory: Path, vocab_size: int | None) -> Prepared:
+def _open(directory: Path, origin: str, vocab_size: int | None) -> Prepared:
     index = read_index(directory)
     if index is None:
         raise UserError(f"the token cache {directory} was removed or damaged while in use; start again")
@@ -154,6 +174,22 @@ def _open(directory: Path, vocab_size: int | None) -> Prepared:
         tokenizer=tokenizer,
         fingerprint=index["fingerprint"],
         token_bytes=np.load(directory / "token_bytes.npy"),
+        contents=_contents(index, origin),
+    )
+
+
+def _contents(index: dict[str, Any], origin: str) -> Contents:
+    """Return what the index says; equal texts share a cache, so it doesn't know where these come from."""
+    train = index["splits"]["train"]
+    val = index["splits"].get("val", {"tokens": 0, "documents": 0, "text_bytes": 0})
+    return Contents(
+        origin=origin,
+        files=index.get("files_read"),
+        documents=index.get("documents_read", train["documents"] + val["documents"]),
+        train_tokens=train["tokens"],
+        val_tokens=val["tokens"],
+        text_bytes=train["text_bytes"] + val["text_bytes"],
+        left_out=index["skipped"],
     )
 
 
@@ -182,7 +218,13 @@ def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress)
         directory,
         splits=splits,
         tokenizer_digest=tokenizer.digest(),
-        metadata={"origin": corpus.origin, "vocab_size": tokenizer.vocab_size, "skipped": survey.skipped},
+        metadata={
+            "origin": corpus.origin,
+            "vocab_size": tokenizer.vocab_size,
+            "files_read": len(corpus.files),
+            "documents_read": survey.documents,
+            "skipped": survey.skipped,
+        },
     )
 
 
@@ -227,7 +269,7 @@ def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
         raise UserError(f"{corpus.origin} contains no text (excluded: {left_out}). {TEXT_HINT}")
     progress("reading", 1.0)
     one_side_empty = val_fraction > 0 and held in (0, documents)
-    return Survey(chars, longest if one_side_empty else None, dict(skipped))
+    return Survey(chars, documents, longest if one_side_empty else None, dict(skipped))
 
 
 def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Piece]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatrain.config.errors import UserError
+from megatrain.runtime.packages import how_to_install
 
 SNIFF_BYTES = 8192  # a NUL byte in the first 8 KiB marks a binary file (git has the same rule)
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
@@ -270,7 +271,7 @@ def _read_parquet(file: SourceFile, column: str) -> Iterator[Document]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"{file.path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{file.path}: reading Parquet needs pyarrow: {how_to_install('pyarrow')}") from None
     try:
         with pq.ParquetFile(file.path) as table:
             names = table.schema_arrow.names

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatrain.config.errors import UserError
 from megatrain.data.config import TokenizerConfig
+from megatrain.runtime.packages import how_to_install
 
 EOS = "<|endoftext|>"
 META_FILE = "meta.json"
@@ -383,5 +384,7 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UserError("this tokenizer needs the package tokenizers: pip install tokenizers") from None
+        raise UserError(
+            f"this tokenizer needs the package tokenizers: {how_to_install('tokenizers')}"
+        ) from None
     return tokenizers

@@ -17,7 +17,7 @@ class LogConfig:
     wandb_project: str = "megatrain"
     """Weights & Biases project name."""
     tensorboard: bool = False
-    """Also write TensorBoard event files (needs the extra `tensorboard`)."""
+    """Also write TensorBoard event files (`make extras` installs what it needs)."""
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, 1, "every")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from megatrain.observe.figures import BARS, Clock, Row, one_line, row_figures, unbreakable_output
+from megatrain.observe.figures import BARS, Beginning, Clock, Row, one_line, row_figures, say
 
 LINE_S = 10.0  # plain lines are no closer than this, so that a scheduler's log stays readable
 
@@ -18,8 +18,8 @@ class Display(Protocol):
     def phase(self, name: str, fraction: float) -> None:
         """Take note that a part of the work before the first step, such as `tokenizing`, is done to `fraction`."""
 
-    def start(self, total_steps: int, step: int, title: str) -> None:
-        """Take note that training begins, with `step` steps done already."""
+    def start(self, beginning: Beginning) -> None:
+        """Take note that training begins, or goes on."""
 
     def step(self, row: Row) -> None:
         """Take in a row of metrics.jsonl."""
@@ -27,8 +27,8 @@ class Display(Protocol):
     def notice(self, text: str) -> None:
         """Show something that a person should know."""
 
-    def sample(self, text: str) -> None:
-        """Take in a text by the model as it is now."""
+    def sample(self, step: int, text: str) -> None:
+        """Take in a text by the model as it is after `step` steps."""
 
     def close(self) -> None:
         """Leave the terminal in order. Phases may follow."""
@@ -68,10 +68,10 @@ class NoDisplay:
     """A display that shows nothing."""
 
     def phase(self, name: str, fraction: float) -> None: ...
-    def start(self, total_steps: int, step: int, title: str) -> None: ...
+    def start(self, beginning: Beginning) -> None: ...
     def step(self, row: Row) -> None: ...
     def notice(self, text: str) -> None: ...
-    def sample(self, text: str) -> None: ...
+    def sample(self, step: int, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -83,6 +83,7 @@ class PlainDisplay:
         self._phase = ""
         self._last_line = float("-inf")
         self._clock = Clock(now=now)
+        self._steps_per_epoch: float | None = None
 
     def phase(self, name: str, fraction: float) -> None:
         if name != self._phase:
@@ -91,28 +92,29 @@ class PlainDisplay:
         elif self._now() - self._last_line >= LINE_S:
             self._print(f"{name} {fraction:.0%}")
 
-    def start(self, total_steps: int, step: int, title: str) -> None:
-        self._clock = Clock(total_steps, step, self._now)
-        self._print(title)
-        if step:
-            self._print(f"resuming at step {step} of {total_steps}")
+    def start(self, beginning: Beginning) -> None:
+        self._clock = Clock(beginning.total_steps, beginning.step, self._now)
+        self._steps_per_epoch = beginning.steps_per_epoch
+        for line in (beginning.title, *beginning.facts):
+            self._print(line)
+        if 0 < beginning.step < beginning.total_steps:
+            self._print(f"resuming at step {beginning.step} of {beginning.total_steps}")
         self._last_line = float("-inf")  # the first step is shown at once
 
     def step(self, row: Row) -> None:
         self._clock.tick(row)
         due = self._now() - self._last_line >= LINE_S
         if due or "eval/loss" in row or self._clock.finished:
-            figures = "  ".join(f"{name} {value}" for name, value in row_figures(row))
-            self._print(f"step {row['step']}/{self._clock.total}  {figures}  eta {self._clock.eta()}")
+            figures = "  ".join(f"{name} {value}" for name, value in row_figures(row, self._steps_per_epoch))
+            times = f"elapsed {self._clock.elapsed()}  eta {self._clock.eta()}"
+            self._print(f"step {row['step']}/{self._clock.total}  {figures}  {times}")
 
     def notice(self, text: str) -> None:
         self._print(one_line(text))
 
-    def sample(self, text: str) -> None: ...  # the last one is printed at the end
+    def sample(self, step: int, text: str) -> None: ...  # the last one is printed at the end
     def close(self) -> None: ...
 
     def _print(self, text: str) -> None:
         self._last_line = self._now()
-        with unbreakable_output():
-            encoding = sys.stdout.encoding or "ascii"
-            print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        say(text)

@@ -5,20 +5,55 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 BARS = "▁▂▃▄▅▆▇█"
+FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("train/loss", "loss", "{:.4f}".format),
+    ("eval/loss", "val loss", "{:.4f}".format),
+    ("eval/bits_per_byte", "bits/byte", "{:.4f}".format),
+    ("train/grad_norm", "grad norm", "{:.3f}".format),
+    ("train/lr", "lr", "{:.2e}".format),
+    ("perf/tokens_per_sec", "tokens/s", "{:,.0f}".format),
+    ("perf/mfu", "MFU", "{:.1%}".format),
+    (
+        "perf/step_time_s",
+        "step time",
+        lambda seconds: f"{seconds:.2f}s" if seconds >= 1 else f"{seconds * 1e3:.0f}ms",
+    ),
+    ("memory/peak_gib", "memory", "{:.2f} GiB".format),
+)
+"""Key of metrics.jsonl, its short name, and how its value is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a display is told when training begins."""
+
+    title: str
+    total_steps: int
+    step: int = 0
+    """Steps that are done already."""
+    facts: tuple[str, ...] = ()
+    """What was read, and what the run will do, a sentence each."""
+    steps_per_epoch: float | None = None
+    """None for data without an end."""
+    record: Path | None = None
+    """metrics.jsonl, with the rows of the steps that are done."""
 
 
 class Clock:
-    """Progress of a run and its ETA, from the mean time between steps since its first one."""
+    """Progress of a run, the time since it began, and its ETA from the mean time between steps since its first one."""
 
     def __init__(self, total: int = 0, step: int = 0, now: Callable[[], float] = time.monotonic) -> None:
         self.total = total
         self.done = step
         self._now = now
+        self._began = now()
         self._first: tuple[int, float] | None = None
         self._step_s = 0.0
 
@@ -42,15 +77,22 @@ class Clock:
 
     def eta(self) -> str:
         """Return the time left, as 2d03h, 1h02m, 3m20s or 14s."""
-        if self._first is None:
-            return "?"
-        seconds = round(max(self.total - self.done, 0) * self._step_s)
-        minutes, hours = seconds // 60, seconds // 3600
-        if hours >= 24:
-            return f"{hours // 24}d{hours % 24:02d}h"
-        if hours:
-            return f"{hours}h{minutes % 60:02d}m"
-        return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+        return "?" if self._first is None else short_duration(max(self.total - self.done, 0) * self._step_s)
+
+    def elapsed(self) -> str:
+        """Return the time since training began or went on."""
+        return short_duration(self._now() - self._began)
+
+
+def short_duration(seconds: float) -> str:
+    """Return seconds as 2d03h, 1h02m, 3m20s or 14s."""
+    seconds = round(seconds)
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
 
 
 class Course:
@@ -78,21 +120,11 @@ class Course:
         return [*self._means, sum(self._open) / len(self._open)] if self._open else self._means
 
 
-def row_figures(row: Row) -> list[tuple[str, str]]:
+def row_figures(row: Row, steps_per_epoch: float | None = None) -> list[tuple[str, str]]:
     """Return the figures of a row that a person watches, as (name, formatted value)."""
-    figures = [("loss", f"{row['train/loss']:.4f}")] if "train/loss" in row else []
-    if "eval/loss" in row:
-        figures.append(("val loss", f"{row['eval/loss']:.4f}"))
-    if "eval/bits_per_byte" in row:
-        figures.append(("bits/byte", f"{row['eval/bits_per_byte']:.4f}"))
-    if "train/loss" in row:  # not at step 0, the validation of the untrained model
-        figures += [
-            ("grad norm", f"{row['train/grad_norm']:.3f}"),
-            ("lr", f"{row['train/lr']:.2e}"),
-            ("tokens/s", f"{row['perf/tokens_per_sec']:,.0f}"),
-        ]
-    if "perf/mfu" in row:
-        figures.append(("MFU", f"{row['perf/mfu']:.1%}"))
+    figures = [(name, form(row[key])) for key, name, form in FIGURES if key in row]
+    if steps_per_epoch:
+        figures.append(("epoch", f"{row['step'] / steps_per_epoch:.2f}"))
     return figures
 
 
@@ -129,3 +161,30 @@ def unbreakable_output() -> Iterator[None]:
             os.close(nowhere)
     except ValueError:  # the output is closed
         pass
+
+
+def amount(number: float) -> str:
+    """Return a count in words: 1,500, 12.3 million, 4.6 billion, 1.2 trillion."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,.0f}"
+
+
+def visible(text: str) -> str:
+    """Return the text with what can't be seen spelled out: control characters, and all of a blank text.
+
+    A model that writes nothing but line breaks shows as `\\n\\n` rather than as an empty space.
+    """
+    if not text.strip():
+        return repr(text)[1:-1] or "(empty)"
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+def say(text: str) -> None:
+    """Print a line, whatever characters the output has, and whether or not anybody still reads it."""
+    if sys.stdout is None:  # closed from the start
+        return
+    with unbreakable_output():
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)

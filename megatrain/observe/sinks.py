@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatrain.config.errors import UserError
 from megatrain.observe.config import LogConfig
 from megatrain.observe.display import Display
 from megatrain.observe.figures import Row
 from megatrain.observe.metrics import Interval
 from megatrain.observe.rundir import RunLog
+from megatrain.runtime.packages import how_to_install, require_package
 
 Sink = Callable[[Row], None]
 
@@ -61,7 +61,7 @@ class Observer:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show what the model makes of `prompt` after `step` steps, and keep it in events.jsonl."""
         self._log.event("sample", step=step, prompt=prompt, text=text)
-        self._display.sample(prompt + text)
+        self._display.sample(step, prompt + text)
 
     def close(self) -> None:
         """Flush and close all sinks."""
@@ -82,7 +82,9 @@ class Observer:
         try:
             import wandb
         except ImportError:
-            raise RuntimeError("the package is not installed (pip install wandb)") from None
+            raise RuntimeError(
+                f"the package is not installed ({how_to_install('wandb')}), or set log.wandb=off"
+            ) from None
         run_id = _run_id(run_dir / "wandb_id")
         settings = wandb.Settings(silent=True, console="off", init_timeout=30)
         run = wandb.init(
@@ -99,12 +101,9 @@ class Observer:
         self._closers.append(lambda: run.finish())
 
     def _open_tensorboard(self, run_dir: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "log.tensorboard=true needs the package tensorboard: pip install 'megatrain[tensorboard]'"
-            ) from None
+        require_package("tensorboard", "log.tensorboard=true")
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(run_dir / "tensorboard"))
 
         def write(row: Row) -> None:

@@ -5,6 +5,15 @@ from typing import Any
 RISES = 3  # validations in a row with rising validation and falling training loss before it is said
 
 
+RISEN = 1.01  # times the best: the last validation loss has left it, for validations read the same tokens every time
+
+
+def over_fits(counters: dict[str, Any]) -> bool:
+    """Return whether the validation loss has left its best behind while the training loss is well below it."""
+    last, best, train = counters["eval_loss"], counters["best"], counters["train_loss"]
+    return counters["rises"] >= RISES or (last > RISEN * best and train < best)
+
+
 def update(
     counters: dict[str, Any], *, step: int, train_loss: float, eval_loss: float
 ) -> tuple[dict[str, Any], str | None]:

@@ -204,6 +204,11 @@ def _write_peaks(peaks: dict[str, float]) -> None:
         partial.replace(file)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

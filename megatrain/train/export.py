@@ -23,6 +23,7 @@ from megatrain.train.files import read_config
 from megatrain.train.restore import AVERAGE, WEIGHTS, takes_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIG = "config.json"
 HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -66,7 +67,7 @@ def export(
     try:
         partial.mkdir(parents=True)
         tokenizer = _write_tokenizer(run / "tokenizer", partial)
-        _write_json(partial / "config.json", config | tokenizer | {"dtype": HF_DTYPES[dtype]})
+        _write_json(partial / CONFIG, config | tokenizer | {"dtype": HF_DTYPES[dtype]})
         pieces = _pieces(mapping, checkpointer.open(found.step), prefix)
         total = len(mapping.rules) + len(mapping.stacks)
         counted = _counting(pieces, total, progress)
@@ -141,6 +142,7 @@ def _unnamed(number: int) -> str:
 
 def _save(directory: Path, number: int, shard: dict[str, Tensor]) -> None:
     save_file(shard, directory / _unnamed(number), metadata={"format": "pt"})
+    shutil.copymode(directory / CONFIG, directory / _unnamed(number))  # safetensors: for the owner alone
 
 
 def _write_tokenizer(source: Path, target: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from megatrain.config.errors import UserError
+from megatrain.runtime.packages import require_package
 from megatrain.train.restore import restore_model
 
 TOKENS = 64
@@ -19,10 +20,9 @@ def check_logits(run: Path, exported: Path, *, tolerance: float = 1e-3, average:
     Raises:
         UserError: transformers is not installed, or the difference is above `tolerance` or not a number.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise UserError("--check needs the package transformers: pip install transformers") from None
+    require_package("transformers", "--check")
+    from transformers import AutoModelForCausalLM
+
     ours, _, cfg, _ = restore_model(run, torch.device("cpu"), average=average)
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     length = min(TOKENS, cfg.model.max_seq_len)

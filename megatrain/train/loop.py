@@ -80,7 +80,10 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
-                f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint was saved before"
+                f"the run diverged at step {state.step}: loss {loss}, gradient norm {grad_norm}. Nothing of this step "
+                "was saved; the checkpoints are of earlier ones. Start another run (run.name=...) with a lower "
+                "optim.lr, a longer schedule.warmup_steps or a lower optim.clip_norm; train.precision=fp32 tells "
+                "whether it is the precision."
             )
         row: Row = {"step": state.step, "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
         row |= {"train/tokens": state.tokens, "data/sample_digest": batch.digest}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import platform
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,18 +11,17 @@ from typing import Any
 
 import torch
 
+from megatrain.checkpoint.manifest import installed_versions
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.prepare import prepare
-from megatrain.models.flops import n_params
 from megatrain.observe.display import make_display
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
-from megatrain.parallel.layout import layout_summary
 from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
-from megatrain.runtime.device import choose_precision, memory_bytes, pick_device
+from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import resolve_auto
@@ -33,10 +33,11 @@ from megatrain.train.loop import reason_to_stop, train_loop
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
 from megatrain.train.state import TrainState
+from megatrain.train.words import Outcome, beginning, outcome
 
 
-def run(cfg: Config, processes: Processes) -> int:
-    """Train as `cfg` says, resuming if the run directory has a checkpoint; returns the exit code.
+def run(cfg: Config, processes: Processes) -> Outcome:
+    """Train as `cfg` says, resuming if the run directory has a checkpoint; return how that ended.
 
     All `processes` call this with the same `cfg`.
 
@@ -152,8 +153,8 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
         raise UserError(f"{directory} can't be written: {error}") from None
 
 
-def _train(run: Run) -> int:
-    """Resume, train, and record status and events; return the exit code."""
+def _train(run: Run) -> Outcome:
+    """Resume, train, and record status and events."""
     cfg, log, state = run.cfg, run.log, run.state
     try:
         warnings = _resume(run)
@@ -165,7 +166,7 @@ def _train(run: Run) -> int:
     observer = Observer(run.directory, sinks, run.display, log, dump(cfg))
     for warning in warnings:
         observer.notice(warning)
-    run.display.start(cfg.train.steps, state.step, _title(run))
+    run.display.start(beginning(run))
     log.status("running", step=state.step, reason="")
     try:
         with StopSignals() as signals:
@@ -179,7 +180,7 @@ def _train(run: Run) -> int:
     exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
     log.event("stop", step=state.step, reason=reason)
     log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
-    return exit_code
+    return outcome(run, reason, exit_code)
 
 
 def _record_failure(log: RunLog, step: int, error: BaseException) -> None:
@@ -202,7 +203,13 @@ def _resume(run: Run) -> tuple[str, ...]:
         warnings = found.warnings
     run.processes.from_first(lambda: _write_inputs(run))
     log.open(state.step)
+    machine = {
+        "host": platform.node(),
+        "device": device_name(state.parallel.device),
+        "processes": run.processes.size,
+    }
     fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": run.changes}
+    fields |= {"machine": machine, "versions": installed_versions()}
     log.event("start" if found is None else "resume", **fields)
     return warnings
 
@@ -211,15 +218,3 @@ def _write_inputs(run: Run) -> None:
     """Write the files beside the checkpoints that resuming and using the model require."""
     write_config(run.directory, run.cfg)
     run.data.tokenizer.save(run.directory / "tokenizer")
-
-
-def _title(run: Run) -> str:
-    """Return a one-line summary of the run."""
-    cfg = run.cfg
-    size = n_params(cfg.model) / 1e6
-    processes = run.processes.size
-    layout = f"{processes} processes ({layout_summary(cfg.parallel)}), " if processes > 1 else ""
-    return (
-        f"{cfg.run.name}: {cfg.model.kind} {size:.1f}M parameters, {layout}{cfg.train.precision}, "
-        f"{run.loader.store.n_tokens / 1e6:.1f}M training tokens, seed {cfg.train.seed}"
-    )

@@ -1,9 +1,13 @@
 """Check whether a config can resume a run; every key that would change the run is named and refused."""
 
+import dataclasses
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from megatrain.config.errors import UserError
 from megatrain.config.load import flatten
+from megatrain.config.schema import shown
+from megatrain.nn.plan import decoder_plan
 from megatrain.train.config import Config
 
 # Keys that change how a run is sharded, monitored, stored or stopped, but not its results (up to rounding).
@@ -42,22 +46,47 @@ def check_same_run(old: Config, new: Config) -> dict[str, tuple[object, object]]
     """Refuse changes that `new.train.allow_changes` does not name; return those that it allows.
 
     Raises:
-        UserError: lists every refused key with its old and new value.
+        UserError: lists every refused key with its old and new value. A key that decides which tensors a checkpoint
+            has is refused even if it is allowed.
     """
     changed = changed_keys(old, new)
+    if unfit := [key for key in changed if _changes_tensors(key, old, new)]:
+        raise UserError(
+            f"The checkpoints of run '{new.run.name}' don't fit this config, since these keys decide which tensors a "
+            f"checkpoint has:\n{_listed(changed, unfit)}\nRestore the old values, or start another run with "
+            "run.name=..."
+        )
     allowed = new.train.allow_changes
     refused = {
         key: pair for key, pair in changed.items() if not any(fnmatchcase(key, rule) for rule in allowed)
     }
     if refused:
-        lines = [f"  {key}: was {was}, now {now}" for key, (was, now) in refused.items()]
         raise UserError(
             f"The run '{new.run.name}' was started with another config, and these keys would change its results:\n"
-            + "\n".join(lines)
+            + _listed(changed, refused)
             + "\nRestore the old values, start another run with run.name=..., or allow the change with "
             + f"'train.allow_changes=[{','.join(refused)}]'."
         )
     return changed
+
+
+def _listed(changed: dict[str, tuple[object, object]], keys: Iterable[str]) -> str:
+    return "\n".join(f"  {key}: was {shown(changed[key][0])}, now {shown(changed[key][1])}" for key in keys)
+
+
+def _changes_tensors(key: str, old: Config, new: Config) -> bool:
+    """Return whether the change of `key` alone gives a checkpoint other tensors, which none can be loaded into."""
+    if key in ("model.kind", "optim.kind"):
+        return True
+    if key == "train.ema_decay":
+        return (old.train.ema_decay is None) != (new.train.ema_decay is None)
+    if key == "train.precision":
+        return "fp64" in (old.train.precision, new.train.precision)
+    section, field = key.split(".")[:2] if "." in key else ("", key)
+    if section != "model" or old.model.kind != new.model.kind:
+        return False
+    changed = dataclasses.replace(old.model, **{field: getattr(new.model, field)})
+    return decoder_plan(changed) != decoder_plan(old.model)
 
 
 def check_same_data(old_fingerprint: str, new_fingerprint: str, cfg: Config) -> bool:

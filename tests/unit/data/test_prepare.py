@@ -439,3 +439,22 @@ def test_a_cache_in_a_bad_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the token cache"):
         run(tmp_path / "a.txt", tmp_path / "file" / "cache")
+
+
+def test_what_was_read_is_counted_also_from_the_cache_under_another_name(tmp_path: Path, cache: Path) -> None:
+    texts = {"a.txt": "one text", "b.txt": "another, longer text", "empty.txt": "", "image.bin": "\0\1"}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for file, text in texts.items():
+            (tmp_path / name / file).write_text(text)
+        contents = run(tmp_path / name, cache, val_fraction=0.0).contents
+        assert contents is not None
+        assert (contents.origin, contents.files, contents.documents) == (str(tmp_path / name), 4, 2)
+        assert (contents.train_tokens, contents.val_tokens, contents.text_bytes) == (
+            30,
+            0,
+            28,
+        )  # two ends of text
+        assert contents.left_out == {"empty": 1, "binary": 1}
+    assert len(data_sets(cache)) == 1
+    assert prepare(DataConfig(kind="synthetic"), progress=Phases(), vocab_size=8).contents is None

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatrain.observe.display import PlainDisplay, make_display
-from megatrain.observe.figures import Clock, Course, sparkline
+from megatrain.observe.figures import Beginning, Clock, Course, sparkline
 
 ROW = {
     "train/loss": 2.5,
@@ -20,9 +20,10 @@ ROW = {
 }
 PROGRAM = """
 from megatrain.observe.display import make_display
+from megatrain.observe.figures import Beginning
 display = make_display("auto")
 display.phase("tokenizing", 0.5)
-display.start(40, 0, "the title")
+display.start(Beginning("the title", 40, facts=("a fact",), steps_per_epoch=16))
 row = {"train/loss": 2.5, "train/grad_norm": 0.75, "train/lr": 1e-3, "perf/tokens_per_sec": 12345.6,
        "perf/step_time_s": 2.0}
 for step in range(1, 41):
@@ -51,7 +52,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     for second in range(1, 14):  # the next line is due after ten seconds
         hand.at = float(second)
         display.phase("tokenizing", second / 20)
-    display.start(100, 0, "title")
+    display.start(Beginning("title", 100, facts=("a fact",), steps_per_epoch=50))
     for step in range(1, 5):  # three seconds a step, of which the steps themselves take two
         hand.at += 3
         display.step(ROW | {"step": step})
@@ -62,9 +63,11 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "tokenizing",
         "tokenizing 50%",
         "title",
-        "step 1/100  loss 2.5000  grad norm 0.750  lr 1.00e-03  tokens/s 12,346  MFU 43.2%  eta 3m18s",
+        "a fact",
+        "step 1/100  loss 2.5000  grad norm 0.750  lr 1.00e-03  tokens/s 12,346  MFU 43.2%  "
+        "step time 2.00s  epoch 0.02  elapsed 3s  eta 3m18s",
         "step 5/100  loss 2.5000  val loss 3.0000  bits/byte 1.2500  grad norm 0.750  lr 1.00e-03  "
-        "tokens/s 12,346  MFU 43.2%  eta 4m45s",
+        "tokens/s 12,346  MFU 43.2%  step time 2.00s  epoch 0.10  elapsed 15s  eta 4m45s",
         "two lines",
     ]
 

@@ -52,3 +52,31 @@ def test_every_free_key_exists() -> None:
         assert any(
             key == pattern or (pattern.endswith(".*") and key.startswith(pattern[:-1])) for key in known
         )
+
+
+@pytest.mark.parametrize(
+    ("new", "key"),
+    [
+        (replace(OLD, model=replace(OLD.model, n_layers=OLD.model.n_layers + 1)), "model.n_layers"),
+        (replace(OLD, model=replace(OLD.model, attention_bias=True)), "model.attention_bias"),
+        (replace(OLD, optim=SGDConfig()), "optim.kind"),
+        (replace(OLD, train=TrainConfig(ema_decay=0.9)), "train.ema_decay"),
+        (replace(OLD, train=TrainConfig(precision="fp64")), "train.precision"),
+    ],
+)
+def test_a_change_that_no_checkpoint_can_follow_is_refused_even_if_allowed(new: Config, key: str) -> None:
+    for allowed in ((), ("*",)):
+        with pytest.raises(UserError) as refusal:
+            check_same_run(OLD, replace(new, train=replace(new.train, allow_changes=allowed)))
+        message = str(refusal.value)
+        assert f"  {key}: was " in message
+        assert "allow_changes" not in message
+        assert "run.name=" in message
+
+
+def test_a_change_of_the_model_that_keeps_its_tensors_can_be_allowed() -> None:
+    model = replace(OLD.model, rope_theta=5e5)
+    with pytest.raises(UserError, match=r"allow_changes=\[model.rope_theta\]"):
+        check_same_run(OLD, replace(OLD, model=model))
+    allowed = replace(OLD, model=model, train=TrainConfig(allow_changes=("model.rope_theta",)))
+    assert check_same_run(OLD, allowed).keys() == {"model.rope_theta"}

@@ -1,0 +1,122 @@
+"""What `megatrain train` prints at its end: a sample, what the run reached, where things are, and how to go on.
+
+Every command that is named runs as it stands, in the shell that started the run.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatrain.runtime.launch import MEETING
+from megatrain.runtime.processes import is_started
+from megatrain.train.config import Config
+
+if TYPE_CHECKING:
+    from megatrain.train.words import Outcome
+
+REPORT_BYTES = 32 << 20
+"""A larger metrics.jsonl is not made into a page at the end of the run: that would take more than half a second."""
+
+
+def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
+    """Write the report, then say all that is to be said; `argv` are the words after `megatrain train`."""
+    from megatrain.observe.figures import say
+    from megatrain.train.files import run_directory
+    from megatrain.train.words import ending, reached
+
+    directory = run_directory(cfg)
+    page = _report(directory)
+    shown = [] if done.kind == "signal" else _sample(cfg)
+    if shown:
+        say("\nA sample of text from the model:\n")
+        say("".join(shown))
+    kept = "metrics.jsonl, events.jsonl, checkpoints/, config.yaml"
+    say("\n" + "\n".join([ending(cfg, done), *reached(done)]))
+    say(f"The run is in {directory}: {'report.html (its curves), ' if page else ''}{kept}.")
+    again, what = _go_on(cfg, done, argv)
+    if done.kind != "signal":
+        say("\n".join(["Go on with:", *(f"  {command}" for command in _commands(cfg, directory))]))
+    say(f"{what}:\n  {again}")
+
+
+def _report(directory: Path) -> Path | None:
+    """Write the run's page; None where that would take long, or fails: it must not change how a run ends."""
+    from megatrain.observe.report.page import report
+
+    try:
+        if (directory / "metrics.jsonl").stat().st_size > REPORT_BYTES:
+            return None
+        return report([directory])
+    except Exception:
+        return None
+
+
+def _sample(cfg: Config) -> list[str]:
+    """Return a prompt and its continuation by the trained model; empty where there is none to be had."""
+    from megatrain.observe.figures import visible
+    from megatrain.runtime.device import pick_device
+    from megatrain.train.files import run_directory
+    from megatrain.train.restore import restore_model
+    from megatrain.train.sample import sample_text
+
+    if not cfg.train.sample_tokens or cfg.data.kind != "text":
+        return []
+    try:
+        model, tokenizer, _, _ = restore_model(run_directory(cfg), pick_device())
+        prompt = prompt_for(cfg)
+        pieces = sample_text(model, tokenizer, prompt, cfg, tokens=cfg.train.sample_tokens)
+        return [prompt, visible("".join(pieces))]
+    except Exception as error:  # out of memory, say; the run itself has ended as it should
+        return [f"(none: {type(error).__name__}: {error})"]
+
+
+def prompt_for(cfg: Config) -> str:
+    """Return what a sample begins with: Python's `def` where the run reads Python, else nothing."""
+    from megatrain.train.sample import PYTHON_PROMPT
+
+    return PYTHON_PROMPT if cfg.data.kind == "text" and cfg.data.path is None else ""
+
+
+def _commands(cfg: Config, directory: Path) -> list[str]:
+    """Return the commands that use what the run has made."""
+    run = shlex.quote(str(directory))
+    generate = f'megatrain generate {run} "{prompt_for(cfg) or "Once"}"'
+    others = [f"megatrain report {run}", f"megatrain export {run} {shlex.quote(_new_directory(cfg))}"]
+    return [generate, *others] if cfg.data.kind == "text" else others
+
+
+def _go_on(cfg: Config, done: "Outcome", argv: Sequence[str]) -> tuple[str, str]:
+    """Return the command that continues the run, and what it does."""
+    more = ["train.resume=auto"] if cfg.train.resume == "never" else []
+    if done.kind == "finished":
+        steps = 2 * cfg.train.steps
+        changed = {*cfg.train.allow_changes, "train.steps"}
+        if cfg.schedule.resolved_warmup(steps) != cfg.schedule.resolved_warmup(cfg.train.steps):
+            changed.add("schedule.warmup_steps")
+        more += [f"train.steps={steps}", f"train.allow_changes=[{','.join(sorted(changed))}]"]
+        more += [] if cfg.train.stop_at is None else ["train.stop_at=null"]
+        why = "To train for twice as long"
+    elif done.kind == "stop_at":
+        more += ["train.stop_at=null"]
+        why = f"To go on to step {cfg.train.steps:,}"
+    elif done.kind == "early stop":
+        more += ["train.early_stop_patience=0"]
+        why = f"To go on to step {cfg.train.steps:,} all the same"
+    else:
+        why = "To resume"
+    replaced = tuple(f"{word.partition('=')[0]}=" for word in more)
+    words = [*(word for word in argv if not word.startswith(replaced)), *more]
+    if is_started() and MEETING not in os.environ:  # by torchrun, whose own words we don't know
+        return (
+            f"-m megatrain train {shlex.join(words)}",
+            f"{why}, with the same torchrun words before it",
+        )
+    return f"megatrain train {shlex.join(words)}".rstrip(), why
+
+
+def _new_directory(cfg: Config) -> str:
+    """Return a name for an export, relative to the current directory, that is still free."""
+    base = f"{Path(cfg.run.name).name}-exported"
+    return next(name for name in (base, *(f"{base}-{n}" for n in range(2, 1000))) if not Path(name).exists())

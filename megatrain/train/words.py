@@ -1,0 +1,161 @@
+"""The words with which a run begins and ends: what was read, what it will do; how it ended, and what it reached."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from megatrain.data.prepare import Contents
+from megatrain.models.flops import n_params
+from megatrain.observe.figures import Beginning, amount
+from megatrain.observe.watch import over_fits
+from megatrain.parallel.layout import layout_summary
+from megatrain.train.config import Config
+from megatrain.train.run import Run
+
+FAR = 0.75  # a training loss below this share of the validation loss is worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended, and what its run has reached."""
+
+    exit_code: int
+    reason: str
+    """`done`, `early stop`, `stop_at` or the signal's name."""
+    step: int
+    first_step: int
+    """Steps that were done when the attempt began."""
+    watch: dict[str, Any]
+    """The counters of the over-fitting watch; empty without a validation."""
+    bits_per_nat: float | None
+    """Bits per byte of the held-out text for each nat per token; None where tokens have no text."""
+
+    @property
+    def kind(self) -> Literal["finished", "early stop", "stop_at", "signal"]:
+        """The reason's kind."""
+        kinds: dict[str, Literal["finished", "early stop", "stop_at"]]
+        kinds = {"done": "finished", "early stop": "early stop", "stop_at": "stop_at"}
+        return kinds.get(self.reason, "signal")
+
+
+def beginning(run: Run) -> Beginning:
+    """Return what is said before the first step."""
+    cfg = run.cfg
+    processes = run.processes.size
+    layout = f"{processes} processes ({layout_summary(cfg.parallel)}), " if processes > 1 else ""
+    title = (
+        f"{cfg.run.name}: {cfg.model.kind}, {amount(n_params(cfg.model))} parameters, {layout}"
+        f"{cfg.train.precision}, seed {cfg.train.seed}"
+    )
+    contents = run.data.contents
+    steps_per_epoch = None if contents is None else run.loader.n_samples / cfg.global_batch_size
+    return Beginning(
+        title=title,
+        total_steps=cfg.train.steps,
+        step=run.state.step,
+        facts=(_read(contents), _plan(cfg, steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        record=run.directory / "metrics.jsonl",
+    )
+
+
+def _read(contents: Contents | None) -> str:
+    """Say what the tokens were made from, and what was left out."""
+    if contents is None:
+        return "Data: random tokens (data=synthetic), from which nothing can be learned."
+    files = "" if contents.files is None else f"{contents.files:,} file{'s' * (contents.files != 1)}, "
+    documents = f"{contents.documents:,} document{'s' * (contents.documents != 1)}"
+    held_out = f"{amount(contents.val_tokens)} for validation" if contents.val_tokens else "nothing held out"
+    left_out = ", ".join(f"{count:,} {kind}" for kind, count in contents.left_out.items())
+    return (
+        f"Data: {contents.origin}: {files}{documents}, {_size(contents.text_bytes)} of text, "
+        f"{amount(contents.train_tokens)} tokens for training, {held_out}."
+        + (f" Left out: {left_out}." if left_out else "")
+    )
+
+
+def _plan(cfg: Config, steps_per_epoch: float | None) -> str:
+    """Say how many tokens the run will train on, and how often it reads the data."""
+    tokens = cfg.train.steps * cfg.global_batch_size * cfg.seq_len
+    epochs = "" if steps_per_epoch is None else f", {_epochs(cfg.train.steps / steps_per_epoch)}"
+    return (
+        f"The whole run: {cfg.train.steps:,} steps of {cfg.global_batch_size:,} x {cfg.seq_len:,} tokens, "
+        f"{amount(tokens)} tokens{epochs}."
+    )
+
+
+def _epochs(epochs: float) -> str:
+    number = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    return f"{number} epoch{'s' * (number != '1')}"
+
+
+def _size(size: int) -> str:
+    """Return bytes in decimal units."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (1000, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes"
+
+
+def outcome(run: Run, reason: str, exit_code: int) -> Outcome:
+    """Return how the attempt of `run` ended."""
+    return Outcome(
+        exit_code=exit_code,
+        reason=reason,
+        step=run.state.step,
+        first_step=run.log.first_step,
+        watch=run.state.watch,
+        bits_per_nat=_bits_per_nat(run),
+    )
+
+
+def _bits_per_nat(run: Run) -> float | None:
+    if not run.eval_batches:
+        return None
+    targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in run.eval_batches])
+    size = int(run.data.token_bytes[targets].sum())
+    return targets.size / (math.log(2) * size) if size else None
+
+
+def ending(cfg: Config, done: Outcome) -> str:
+    """Say how the attempt ended, and why."""
+    of = f"step {done.step:,} of {cfg.train.steps:,}"
+    again = done.step == done.first_step and done.kind != "signal"
+    if again and done.kind == "finished":
+        return f"Nothing is left to do: the run has finished all {cfg.train.steps:,} steps before."
+    said = {
+        "finished": f"Finished: all {cfg.train.steps:,} steps are done.",
+        "early stop": f"Stopped early at {of}: {cfg.train.early_stop_patience} validations in a row brought no new "
+        "best (train.early_stop_patience).",
+        "stop_at": f"Stopped at {of}, as train.stop_at={cfg.train.stop_at} asks; everything is saved.",
+        "signal": f"Stopped by {done.reason} at {of}; everything is saved.",
+    }[done.kind]
+    return f"Nothing is left to do. {said}" if again else said
+
+
+def reached(done: Outcome) -> list[str]:
+    """Say what the validations found, and whether the run over-fits."""
+    watch = done.watch
+    if not watch:
+        return []
+    last, best, step = watch["eval_loss"], watch["best"], watch["best_step"]
+    bits = "" if done.bits_per_nat is None else f" ({best * done.bits_per_nat:.4f} bits per byte)"
+    lines = [
+        f"Validation loss {best:.4f}{bits}, its best, at the last validation (step {step:,})."
+        if last == best
+        else f"Validation loss {last:.4f} at the last validation; the best was {best:.4f}{bits}, at step {step:,}."
+    ]
+    if over_fits(watch):
+        lines.append(
+            f"It over-fits: since step {step:,} the validation loss has risen, while the training loss is "
+            f"{watch['train_loss']:.4f}. More data, a smaller model or an earlier stop helps "
+            "(train.early_stop_patience)."
+        )
+    elif watch["train_loss"] < FAR * last:
+        lines.append(
+            f"The training loss, {watch['train_loss']:.4f}, is far below: the model begins to learn its training "
+            "text by heart. More data or a smaller model helps."
+        )
+    return lines
