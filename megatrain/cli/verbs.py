@@ -122,12 +122,25 @@ VERBS = (
                 "megatrain bench data=synthetic model=gpt2_124m seq_len=512 --steps 5",
                 "a model preset on random tokens",
             ),
-            ("megatrain bench train.precision=fp32 --json", "in float32, with output for programs"),
+            (
+                "megatrain bench -m data=synthetic micro_batch_size=1,2,4 --steps 10",
+                "a sweep, with a table at its end; layouts too: parallel.tp=1,2",
+            ),
+            ("megatrain bench --trace traces", "with a profile to open in https://ui.perfetto.dev"),
+            (
+                "megatrain bench train.precision=fp32 --json > fp32.json",
+                "in float32, with everything needed to repeat it",
+            ),
         ),
         takes_config=True,
         flags=(
-            ("--steps N", "number of steps to measure, after three warm-up steps; default: 20"),
-            ("--json", "print one JSON object instead of a table"),
+            ("--steps N", "number of steps to measure, after the warm-up; default: 20"),
+            ("--json", "print one JSON object instead of a table; progress goes to stderr"),
+            (
+                "--trace DIR",
+                "write a Chrome trace of each process to DIR, and on a GPU a snapshot of its memory",
+            ),
+            ("--force", "measure although the memory is estimated not to suffice"),
         ),
     ),
     Verb(

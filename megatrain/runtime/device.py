@@ -180,7 +180,7 @@ def _key(dtype: torch.dtype) -> str:
     """Name what a measured peak depends on."""
     precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else "as is"
     threads = torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} threads, torch {torch.__version__}, {dtype}, {precision}"
+    return f"{cpu_name()}, {threads} threads, torch {torch.__version__}, {dtype}, {precision}"
 
 
 def _peaks_file() -> Path:
@@ -204,7 +204,8 @@ def _write_peaks(peaks: dict[str, float]) -> None:
         partial.replace(file)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -4,6 +4,7 @@ import fcntl
 import json
 from pathlib import Path
 
+import torch
 from workplace import Workplace, command
 
 
@@ -100,5 +101,10 @@ def test_bench_reports_without_writing_a_run(workplace: Workplace) -> None:
     line = command("bench", "data=synthetic", "--json", "--steps", "2", *overrides)
     result = json.loads(workplace.run(line).stdout)
     assert result["rates"]["perf/tokens_per_sec"] > 0
-    assert {"matmul", "attention"} <= {name for name, _ in result["classes"]}
+    assert {"linear products", "norms", "embedding"} <= {name for name, _ in result["profile"]["classes"]}
+    assert result["config"]["seq_len"] == result["seq_len"] == 32
+    assert result["flops_per_token"]["full"] > result["flops_per_token"]["causal"] > 0
+    assert result["peak"]["how"] == "measured"
+    assert len(result["code"]["source_sha256"]) == 64
+    assert result["versions"]["torch"] == torch.__version__
     assert not (workplace.folder / "runs").exists()
