@@ -75,7 +75,7 @@ def _measure(each: Measurement, source: Source, flags: list[str]) -> None:
         compose(each.overrides, source)
     except UserError as error:
         problems = error.problems if isinstance(error, ConfigError) else [error]
-        each.exit_code, each.reason = error.exit_code, "refused: " + " ".join(map(str, problems))
+        each.exit_code, each.reason = error.exit_code, " ".join(map(str, problems))
         return
     started = time.monotonic()
     command = [*job_command("bench", each.overrides, source), "--json", *flags]
@@ -127,8 +127,10 @@ def _as_text(found: list[Measurement]) -> str:
     for each in found:
         name = short(each.differs) or "as it is"
         if each.result is None:
-            state = "not started" if each.exit_code is None else f"failed, exit code {each.exit_code}"
-            rows.append(("-",) * 6 + (f"{name} ({state})",))
+            failed = (
+                "refused" if each.exit_code == UserError.exit_code else f"failed, exit code {each.exit_code}"
+            )
+            rows.append(("-",) * 6 + (f"{name} ({'not started' if each.exit_code is None else failed})",))
             below += [f"{name}: {each.reason}"] if each.reason else []
             continue
         result, rates = each.result, each.result["rates"]

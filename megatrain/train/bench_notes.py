@@ -64,7 +64,7 @@ def _about_machine(seen: Circumstances) -> Iterator[str]:
 def _about_steps(seen: Circumstances) -> Iterator[str]:
     times = sorted(seen.times)
     if len(times) < FEW_STEPS:
-        yield f"{len(times)} steps are few for a median: --steps {FEW_STEPS} or more"
+        yield f"a median of {len(times)} is unsteady: --steps {FEW_STEPS} or more"
     elif times[-1] - times[0] > WIDE_SPREAD * times[len(times) // 2]:
         yield (
             f"steps took {times[0] * 1e3:.0f} to {times[-1] * 1e3:.0f} ms: compare nothing closer than that, or "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatrain.config.errors import UserError
-from megatrain.models.flops import flops_per_token
+from megatrain.models.flops import flops_per_token, n_params
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.runtime.device import Peak
 from megatrain.train.config import Config
@@ -17,6 +17,8 @@ MOMENTS = {"adamw": 2}
 """Optimizers' moments per weight; the others have one."""
 SOON_S = 10.0
 """Duration of a measurement below which it is not estimated: overheads that are not counted are as long."""
+LONG_S = 600.0
+"""Duration of a measurement from which on a shorter one is named."""
 GIB = 2**30
 
 
@@ -49,10 +51,11 @@ def estimate(cfg: Config, *, peak: Peak | None, memory: int, on_cpu: bool) -> Es
     precision = cfg.train.precision
     tokens = cfg.global_batch_size * cfg.seq_len / world_size(cfg.parallel)
     flops = tokens * flops_per_token(cfg.model, cfg.seq_len, causal=False)
-    spared = (
-        2 - MOMENTS.get(cfg.optim.kind, 1)
-    ) / 4  # the formula counts AdamW: weight, gradient, two moments
-    state = state_bytes(cfg.model, cfg.parallel, precision=precision) * (1 - spared)
+    state = state_bytes(cfg.model, cfg.parallel, precision=precision)  # counts AdamW's two moments
+    layout = cfg.parallel
+    share = layout.pp * layout.tp * (max(1, layout.dp_shard) if layout.zero_stage >= 1 else 1)
+    width = 8 if precision == "fp64" else 4
+    state -= (2 - MOMENTS.get(cfg.optim.kind, 1)) * width * n_params(cfg.model) / share
     sequence = activation_bytes(cfg.model, cfg.parallel, cfg.seq_len, precision=precision)
     return Estimate(
         step_s=None
@@ -72,7 +75,7 @@ def describe(found: Estimate, cfg: Config, *, steps: int) -> list[str]:
     tokens = f"{cfg.resolved_micro_batch_size} x {cfg.seq_len} tokens"
     size = f"{micro_batches} micro-batch{'es' * (micro_batches > 1)} of {tokens}"
     each = " on each process" if world_size(cfg.parallel) > 1 else ""
-    lines = [f"Estimate: {found.tflop:.3g} TFLOP a step{each} ({size})"]
+    lines = [f"Estimate: {_tflop(found.tflop)} a step{each} ({size})"]
     if found.step_s is not None:
         low, high = (steps * each_step for each_step in found.step_s)
         lines[0] += (
@@ -81,6 +84,12 @@ def describe(found: Estimate, cfg: Config, *, steps: int) -> list[str]:
             else f", {_seconds(low / steps)} to {_seconds(high / steps)} a step, {_seconds(low)} to {_seconds(high)} "
             f"in all for {steps} steps"
         )
+        if low > LONG_S and micro_batches > 1:
+            one = cfg.resolved_micro_batch_size * data_ranks(cfg.parallel)
+            lines.append(
+                f"With global_batch_size={one}, one micro-batch a step, it takes {_seconds(low / micro_batches)} to "
+                f"{_seconds(high / micro_batches)}, and tokens/s differ only by the optimizer's part"
+            )
     lines.append(
         f"Estimate: {found.needed_gib:.2f} of {found.memory_gib:.1f} GiB{each}: weights, gradients and optimizer "
         f"{found.state_gib:.2f}, activations {found.activations_gib:.2f}"
@@ -102,6 +111,12 @@ def require_memory(found: Estimate) -> None:
             "parallel.activation_checkpointing=full for fewer activations, parallel.dp_shard, tp or pp for fewer "
             "weights on each device, or model.n_layers for a part of the model. --force measures all the same."
         )
+
+
+def _tflop(value: float) -> str:
+    """Return an amount of work with its unit, to three digits."""
+    unit, size = ("PFLOP", 1e3) if value >= 1e3 else ("TFLOP", 1.0) if value >= 1 else ("GFLOP", 1e-3)
+    return f"{float(f'{value / size:.3g}'):,g} {unit}"
 
 
 def _seconds(value: float) -> str:
