@@ -132,24 +132,24 @@ def compare(
 ) -> dict[str, object]:
     """Compare the contenders at one shape: tokens/s, FLOP/s and their share of the peak, and ratios with spreads."""
     cfg = resolve_auto(compose(overrides, Source()), memory=memory_bytes(torch.device("cpu")))
-    peaks = {
-        precision: gemm_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
-        for precision in precisions
-    }
     print(f"{name}: {cfg.model.n_layers} layers, hidden {cfg.model.hidden_size}", flush=True)
     flops = flops_per_token(cfg.model, cfg.seq_len, causal=True)
     tokens = cfg.global_batch_size * cfg.seq_len
     found: dict[str, object] = {"overrides": overrides, "tokens_per_step": tokens}
     for precision in precisions:
         us, them = CONTENDERS[precision]
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        peak, cpu_peak = gemm_peak(dtype), gemm_peak(dtype, time.process_time)
         contenders = {us: ours(cfg, precision), them: hugging_face(cfg, autocast=precision == "bf16")}
         times, cpu_times = measure(contenders, rounds=rounds, steps=steps)
         speed = {who: tokens / statistics.median(values) for who, values in times.items()}
         found[precision] = {
-            "gemm_peak_gflops": round(peaks[precision] / 1e9, 1),
+            "gemm_peak_gflops": round(peak / 1e9, 1),
             "tokens_per_sec": {who: round(value) for who, value in speed.items()},
-            "share_of_gemm_peak": {
-                who: round(value * flops / peaks[precision], 3) for who, value in speed.items()
+            "share_of_gemm_peak": {who: round(value * flops / peak, 3) for who, value in speed.items()},
+            "share_of_gemm_peak_by_cpu_time": {
+                who: round(tokens * flops / statistics.median(values) / cpu_peak, 3)
+                for who, values in cpu_times.items()
             },
             "ratio": _ratio(times[us], times[them]),
             "ratio_of_cpu_time": _ratio(cpu_times[us], cpu_times[them]),
