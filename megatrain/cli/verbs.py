@@ -117,19 +117,17 @@ VERBS = (
         summary="measure how fast a config trains on this machine, and where a step's time goes",
         usage="[group=option] [key=value] [flags]",
         examples=(
-            ("megatrain bench", "the default config on its own data"),
             (
                 "megatrain bench data=synthetic model=gpt2_124m seq_len=512 --steps 5",
                 "a model preset on random tokens",
             ),
             (
-                "megatrain bench -m data=synthetic micro_batch_size=1,2,4 --steps 10",
-                "a sweep, with a table at its end; layouts too: parallel.tp=1,2",
+                "megatrain bench -m data=synthetic parallel.tp=1,2 micro_batch_size=2,4 --steps 10",
+                "a sweep: four measurements, and a table that compares them",
             ),
-            ("megatrain bench --trace traces", "with a profile to open in https://ui.perfetto.dev"),
             (
-                "megatrain bench train.precision=fp32 --json > fp32.json",
-                "in float32, with everything needed to repeat it",
+                "megatrain bench --trace traces --json > result.json",
+                "a profile to open in https://ui.perfetto.dev, and everything needed to repeat the measurement",
             ),
         ),
         takes_config=True,
