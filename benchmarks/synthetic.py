@@ -1,19 +1,28 @@
-"""Random tokens to train on."""
+"""Random tokens to train on, packed as a run on text packs its documents."""
 
-import torch
+import numpy as np
 
-from megatrain.data.loader import Batch, StepBatch
+from megatrain.data.loader import StepBatch, make_batch
 from megatrain.train.config import Config
 
+MEAN_DOCUMENT = 128
+"""Mean number of tokens of a packed document."""
 
-def random_batch(cfg: Config, seed: int) -> StepBatch:
-    """Draw one step of random tokens in documents of one sequence each."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (cfg.micro_batch_size, cfg.seq_len)
-    parts = []
-    for _ in range(cfg.global_batch_size // cfg.micro_batch_size):
-        tokens = torch.randint(cfg.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
-        positions = torch.arange(cfg.seq_len).expand(shape).contiguous()
-        parts.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, None))
-    tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    return StepBatch(0, torch.arange(cfg.global_batch_size).numpy(), parts, tokens_per_step, "")
+
+def random_batch(cfg: Config, seed: int, *, packed: bool = False) -> StepBatch:
+    """Draw one step of random tokens: documents of one sequence each, or `packed` ones of random lengths."""
+    generator = np.random.default_rng(seed)
+    rows, seq_len = cfg.global_batch_size, cfg.seq_len
+    tokens = generator.integers(cfg.model.vocab_size, size=(rows, seq_len + 1))
+    starts = np.arange(rows) * seq_len
+    documents = None
+    if packed:
+        lengths = 1 + generator.geometric(1 / MEAN_DOCUMENT, size=2 + 2 * rows * seq_len // MEAN_DOCUMENT)
+        documents = np.concatenate([[0], np.cumsum(lengths)])
+    size = cfg.resolved_micro_batch_size
+    parts = [
+        make_batch(tokens[cut : cut + size], starts[cut : cut + size], documents)
+        for cut in range(0, rows, size)
+    ]
+    valid = sum(int((part.targets >= 0).sum()) for part in parts)
+    return StepBatch(0, np.arange(rows), parts, valid, "")

@@ -148,17 +148,28 @@ VERBS = (
         summary="measure how fast a config trains on this machine, and where a step's time goes",
         usage="[group=option] [key=value] [flags]",
         examples=(
-            ("megatrain bench", "the default config on its own data"),
             (
                 "megatrain bench data=synthetic model=gpt2_124m seq_len=512 --steps 5",
                 "a model preset on random tokens",
             ),
-            ("megatrain bench train.precision=fp32 --json", "in float32, with output for programs"),
+            (
+                "megatrain bench -m data=synthetic parallel.tp=1,2 micro_batch_size=2,4 --steps 10",
+                "a sweep: four measurements, and a table that compares them",
+            ),
+            (
+                "megatrain bench --trace traces --json > result.json",
+                "a profile to open in https://ui.perfetto.dev, and everything needed to repeat the measurement",
+            ),
         ),
         takes_config=True,
         flags=(
-            ("--steps N", "number of steps to measure, after three warm-up steps; default: 20"),
-            ("--json", "print one JSON object instead of a table"),
+            ("--steps N", "number of steps to measure, after the warm-up; default: 20"),
+            ("--json", "print one JSON object instead of a table; progress goes to stderr"),
+            (
+                "--trace DIR",
+                "write a Chrome trace of each process to DIR, and on a GPU a snapshot of its memory",
+            ),
+            ("--force", "measure although the memory is estimated not to suffice"),
         ),
     ),
     Verb(

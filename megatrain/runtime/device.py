@@ -180,7 +180,7 @@ def _key(dtype: torch.dtype) -> str:
     """Name what a measured peak depends on."""
     precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else "as is"
     threads = torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} threads, torch {torch.__version__}, {dtype}, {precision}"
+    return f"{cpu_name()}, {threads} threads, torch {torch.__version__}, {dtype}, {precision}"
 
 
 def _peaks_file() -> Path:
@@ -206,10 +206,11 @@ def _write_peaks(peaks: dict[str, float]) -> None:
 
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatrain.data.loader import Batch, StepBatch
 from megatrain.nn.balance import balance_experts, begin_balance
@@ -49,9 +50,10 @@ def loss_sum(parallel: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> T
 def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
     """Return this rank's shard of `batch` on the device, by the names of the model's arguments."""
     names = ("tokens", "targets", "positions", "doc_ids")
-    tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
-    device = parallel.device
-    return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+    with record_function("data"):
+        tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
+        device = parallel.device
+        return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
 def train_step(
@@ -71,20 +73,21 @@ def train_step(
     """
     parallel, weights = state.parallel, state.weights.parameters
     loss = accumulate_gradients(state, batch, cfg)
-    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-    stop = torch.full_like(loss, float(wants_stop()))
-    # One all-reduce for all scalars: small collectives are bound by latency.
-    loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
-    grad_norm = squared_norm.sqrt()
-    clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_ratio"]
-    state.optimizer.step()
-    state.weights.zero_gradients()
-    state.sync_model_weights()
-    balance_experts(parallel.models, cfg.model, parallel.total)
-    if state.average is not None:
-        state.average.update(weights)
+    with record_function("optimizer"):  # the ranges of this file are classes in observe/profile.py
+        gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+        stop = torch.full_like(loss, float(wants_stop()))
+        # One all-reduce for all scalars: small collectives are bound by latency.
+        loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
+        grad_norm = squared_norm.sqrt()
+        clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        state.optimizer.step()
+        state.weights.zero_gradients()
+        state.sync_model_weights()
+        balance_experts(parallel.models, cfg.model, parallel.total)
+        if state.average is not None:
+            state.average.update(weights)
     state.step += 1
     state.tokens += batch.valid_tokens
     return StepStats(torch.stack([loss, grad_norm, stop]))
@@ -108,7 +111,8 @@ def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
         before_micro_batch(parallel.models[0], is_last=is_last, zero_stage=parallel.cfg.zero_stage)
         loss = loss_sum(parallel, part, z_loss=cfg.train.z_loss) / max(batch.valid_tokens, 1)
         loss.backward()
-        state.weights.collect_gradients()
+        with record_function("gradients"):
+            state.weights.collect_gradients()
         total += loss.detach()
     return total
 

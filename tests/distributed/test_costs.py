@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layouts import CFG, EXPERTS, STORE
-from probes import Traffic, bytes_held, bytes_of_states, traffic
+from probes import Traffic, bytes_held, bytes_of_states, profiled_traffic, traffic
 
 from megatrain.models.flops import n_params
 from megatrain.parallel.config import ParallelConfig
@@ -101,6 +101,35 @@ def test_a_step_sends_what_the_theory_says(workers: WorkerPool, layout: dict[str
         assert heard[0] == wanted
     else:
         assert all(each == wanted for each in heard)
+
+
+@pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"pp": 2, "pp_schedule": "1f1b"}], ids=str)
+def test_bench_reports_what_a_step_sends_by_axis(workers: WorkerPool, layout: dict[str, Any]) -> None:
+    cfg = in_layout(layout)
+    parallel = cfg.parallel
+    micro_batches = cfg.global_batch_size // data_ranks(parallel)
+    wanted = expected(parallel, micro_batches)
+    if parallel.tp > 1:  # the profile hears those inside the loss's operator too
+        wanted["all_reduce", parallel.tp] += 3 * micro_batches
+    reported = workers.run(profiled_traffic, world_size(parallel), cfg, STORE)[0]
+    sizes = {
+        "tp": parallel.tp,
+        "dp_shard": parallel.dp_shard,
+        "pp": parallel.pp,
+        "all ranks": world_size(parallel),
+    }
+    found: Traffic = {}
+    for talk in reported:
+        key = (talk.collective.replace("receive", "recv"), sizes[talk.axis])
+        found[key] = found.get(key, 0) + int(talk.calls)
+        assert talk.seconds > 0
+    assert found == wanted
+    if parallel.dp_shard > 1:
+        calls = {(talk.axis, talk.collective): talk for talk in reported}
+        assert calls["tp", "all_gather"].calls == micro_batches * (4 * LAYERS + 2)
+        # Each gather's output: the rank's tp shard of the weights, twice a micro-batch, 8 bytes each.
+        shard = 8 * n_params(cfg.model) / parallel.tp
+        assert calls["dp_shard", "all_gather"].bytes == pytest.approx(2 * micro_batches * shard, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -51,7 +51,10 @@ class _BlockedRMSNorm(torch.autograd.Function):
             grad_weight += product.sum(0)
             mean = (product @ wide_weight).div_(-x.shape[-1]).unsqueeze_(1)
             inner = torch.mul(wide_grad, wide_weight, out=product).addcmul_(normed, mean)
-            result.copy_(inner.mul_(scale))
+            if compute == x.dtype:
+                torch.mul(inner, scale, out=result)
+            else:
+                result.copy_(inner.mul_(scale))
         return grad_x, grad_weight.to(weight.dtype), None
 
 

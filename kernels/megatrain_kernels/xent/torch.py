@@ -11,6 +11,9 @@ from torch import Tensor
 from megatrain_kernels.blocks import block_rows
 from megatrain_kernels.xent.reference import LossOptions
 
+SMALLEST = 1e-30
+"""Probability below which its logarithm is inexact in float32, whose smallest normal number is 1.2e-38."""
+
 
 class _Targets(NamedTuple):
     """Where each row's target is: its column in this shard, whether it is here, and whether the row counts at all."""
@@ -51,6 +54,12 @@ def partials(logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
     return torch.stack([torch.cat(maxima), torch.cat(sums), torch.cat(picked).where(located.here, 0.0)])
 
 
+def _from_probabilities(p: Tensor, column: Tensor, valid: Tensor) -> Tensor | None:
+    """Return -log p of each row's target, which saves two passes over the row; None where it would be inexact."""
+    likelihood = p.gather(-1, column).squeeze(-1).where(valid, 1.0)
+    return likelihood.log_().neg_() if bool(likelihood.amin() > SMALLEST) else None
+
+
 def losses(
     logits: Tensor, targets: Tensor, options: LossOptions, *, whole: Tensor | None, gradient: Tensor | None
 ) -> Tensor:
@@ -63,22 +72,33 @@ def losses(
     """
     rows = _rows_at_once(logits)
     located = _locate(targets, logits.shape[1], options)
+    # On a CPU a look at the values costs nothing; a GPU would have to wait.
+    is_plain = logits.device.type == "cpu" and not options.z_loss and not torch.compiler.is_compiling()
     found: list[Tensor] = []
     for start in range(0, logits.shape[0], rows):
         block = slice(start, start + rows)
         column, here, valid = (t[block] for t in located)
         wide = _widen(logits[block], options.softcap)
+        loss = lse = None
         if whole is None:
-            picked = wide.gather(-1, column).squeeze(-1)
             p = torch.softmax(wide, dim=-1)
-            lse = wide.amax(-1) - p.amax(-1).log_()  # the largest p is exp(largest logit - lse)
+            loss = _from_probabilities(p, column, valid) if is_plain else None
         else:
             lse, picked = whole[:, block]
             p = torch.exp(wide - lse.unsqueeze(-1))
-        found.append((lse - picked + options.z_loss * lse.square()).where(valid, 0.0))
+        if loss is None:
+            if lse is None:
+                picked = wide.gather(-1, column).squeeze(-1)
+                lse = wide.amax(-1) - p.amax(-1).log_()  # the largest p is exp(largest logit - lse)
+            loss = (lse - picked + options.z_loss * lse.square()).where(valid, 0.0)
+        found.append(loss)
         if gradient is None:
             continue
-        p.mul_((1 + 2 * options.z_loss * lse).where(valid, 0.0).unsqueeze(-1))
+        if is_plain:
+            p.index_fill_(0, (~valid).nonzero().flatten(), 0.0)
+        else:
+            assert lse is not None
+            p.mul_((1 + 2 * options.z_loss * lse).where(valid, 0.0).unsqueeze(-1))
         p.scatter_add_(-1, column, here.to(p.dtype).neg_().unsqueeze(-1))
         if options.softcap is not None:  # d cap(l) / dl = 1 - tanh(l / c)² = 1 - (capped / c)²
             p.mul_(1 - (wide / options.softcap).square_())

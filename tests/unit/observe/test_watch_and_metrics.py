@@ -1,15 +1,11 @@
 """The over-fitting watch on made curves; rates and utilization by hand."""
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
-from megatrain.observe.profile import OUTSIDE, STEPS, breakdown, classify
 from megatrain.observe.watch import update
 from megatrain.runtime.device import Peak
 
@@ -74,67 +70,3 @@ def test_the_peak_begins_anew() -> None:
     assert peak_memory_gib(cpu) > with_block - 0.01  # it was held once; the system counts in batches of pages
     reset_peak_memory(cpu)
     assert peak_memory_gib(cpu) < with_block - 0.2  # of 0.25 GiB; the rest of the process may grow a little
-
-
-def test_the_classes_add_up_to_the_whole_step_and_the_interpreter_has_its_share() -> None:
-    a = torch.randn(64, 64)
-
-    def step() -> None:
-        time.sleep(0.05)  # stands for Python code between the operators
-        a @ a
-
-    started = time.perf_counter()
-    classes, _ = breakdown(step)
-    elapsed = (time.perf_counter() - started) / STEPS
-    assert classes[0][0] == OUTSIDE
-    assert classes[0][1] >= 0.05
-    assert sum(seconds for _, seconds in classes) <= elapsed
-
-
-def test_an_operator_belongs_to_what_calls_it() -> None:
-    model, x = torch.nn.Linear(64, 1000), torch.randn(256, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-
-    def step() -> None:
-        torch.nn.functional.cross_entropy(model(x), torch.zeros(256, dtype=torch.int64)).backward()
-        optimizer.step()
-
-    classes = dict(breakdown(step)[0])
-    assert {"matmul", "loss", "optimizer"} <= classes.keys()
-    assert classify("aten::copy_", ("aten::to", "aten::_fused_adamw_")) == "optimizer"
-    backward = "autograd::engine::evaluate_function: LogSoftmaxBackward0"
-    assert classify("aten::mul", (backward,)) == "loss"
-    assert classify("aten::mul", ("LinearCrossEntropyBackward",)) == "loss"
-    assert classify("aten::mm", ("loss_head",)) == "matmul"
-
-
-def test_the_profiler_writes_nothing_of_its_own() -> None:
-    program = (
-        "import torch; from megatrain.observe.profile import breakdown; breakdown(lambda: torch.ones(3) + 1)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_a_step_of_products_is_mostly_matmul() -> None:
-    a = torch.randn(512, 512)
-    classes, operators = breakdown(lambda: [a @ a for _ in range(20)])
-    assert classes[0][0] == "matmul"
-    assert operators[0][0] == "aten::mm"
-
-
-@pytest.mark.parametrize(
-    ("operator", "kind"),
-    [
-        ("aten::mm", "matmul"),
-        ("aten::bmm", "attention"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("aten::_log_softmax", "loss"),
-        ("aten::_fused_adamw_", "optimizer"),
-        ("aten::copy_", "copy and cast"),
-        ("aten::silu_backward", "norm and elementwise"),
-        ("aten::embedding", "lookup"),
-    ],
-)
-def test_classes(operator: str, kind: str) -> None:
-    assert classify(operator) == kind
