@@ -24,7 +24,7 @@ from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.auto import resolve_auto
+from megatrain.train.auto import require_memory, resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
@@ -111,6 +111,7 @@ def _settle(
         precision = choose_precision(device) if frozen is None else frozen.train.precision
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
     memory = memory_bytes(device, checkpointer.processes.local_size)
+    require_memory(cfg, memory)
     if frozen is not None:
         frozen = resolve_auto(frozen, memory=memory)
     cfg = resolve_auto(cfg, memory=memory, before=frozen)

@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 
 from megatrain.config.errors import UserError
 from megatrain.config.load import flatten
+from megatrain.config.schema import shown
 from megatrain.train.config import Config
 
 # Keys that change how a run is sharded, monitored, stored or stopped, but not its results (up to rounding).
@@ -50,7 +51,7 @@ def check_same_run(old: Config, new: Config) -> dict[str, tuple[object, object]]
         key: pair for key, pair in changed.items() if not any(fnmatchcase(key, rule) for rule in allowed)
     }
     if refused:
-        lines = [f"  {key}: was {was}, now {now}" for key, (was, now) in refused.items()]
+        lines = [f"  {key}: was {shown(was)}, now {shown(now)}" for key, (was, now) in refused.items()]
         raise UserError(
             f"The run '{new.run.name}' was started with another config, and these keys would change its results:\n"
             + "\n".join(lines)
