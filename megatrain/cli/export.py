@@ -1,9 +1,11 @@
 """`megatrain export`: a run's model as a directory that transformers loads."""
 
 import argparse
+import math
 from pathlib import Path
 
 from megatrain.config.errors import UserError
+from megatrain.config.paths import expanded
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,15 +23,15 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
-    if not options.shard_gb > 0:
-        raise UserError("export: --shard-gb must be above 0")
+    if not 0 < options.shard_gb < math.inf:
+        raise UserError("export: --shard-gb must be finite and above 0")
     from megatrain.observe.display import (
         make_display,
     )  # these import torch, so only once the command line is valid
     from megatrain.train.export import export
     from megatrain.train.export_check import check_logits
 
-    source, target = Path(options.run), Path(options.directory)
+    source, target = Path(expanded(options.run)), Path(expanded(options.directory))
     display = make_display("auto")
     try:
         done = export(

@@ -1,6 +1,9 @@
 """`megatrain train`."""
 
+import sys
+
 from megatrain.cli.job import run_in_layout
+from megatrain.observe.figures import unbreakable_output
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
@@ -17,7 +20,9 @@ def _train(cfg: Config, processes: Processes) -> int:
 
     code = train(cfg, processes)
     if cfg.log.display != "off" and processes.is_first:
-        _show_result(cfg, code)
+        with unbreakable_output():  # the run is done and saved, whether or not anyone reads this
+            _show_result(cfg, code)
+            sys.stdout.flush()
     return code
 
 

@@ -17,8 +17,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megatrain.config.aliases import advice
+from megatrain.config.errors import UserError
 from megatrain.config.nearest import nearest
-from megatrain.config.ranges import Range, range_problem, range_problems, ranges, text_problem
+from megatrain.config.paths import expanded
+from megatrain.config.ranges import Range, paths, range_problem, range_problems, ranges, text_problem
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 
 T = TypeVar("T")
@@ -222,6 +224,8 @@ class _Walk:
             if name in data:
                 before = len(self.broken)
                 value = self.value(hint, data[name], prefix + name, allowed.get(name))
+                if isinstance(value, str) and name in paths(cls):  # type: ignore[arg-type]
+                    value = self.expanded(value, prefix + name)
                 if value is not None or len(self.broken) == before:
                     values[name] = value
         return cls(**values)
@@ -253,6 +257,14 @@ class _Walk:
             self.report(path, value, "must be a mapping of keys to values")
             return None
         return self.section(classes, value, path)
+
+    def expanded(self, value: str, path: str) -> str | None:
+        """Expand `~`; None, with a problem reported, if that is impossible."""
+        try:
+            return expanded(value)
+        except UserError as error:
+            self.report(path, value, str(error).partition(": ")[2])
+            return None
 
     def section(self, classes: tuple[type, ...], data: Mapping[str, Any], path: str) -> Any:
         """Build one of `classes`; where there are several, the key `kind` says which."""

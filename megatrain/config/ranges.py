@@ -10,6 +10,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
+from megatrain.config.paths import PathMark
 from megatrain.config.schema import Problem
 
 MAX_INT = 2**63 - 1
@@ -132,6 +133,17 @@ def range_problem(field: str, value: Any, allowed: Range, *, has_null: bool = Fa
             legal = () if isinstance(value, tuple) or (near is None and not has_null) else (near,)
             return Problem(field, value, rule, legal)
     return None
+
+
+@cache
+def paths(cls: type) -> frozenset[str]:
+    """Return the names of the fields of a config class that are paths."""
+    return frozenset(
+        name
+        for name, hint in get_type_hints(cls, include_extras=True).items()
+        for member in (hint, *get_args(hint))
+        if any(isinstance(mark, PathMark) for mark in getattr(member, "__metadata__", ()))
+    )
 
 
 def text_problem(field: str, value: Any) -> Problem | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from megatrain.config.paths import PathText
 from megatrain.config.ranges import Range, Size
 from megatrain.config.schema import Problem, config
 
@@ -12,7 +13,7 @@ class TokenizerConfig:
     kind: Literal["bpe", "bytes", "huggingface", "tiktoken"] = "bpe"
     """Tokenizer. bpe: byte-level BPE trained on the data; bytes: one token per byte; huggingface and tiktoken: read
     from `path`."""
-    path: str | None = None
+    path: PathText | None = None
     """Tokenizer files. huggingface: tokenizer.json or a directory that contains it; tiktoken: a file of base64 ranks.
     null for the other kinds."""
     vocab_size: Size | Literal["auto"] = "auto"
@@ -29,7 +30,7 @@ class TokenizerConfig:
 class DataConfig:
     kind: Literal["text", "synthetic"] = "text"
     """Source of the tokens. text: the documents under `path`; synthetic: random tokens, for benchmarks."""
-    path: str | None = None
+    path: PathText | None = None
     """A file (.txt .md .py ..., .jsonl, .parquet), a directory of such files, or a glob pattern; null: the source code
     of the Python standard library found on this machine."""
     text_field: str = "text"
@@ -39,7 +40,7 @@ class DataConfig:
     """Fraction of the documents held out for validation, chosen by a hash of their text; 0: none."""
     mask_documents: bool = True
     """Mask attention across document boundaries and restart positions at each document (packing without leakage)."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Directory of the token cache; null: $MEGATRAIN_CACHE, or ~/.cache/megatrain."""
     prefetch: Annotated[int, Range(at_least=0, at_most=1024)] = 2
     """Number of global batches to prepare ahead in the background; 0: none."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.config.load import rule_problems
+from megatrain.config.paths import PathText
 from megatrain.config.ranges import Count, DecayRate, NonNegative, PositiveCount, Size
 from megatrain.config.schema import Problem, config, nearest_divisors
 from megatrain.data.config import DataConfig
@@ -31,7 +32,7 @@ SCHEMA_VERSION = 3
 class RunConfig:
     name: str = "default"
     """Name of the run; its directory is `dir`/`name`. Starting with the same name resumes the run."""
-    dir: str = "runs"
+    dir: PathText = "runs"
     """Parent of the run directories."""
 
     def problems(self) -> Iterator[Problem]:

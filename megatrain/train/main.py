@@ -167,19 +167,19 @@ def _train(run: Run) -> int:
     for warning in warnings:
         observer.notice(warning)
     run.display.start(cfg.train.steps, state.step, _title(run))
-    log.status("running", step=state.step, reason="")
-    try:
-        with StopSignals() as signals:
+    with StopSignals() as signals:  # until the outcome is written
+        log.status("running", step=state.step, reason="")
+        try:
             reason = reason_to_stop(run) or train_loop(run, observer, signals)
-    except BaseException as error:
-        _record_failure(log, state.step, error)
-        raise
-    finally:
-        observer.close()
-    finished = reason in ("done", "early stop")
-    exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
-    log.event("stop", step=state.step, reason=reason)
-    log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
+        except BaseException as error:
+            _record_failure(log, state.step, error)
+            raise
+        finally:
+            observer.close()
+        finished = reason in ("done", "early stop")
+        exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
+        log.event("stop", step=state.step, reason=reason)
+        log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
     return exit_code
 
 
