@@ -13,12 +13,14 @@ from megatrain.cli.help import HELP_FLAGS, command_help, verb_help
 from megatrain.cli.verbs import VERBS, find_verb
 from megatrain.config.errors import UserError
 from megatrain.config.nearest import nearest
+from megatrain.runtime.paths import name_user
 from megatrain.runtime.streams import abandon_output, output_is_broken, repair_streams
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: that of the process); return the exit code."""
     repair_streams()
+    name_user()
     try:
         code = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -1,10 +1,19 @@
 """Where things are kept between runs."""
 
+import getpass
 import os
 from pathlib import Path
 
 from megatrain.config.errors import UserError
 from megatrain.config.paths import expanded
+
+
+def name_user() -> None:
+    """Give a user id that has no name, as in containers, one in USER: PyTorch's compiler and others ask for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid-{os.getuid()}"
 
 
 def cache_dir() -> Path:
