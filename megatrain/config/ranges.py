@@ -71,8 +71,9 @@ class Range:
         if isinstance(value, float) and not math.isfinite(value):
             return None
         if value in self:  # the type's own bounds
-            limit = MAX_INT if value > 0 else -MAX_INT
-            return limit if isinstance(value, int) else 0 if 0 in self else None
+            if isinstance(value, int):
+                return MAX_INT if value > 0 else -MAX_INT
+            return 0 if abs(value) < FLOAT32_TINY and 0 in self else None
         if self.at_least is not None and value < self.at_least:
             return self.at_least
         too_high = self.at_most is not None and value > self.at_most

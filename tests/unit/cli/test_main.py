@@ -68,6 +68,7 @@ def test_mistakes_exit_2_without_traceback_or_traces(tmp_path: Path) -> None:
         (["train", "--cfg", "hydra"], "invalid choice: 'hydra'"),
         (["doctor", "now"], "doctor: unrecognized arguments: now"),
         (["train", "--config-dir", "/nowhere/at/all"], "no such directory"),
+        (["train", "--help", "model=nonsense"], "model=nonsense: is not an option of the group model"),
     ],
 )
 def test_wrong_words_exit_2(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
