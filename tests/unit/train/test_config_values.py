@@ -42,7 +42,7 @@ from megatrain.train.main import run
 from megatrain.train.restore import restore_model
 from megatrain.train.step import train_step
 
-EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "250"))
+EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "150"))
 STEPS = 5
 CPU = torch.device("cpu")
 
@@ -224,6 +224,8 @@ def completed(data: dict[str, Any], drawn: dict[str, Any], shared: Path) -> dict
         files = {"huggingface": "hf", "tiktoken": "ranks.tiktoken"}
         if tokenizer.get("kind") in files:
             tokenizer["path"] = str(shared / files[tokenizer["kind"]])
+    if isinstance(data["optim"], dict) and "optim.weight_decay" not in drawn:
+        data["optim"]["weight_decay"] = 0.0  # it would change weights that learn nothing
     if "train.steps" in drawn and data["train"]["stop_at"] is None:
         data["train"]["stop_at"] = STEPS
     return data
