@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install extras train test test-all sweep lint format docs bench bench-gpu test-gpu clean
+.PHONY: install extras train test test-all sweep values lint format docs bench bench-gpu test-gpu clean
 
 install: .venv/.dev
 
@@ -29,6 +29,11 @@ test-all: .venv/.dev
 EXAMPLES ?= 100
 sweep: .venv/.dev
 	OMP_NUM_THREADS=1 SWEEP_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -s tests/distributed/test_random_layouts.py \
+	  --hypothesis-show-statistics $(ARGS)
+
+# Config values drawn at random from the schema: refused, or a run that trains. More: make values EXAMPLES=5000
+values: .venv/.dev
+	OMP_NUM_THREADS=1 VALUES_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/train/test_config_values.py \
 	  --hypothesis-show-statistics $(ARGS)
 
 lint: .venv/.dev

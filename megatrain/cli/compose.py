@@ -6,7 +6,7 @@ that one message names every mistake in the overrides, the files and the values.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from megatrain.cli.conf import config_dirs, group_options
-from megatrain.cli.mistakes import explain, in_words, must_be_given
+from megatrain.cli.mistakes import REMOVABLE, cannot_be_removed, explain, in_words, must_be_given
 from megatrain.config.errors import UserError
-from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, kind_of
+from megatrain.config.legal import confirmed, exists
+from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, keys, kind_of
 from megatrain.config.nearest import nearest
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 from megatrain.train.config import Config
@@ -71,11 +72,20 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
     cfg, wrong = check(Config, data)
     if not (run_directory(cfg) / CONFIG_FILE).exists():
         wrong += cfg.new_run_problems()
+    wrong = confirmed(Config, data, wrong, Config.new_run_problems)
     reported = {problem.field for problem in broken}
     broken += [problem for problem in wrong if problem.field not in reported]
     if broken:
-        raise ConfigError(broken)
+        raise ConfigError([_legal_here(problem, cfg) for problem in broken])
     return cfg
+
+
+def _legal_here(problem: Problem, cfg: Config) -> Problem:
+    """Leave out suggested keys that the chosen options of the groups do not have."""
+    if problem.field in keys(Config):  # values were suggested
+        return problem
+    legal = tuple(each for each in problem.legal if each not in keys(Config) or exists(cfg, str(each)))
+    return replace(problem, legal=legal)
 
 
 @contextmanager
@@ -108,6 +118,8 @@ def parse(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override],
         if override.is_hydra_override():
             rule = "Hydra's own settings have no effect here; use run.dir, run.name, --config-dir, --multirun"
             broken.append(Problem(text, ABSENT, rule))
+        elif override.is_delete() and override.key_or_group.partition(".")[0] not in REMOVABLE:
+            broken.append(cannot_be_removed(override))
         elif override.is_sweep_override() and not sweep:
             rule = "names several values: add --multirun to run each of them, or write [a,b] for a list"
             broken.append(Problem(text, ABSENT, rule))

@@ -5,6 +5,7 @@ import sysconfig
 from pathlib import Path
 
 from megatrain.config.errors import UserError
+from megatrain.config.paths import expanded
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def config_dirs(config_dir: str | None) -> list[Path]:
     """
     if config_dir is None:
         return [shipped_dir()]
-    own = Path(config_dir).expanduser().resolve()
+    own = Path(expanded(config_dir)).resolve()
     if not own.is_dir():
         raise UserError(f"--config-dir {config_dir}: no such directory.")
     return [own, shipped_dir()]

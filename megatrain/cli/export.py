@@ -1,9 +1,11 @@
 """`megatrain export`: a run's model as a directory that transformers loads."""
 
 import argparse
+import math
 from pathlib import Path
 
 from megatrain.config.errors import UserError
+from megatrain.config.paths import expanded
 from megatrain.runtime.packages import require_package
 
 
@@ -22,8 +24,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
-    if not options.shard_gb > 0:
-        raise UserError("export: --shard-gb must be above 0")
+    if not 0 < options.shard_gb < math.inf:
+        raise UserError("export: --shard-gb must be finite and above 0")
     if options.check:
         require_package("transformers", "export --check")  # before anything is written
     from megatrain.observe.display import (
@@ -32,7 +34,7 @@ def run(argv: list[str]) -> int:
     from megatrain.train.export import export
     from megatrain.train.export_check import check_logits
 
-    source, target = Path(options.run), Path(options.directory)
+    source, target = Path(expanded(options.run)), Path(expanded(options.directory))
     display = make_display("auto")
     try:
         done = export(

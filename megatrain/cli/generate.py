@@ -5,6 +5,15 @@ import sys
 from pathlib import Path
 
 from megatrain.config.errors import UserError
+from megatrain.config.paths import expanded
+from megatrain.config.ranges import Range
+
+NUMBERS = {
+    "temperature": Range(at_least=0),
+    "tokens": Range(at_least=0),
+    "top_k": Range(at_least=1),
+    "seed": Range(at_least=0),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,15 +32,21 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--average", action=argparse.BooleanOptionalAction)
     options = parser.parse_args(argv)
-    if options.temperature < 0 or options.tokens < 0 or (options.top_k is not None and options.top_k < 1):
-        raise UserError("generate: --temperature and --tokens must be at least 0, and --top-k at least 1")
+    for name, allowed in NUMBERS.items():
+        value = getattr(options, name)
+        if value is not None and (rule := allowed.broken_rule(value)):
+            raise UserError(f"generate: --{name.replace('_', '-')} {value}: {rule}")
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+        raise UserError("generate: the prompt is not UTF-8")
     from megatrain.runtime.device import (
         pick_device,
     )  # these import torch, so only once the command line is valid
     from megatrain.train.restore import restore_model
     from megatrain.train.sample import continue_text
 
-    model, tokenizer, cfg, step = restore_model(Path(options.run), pick_device(), average=options.average)
+    model, tokenizer, cfg, step = restore_model(
+        Path(expanded(options.run)), pick_device(), average=options.average
+    )
     print(f"{options.run}, step {step}, seed {options.seed}", file=sys.stderr)
     print(options.prompt, end="", flush=True)
     for piece in continue_text(

@@ -66,11 +66,16 @@ def _config_help(options: Options, *, every_key: bool) -> list[str]:
 
 
 def _values(options: Options) -> tuple[dict[str, object], str]:
-    """Return the composed value of each key, and a description of where the values come from."""
-    from megatrain.cli.compose import (
+    """Return the composed value of each key, and a description of where the values come from.
+
+    Raises:
+        ConfigError: the overrides are wrong; one that is missing is none of that.
+    """
+    from megatrain.cli.compose import (  # imports Hydra, which is slow; not needed by `--help` alone
         Source,
         compose,
-    )  # imports Hydra, which is slow and not needed by `--help` alone
+    )
+    from megatrain.cli.mistakes import must_be_given
 
     source = Source(options.config_dir, options.config_name)
     given = " ".join(options.overrides)
@@ -79,6 +84,8 @@ def _values(options: Options) -> tuple[dict[str, object], str]:
             compose(options.overrides, source)
         ), f"with {'the values of ' + given if given else 'their defaults'}"
     except ConfigError as error:
+        if any(problem.rule != must_be_given(problem.field).rule for problem in error.problems):
+            raise
         problems = "; ".join(str(problem).rstrip(".") for problem in error.problems)
         return flatten(compose([], source)), f"with their defaults ({problems})"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatrain.cli.options import Parser
 from megatrain.config.errors import UserError
 from megatrain.config.load import load
+from megatrain.config.paths import expanded
 from megatrain.runtime.packages import require_package
 from megatrain.train.config import RunConfig
 
@@ -27,7 +28,7 @@ def run(argv: list[str]) -> int:
     from megatrain.train.files import run_directory
     from megatrain.train.import_hf import import_hf
 
-    source = Path(options.directory).expanduser()
+    source = Path(expanded(options.directory))
     display = make_display("auto")
     try:
         done = import_hf(source, named, progress=display.phase)

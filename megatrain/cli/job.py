@@ -1,6 +1,7 @@
 """Common part of every verb that takes a config: parse, compose, check; then print, sweep or run."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,9 @@ from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
 from megatrain.train.config import Config
+
+PROCESSES_PER_CORE = 16
+"""Processes per core that a machine without GPUs may be asked to start: more of them would only fill its memory."""
 
 
 def run_job(
@@ -85,7 +89,7 @@ def _processes_needed(cfg: Config) -> int:
     """Return the number of processes of the layout on this machine; `parallel.dp_shard=-1` uses all its GPUs.
 
     Raises:
-        UserError: this machine has GPUs, but too few.
+        UserError: this machine has too few GPUs, or cores.
     """
     if world_size(cfg.parallel) == 1:
         return 1
@@ -93,6 +97,12 @@ def _processes_needed(cfg: Config) -> int:
 
     gpus = torch.cuda.device_count()
     needed = world_size(fill(cfg.parallel, gpus or 1))
+    cores = os.cpu_count() or 1
+    if not gpus and needed > PROCESSES_PER_CORE * cores and not is_started():
+        raise UserError(
+            f"The layout ({layout_summary(cfg.parallel)}) needs {needed} processes, but this machine has {cores} "
+            "cores. Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain train ..."
+        )
     if 0 < gpus < needed and not is_started():
         raise UserError(
             f"The layout ({layout_summary(cfg.parallel)}) needs {needed} GPUs, but this machine has only {gpus}. "

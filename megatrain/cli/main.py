@@ -13,10 +13,14 @@ from megatrain.cli.help import HELP_FLAGS, command_help, verb_help
 from megatrain.cli.verbs import VERBS, find_verb
 from megatrain.config.errors import UserError
 from megatrain.config.nearest import nearest
+from megatrain.runtime.paths import name_user
+from megatrain.runtime.streams import abandon_output, output_is_broken, repair_streams
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (default: that of the process); return the exit code."""
+    repair_streams()
+    name_user()
     try:
         code = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -29,10 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         print("megatrain: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the flush at exit must not fail again
+        abandon_output()
         return 141
+    except OSError as error:
+        if not output_is_broken():
+            raise
+        abandon_output()
+        print(f"megatrain: the output can't be written: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def dispatch(argv: list[str]) -> int:
@@ -60,7 +68,17 @@ def dispatch(argv: list[str]) -> int:
     if any(flag in rest for flag in HELP_FLAGS):
         print(verb_help(verb, rest))
         return 0
+    _require_directory()
     return verb.run(rest)
+
+
+def _require_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory is gone or closed to this user ({error.strerror}); go to another."
+        ) from None
 
 
 def _no_such_verb(name: str) -> str:

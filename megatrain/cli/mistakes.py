@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +12,8 @@ from megatrain.config.nearest import nearest
 from megatrain.config.schema import ABSENT, Problem
 from megatrain.train.config import Config
 
+REMOVABLE = ("recipe", "experiment")
+"""Groups that a run can do without. Without one of the others, the classes' defaults would take over in silence."""
 NOISE = ("See https://", "full_key:", "object_type=", "reference_type=", "Set the environment")
 """Beginnings of lines in error messages that address programmers."""
 
@@ -28,13 +31,23 @@ def explain(override: Override, error: Exception, tree: DictConfig, groups: dict
         )
     if key in groups and value not in groups[key]:
         near = nearest(str(value), groups[key], 3) or tuple(groups[key])
-        none = f"; to choose none, write ~{key}" if value is None else ""
+        none = f"; to choose none, write ~{key}" if value is None and key in REMOVABLE else ""
         return Problem(field, value, f"is not an option of the group {key}{none}", near)
+    if override.is_add() and OmegaConf.select(tree, key) is not None:
+        return Problem(field, value, f"exists already; write {key}=VALUE")
     if key in groups or override.is_add() or override.is_delete():
         return Problem(field, value, in_words(error))
     if key not in keys(Config):
         return _no_such_key(field, value, *groups)
     return _not_here(field, value, tree) or Problem(field, value, in_words(error))
+
+
+def cannot_be_removed(override: Override) -> Problem:
+    """Report `~key`: a run needs every group and every key."""
+    key = override.key_or_group
+    if key not in keys(Config):
+        return replace(_no_such_key(key, ABSENT), field=f"~{key}")
+    return Problem(f"~{key}", ABSENT, f"can't be removed; set it, {key}=..., or leave it at its default")
 
 
 def must_be_given(path: str) -> Problem:

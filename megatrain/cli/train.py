@@ -7,6 +7,7 @@ from functools import partial
 
 from megatrain.cli.closing import close
 from megatrain.cli.job import run_in_layout
+from megatrain.observe.figures import unbreakable_output
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
@@ -29,5 +30,7 @@ def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
             print(f"megatrain: {error} Its curves: megatrain report {curves}", file=sys.stderr)
         return 1
     if cfg.log.display != "off" and processes.is_first:
-        close(cfg, done, argv)
+        with unbreakable_output():  # the run is done and saved, whether or not anyone reads this
+            close(cfg, done, argv)
+            sys.stdout.flush()
     return done.exit_code

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config.load import config_classes, expected, hints, kind_of
+from megatrain.config.ranges import ranges
 from megatrain.config.schema import shown
 
 
@@ -19,7 +20,7 @@ class Key:
 
     path: str
     type: str
-    """Type of its values, in words."""
+    """Type and range of its values, in words."""
     default: str
     """Default value as the user would write it; `kind: value` for each kind where kinds differ."""
     doc: str
@@ -44,7 +45,9 @@ def describe(cls: type, prefix: str = "") -> list[Key]:
             )
             rows += _merged(kinds, besides=f"{path}.kind")
         else:
-            rows.append(Key(path, expected(hint), shown(defaults[name]), _own_docs(cls).get(name, "")))
+            bounds = str(ranges(cls).get(name, ""))
+            type_ = f"{expected(hint)}; {bounds}" if bounds else expected(hint)
+            rows.append(Key(path, type_, shown(defaults[name]), _own_docs(cls).get(name, "")))
     return rows
 
 

@@ -9,13 +9,18 @@ used: a run reads its frozen config on machines without a validation library, an
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from megatrain.config.aliases import advice
+from megatrain.config.errors import UserError
 from megatrain.config.nearest import nearest
+from megatrain.config.paths import expanded
+from megatrain.config.ranges import Range, paths, range_problem, range_problems, ranges, text_problem
 from megatrain.config.schema import ABSENT, ConfigError, Problem
 
 T = TypeVar("T")
@@ -39,12 +44,18 @@ def check(cls: type[T], data: Mapping[str, Any]) -> tuple[T, list[Problem]]:
     walk = _Walk(cls)
     cfg = walk.build(cls, data, "")
     reported = {problem.field for problem in walk.broken}
-    return cfg, walk.broken + [problem for problem in rule_problems(cfg) if problem.field not in reported]
+    names = {path.rpartition(".")[2] for path in reported}
+    rules = (problem for problem in rule_problems(cfg) if problem.field not in reported)
+    # A rule that names a repaired field speaks of a value that is not the user's.
+    return cfg, walk.broken + [each for each in rules if names.isdisjoint(re.findall(r"\w+", each.rule))]
 
 
 def rule_problems(cfg: Any, prefix: str = "") -> Iterator[Problem]:
-    """Yield what the `problems` methods of `cfg` and of all configs inside it report, with full paths."""
-    for problem in getattr(cfg, "problems", tuple)():
+    """Yield the numbers out of range in `cfg` and in all configs inside it, and what their `problems` methods report.
+
+    The rules of a config with a number out of range are not asked: they may divide by it.
+    """
+    for problem in list(range_problems(cfg)) or getattr(cfg, "problems", tuple)():
         yield Problem(prefix + problem.field, problem.value, problem.rule, problem.legal)
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -145,12 +156,14 @@ def expected(hint: Any) -> str:
 
 
 def unknown_key(root: type, path: str, value: object, also: Iterable[str] = ()) -> Problem:
-    """Report a key that configs of type `root` do not have: renamed, removed, or misspelled.
+    """Report a key that configs of type `root` do not have: renamed, removed, of another framework, or misspelled.
 
     `also` holds further names that the user may have meant, such as config groups.
     """
     renamed: Mapping[str, str | None] = getattr(root, "RENAMED", {})
     if path not in renamed:
+        if known := advice(path):
+            return Problem(path, value, known)
         return Problem(
             path, value, "there is no such key", nearest(path, dict.fromkeys([*keys(root), *also]))
         )
@@ -205,20 +218,31 @@ class _Walk:
         for key in data:
             if key not in known:
                 self.broken.append(unknown_key(self.root, f"{prefix}{key}", data[key]))
+        allowed = ranges(cls)  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for name, hint in known.items():
             if name in data:
                 before = len(self.broken)
-                value = self.value(hint, data[name], prefix + name)
+                value = self.value(hint, data[name], prefix + name, allowed.get(name))
+                if isinstance(value, str) and name in paths(cls):  # type: ignore[arg-type]
+                    value = self.expanded(value, prefix + name)
                 if value is not None or len(self.broken) == before:
                     values[name] = value
         return cls(**values)
 
-    def value(self, hint: Any, value: Any, path: str) -> Any:
+    def value(self, hint: Any, value: Any, path: str, allowed: Range | None) -> Any:
         """Return the value of one field; None, with a problem reported, if it is illegal."""
         classes = config_classes(hint)
         if not classes and accepts(hint, value):
-            return _convert(hint, value)
+            found = _convert(hint, value)
+            has_null = NoneType in members(hint)
+            problem = text_problem(path, found)
+            if allowed is not None:
+                problem = range_problem(path, found, allowed, has_null=has_null)
+            if problem:
+                self.report(path, value, problem.rule, problem.legal)
+                return None
+            return found
         if value is None and NoneType in members(hint):
             return None
         if not classes:
@@ -233,6 +257,14 @@ class _Walk:
             self.report(path, value, "must be a mapping of keys to values")
             return None
         return self.section(classes, value, path)
+
+    def expanded(self, value: str, path: str) -> str | None:
+        """Expand `~`; None, with a problem reported, if that is impossible."""
+        try:
+            return expanded(value)
+        except UserError as error:
+            self.report(path, value, str(error).partition(": ")[2])
+            return None
 
     def section(self, classes: tuple[type, ...], data: Mapping[str, Any], path: str) -> Any:
         """Build one of `classes`; where there are several, the key `kind` says which."""
@@ -259,7 +291,7 @@ def _convert(hint: Any, value: Any) -> Any:
     if member is not float:
         return value
     try:
-        return float(value)
+        return float(value) + 0.0  # -0.0 becomes 0.0, so that equal configs have equal digests
     except OverflowError:  # an integer beyond the largest float
         return math.inf if value > 0 else -math.inf
 

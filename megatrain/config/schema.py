@@ -8,7 +8,7 @@ class is reported by its `problems` method, so that a user sees all mistakes at 
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, dataclass_transform
 
@@ -16,7 +16,6 @@ from megatrain.config.errors import UserError
 
 T = TypeVar("T")
 ABSENT = object()
-MAX_INT = 2**63 - 1  # integers end up in int64 tensors and C libraries
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -70,34 +69,12 @@ class ConfigError(UserError):
         return ConfigError, (self.problems,)  # not the text: errors are pickled to be sent between processes
 
 
-def at_least(cfg: Any, low: float, *fields: str) -> Iterator[Problem]:
-    """Yield a problem for each of `fields` that is below `low`, not finite, or above `MAX_INT`.
-
-    `null` and `auto` are allowed.
-    """
-    for name in fields:
-        value = getattr(cfg, name)
-        if value == "auto":
-            continue
-        if isinstance(value, int) and value > MAX_INT:
-            yield Problem(name, value, "must fit in 63 bits", (MAX_INT,))
-        elif value == math.inf:
-            yield Problem(name, value, "must be finite")
-        elif value is not None and not value >= low:  # not: also for NaN
-            yield Problem(name, value, f"must be at least {low:g}", (low,))
-
-
-def between(cfg: Any, low: float, high: float, *fields: str) -> Iterator[Problem]:
-    """Yield a problem for each of `fields` that is outside `[low, high]`; `null` is allowed."""
-    for name in fields:
-        value = getattr(cfg, name)
-        if value is not None and not low <= value <= high:
-            yield Problem(
-                name, value, f"must be between {low:g} and {high:g}", (low if value < low else high,)
-            )
+def divisors(n: int) -> tuple[int, ...]:
+    """Return the divisors of `n`, the smallest first; none for n < 1."""
+    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
 
 
 def nearest_divisors(n: int, wanted: int, count: int = 2) -> tuple[int, ...]:
     """Return the `count` divisors of `n` nearest to `wanted`."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0] if n > 0 else []
-    return tuple(sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:count]))
+    return tuple(sorted(sorted(divisors(n), key=lambda d: abs(d - wanted))[:count]))

@@ -23,6 +23,7 @@ import numpy as np
 
 from megatrain.config.errors import UserError
 from megatrain.data.order import keys_of, mix64
+from megatrain.runtime.paths import cache_dir
 
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 1
@@ -202,10 +203,9 @@ def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore 
     )
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """Return the directory of token caches: `cache_dir`, else $MEGATRAIN_CACHE, else ~/.cache/megatrain."""
-    chosen = cache_dir or os.environ.get("MEGATRAIN_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "megatrain"
+def cache_root(chosen: str | None) -> Path:
+    """Return the directory of token caches: `chosen`, else $MEGATRAIN_CACHE, else ~/.cache/megatrain."""
+    return Path(chosen).absolute() if chosen else cache_dir().absolute()
 
 
 def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Callable[[], None]) -> None:

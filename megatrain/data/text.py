@@ -136,7 +136,7 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> Corpus:
                 f"no source code of the Python standard library was found in {root}; set data.path"
             )
         return Corpus("the Python standard library", files, text_field, is_stdlib=True)
-    root = os.path.abspath(os.path.expanduser(path))
+    root = os.path.abspath(path)
     is_single_file = os.path.isfile(root)
     if _exists(root):
         files = tuple(_expand(root, name=Path(root).name if is_single_file else ""))

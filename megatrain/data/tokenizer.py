@@ -212,7 +212,7 @@ def read_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     """
     if cfg.kind == "bytes":
         return ByteTokenizer()
-    path = Path(cfg.path or "").expanduser()
+    path = Path(cfg.path or "")
     if not path.exists():
         raise UserError(f"data.tokenizer.path={cfg.path}: there is no such file or directory")
     try:
@@ -243,7 +243,7 @@ def tokenizer_files(cfg: TokenizerConfig) -> list[Path]:
     """Return the files that `read_tokenizer(cfg)` may read, so that changes can be detected."""
     if not cfg.path or cfg.kind in ("bpe", "bytes"):
         return []
-    path = Path(cfg.path).expanduser()
+    path = Path(cfg.path)
     if path.is_file():
         return [path]
     names = (HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -286,7 +286,10 @@ def _named_eos(directory: Path) -> str | None:
         except (ValueError, AttributeError) as error:
             raise UserError(f"{file} is not a JSON object: {error}") from None
         if token:
-            return token["content"] if isinstance(token, dict) else str(token)
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str):
+                raise UserError(f"{file}: eos_token is neither a text nor an object whose `content` is one")
+            return text
     return None
 
 

@@ -1,9 +1,10 @@
 """Options of the decoder Transformer; a family's config is this class with that family's defaults."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatrain.config.schema import Problem, at_least, config, nearest_divisors
+from megatrain.config.ranges import MAX_SIZE, Count, NonNegative, Positive, Range, Size
+from megatrain.config.schema import Problem, config, nearest_divisors
 
 GATED = ("swiglu", "geglu")
 """Activations with a gate (GLU variants)."""
@@ -16,54 +17,46 @@ class RopeScaling:
     kind: Literal["llama3", "yarn", "linear"] = "llama3"
     """Scaling method. llama3: Llama 3.1's; yarn: YaRN (arXiv 2309.00071); linear: position interpolation (arXiv
     2306.15595)."""
-    factor: float = 8.0
+    factor: Annotated[float, Range(at_least=1)] = 8.0
     """Ratio of the extended context length to the original one."""
-    original_max_seq_len: int = 8192
+    original_max_seq_len: Size = 8192
     """Context length before scaling, in tokens."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """llama3: wavelengths above `original_max_seq_len / low_freq_factor` are divided by `factor`."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """llama3: wavelengths below `original_max_seq_len / high_freq_factor` are unchanged."""
-    beta_fast: float = 32.0
+    beta_fast: Positive = 32.0
     """yarn: dimensions with more rotations than this over the original length are unchanged."""
-    beta_slow: float = 1.0
+    beta_slow: Positive = 1.0
     """yarn: frequencies of dimensions with fewer rotations than this are divided by `factor`."""
-    attention_factor: float | None = None
+    attention_factor: Positive | None = None
     """yarn: factor on cos and sin; null: `0.1 ln(factor) + 1` (YaRN, arXiv 2309.00071, section 3.4)."""
-    mscale: float | None = None
+    mscale: NonNegative | None = None
     """yarn with MLA: scores are multiplied by `(0.1 mscale ln(factor) + 1)²`, and cos and sin are not scaled
     (DeepSeek-V2's published code); null: `attention_factor` applies."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 1, "factor", "original_max_seq_len")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if not 0 < getattr(self, low) < getattr(self, high):
-                rule = f"must be above 0 and below {high} ({getattr(self, high):g})"
-                yield Problem(low, getattr(self, low), rule)
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            yield Problem(
-                "attention_factor", self.attention_factor, "must be positive, or null for the default formula"
-            )
+            if not getattr(self, low) < getattr(self, high):
+                yield Problem(low, getattr(self, low), f"must be below {high} ({getattr(self, high):g})")
 
 
 @config
 class MLAConfig:
     """Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434): sizes of its latent vectors and heads."""
 
-    q_lora_rank: int | None = 1536
+    q_lora_rank: Size | None = 1536
     """Size of the normalized latent vector that queries are projected from; null: the hidden state itself."""
-    kv_lora_rank: int = 512
+    kv_lora_rank: Size = 512
     """Size of the normalized latent vector that keys and values of all heads are projected from."""
-    qk_nope_head_dim: int = 128
+    qk_nope_head_dim: Size = 128
     """Dimensions of each query and key head without rotary positions."""
-    qk_rope_head_dim: int = 64
+    qk_rope_head_dim: Size = 64
     """Dimensions of each query and key head with rotary positions; those of the key are shared by all heads."""
-    v_head_dim: int = 128
+    v_head_dim: Size = 128
     """Dimensions of each value head."""
 
     def problems(self) -> Iterator[Problem]:
-        sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        yield from at_least(self, 1, *sizes)
         size = self.qk_rope_head_dim
         if size % 2:
             yield Problem(
@@ -78,45 +71,38 @@ class MLAConfig:
 class ExpertsConfig:
     """Mixture of experts in place of the feed-forward block; no tokens are dropped."""
 
-    n_experts: int = 8
+    n_experts: Size = 8
     """Number of routed experts."""
-    top_k: int = 2
+    top_k: Size = 2
     """Number of routed experts per token."""
-    ffn_size: int | None = None
+    ffn_size: Size | None = None
     """Intermediate size of one expert; null: the model's `ffn_size`."""
-    n_shared_experts: int = 0
+    n_shared_experts: Annotated[int, Range(at_least=0, at_most=MAX_SIZE)] = 0
     """Number of shared experts, applied to every token as one block of that many times the intermediate size
     (DeepSeekMoE, arXiv 2401.06066)."""
     routing: Literal["softmax", "sigmoid"] = "softmax"
     """Score function of the router: softmax over all experts, or a sigmoid of each (DeepSeek-V3, arXiv 2412.19437)."""
     normalize_top_k: bool = True
     """Normalize the scores of a token's experts to sum to 1."""
-    routed_scale: float = 1.0
+    routed_scale: Positive = 1.0
     """Factor on the output of the routed experts."""
-    n_groups: int = 1
+    n_groups: Size = 1
     """Number of groups of adjacent experts (for example those of one node); must divide n_experts."""
-    top_groups: int = 1
+    top_groups: Size = 1
     """Number of groups that a token may be routed to: those with the largest sum of their two best scores
     (DeepSeek-V3)."""
-    aux_loss: float = 0.0
+    aux_loss: NonNegative = 0.0
     """Coefficient of the sequence-wise load-balancing loss (DeepSeek-V3, section 2.1.2), which enters the gradient but
     not the reported `train/loss`; 0: none."""
-    bias_rate: float | None = None
+    bias_rate: NonNegative | None = None
     """Update per step of the routing bias towards an equal load (arXiv 2408.15664); 0: the bias stays fixed; null:
     no bias."""
-    first_k_dense: int = 0
+    first_k_dense: Count = 0
     """Number of first layers with a dense feed-forward block instead of experts."""
-    layer_frequency: int = 1
+    layer_frequency: Size = 1
     """Of the layers after `first_k_dense`, those whose index is a multiple of this have experts."""
 
     def problems(self) -> Iterator[Problem]:
-        broken = [
-            *at_least(self, 1, "n_experts", "top_k", "ffn_size", "n_groups", "top_groups", "layer_frequency"),
-            *at_least(self, 0, "n_shared_experts", "routed_scale", "aux_loss", "bias_rate", "first_k_dense"),
-        ]
-        yield from broken
-        if broken:
-            return
         if self.n_experts % self.n_groups:
             rule = f"must divide n_experts ({self.n_experts})"
             yield Problem("n_groups", self.n_groups, rule, nearest_divisors(self.n_experts, self.n_groups))
@@ -148,40 +134,40 @@ class MoEBackendConfig:
 class DecoderConfig:
     """A decoder-only Transformer (pre-norm). Sizes are numbers of elements."""
 
-    n_layers: int = 4
+    n_layers: Annotated[int, Range(at_least=1, at_most=10_000)] = 4
     """Number of Transformer blocks."""
-    hidden_size: int = 256
+    hidden_size: Size = 256
     """Size of the residual stream."""
-    n_heads: int = 4
+    n_heads: Size = 4
     """Number of query heads."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Size | None = None
     """Number of key and value heads (grouped-query attention); null: n_heads."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """Dimensions of a head; null: hidden_size / n_heads."""
-    ffn_size: int = 1024
+    ffn_size: Size = 1024
     """Intermediate size of the feed-forward block."""
-    vocab_size: int = 4096
+    vocab_size: Size = 4096
     """Number of embedding rows; at least the tokenizer's vocabulary size."""
-    max_seq_len: int = 2048
+    max_seq_len: Size = 2048
     """Maximum sequence length in tokens; with learned positions also their number."""
     norm: Literal["rms", "layer"] = "rms"
     """Normalization: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Epsilon added to the variance in norms."""
     activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
     """Activation of the feed-forward block; relu2 is the square of ReLU (Primer, arXiv 2109.08668)."""
     positions: Literal["rope", "learned"] = "rope"
     """Positional encoding: rotary (RoPE, arXiv 2104.09864) or a learned embedding."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Range(above=1)] = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies to longer contexts; null: none."""
     qk_norm: bool = False
     """Apply RMSNorm to each query and key head."""
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     """Sliding window in tokens: a token attends to itself and the `sliding_window - 1` tokens before it; null: full
     attention."""
-    full_attention_every: int | None = None
+    full_attention_every: Annotated[int, Range(at_least=2, at_most=MAX_SIZE)] | None = None
     """Every n-th layer has full attention, the others a sliding window (2 in Gemma 2, arXiv 2408.00118; 6 in Gemma 3);
     null: all layers have the window."""
     attention_bias: bool = False
@@ -196,16 +182,16 @@ class DecoderConfig:
     """Mixture of experts in place of the feed-forward blocks; null: none."""
     tie_embeddings: bool = True
     """Share the weight of the token embedding and the output head."""
-    logit_softcap: float | None = None
+    logit_softcap: Positive | None = None
     """Cap c of the logits, which become c·tanh(logits / c) (Gemma 2, arXiv 2408.00118); null: no cap."""
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     """Standard deviation of the initial matrices and embeddings."""
     init_scaling: Literal["none", "depth"] = "depth"
     """Initial standard deviation of the output projections of attention and feed-forward blocks. none: `init_std`;
     depth: `init_std / sqrt(2 n_layers)` (GPT-2)."""
-    residual_scale: float = 1.0
+    residual_scale: Positive = 1.0
     """Factor on the update that each block adds to the residual stream."""
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
     """Factor on the output of the token embedding (Gemma uses sqrt(hidden_size))."""
 
     @property
@@ -246,21 +232,10 @@ class DecoderConfig:
         return moe is not None and layer >= moe.first_k_dense and layer % moe.layer_frequency == 0
 
     def problems(self) -> Iterator[Problem]:
-        sizes = ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "vocab_size")
-        broken = [
-            *at_least(self, 1, *sizes, "max_seq_len", "sliding_window"),
-            *at_least(self, 2, "full_attention_every"),
-            *at_least(self, 0, "init_std", "norm_eps"),
-        ]
-        yield from broken
-        if broken:
-            return
         if self.full_attention_every is not None and self.sliding_window is None:
             rule = "has no effect without sliding_window: all layers have full attention"
             yield Problem("full_attention_every", self.full_attention_every, rule, (None,))
         yield from self._head_problems() if self.mla is None else self._latent_problems()
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            yield Problem("logit_softcap", self.logit_softcap, "must be positive, or null for none")
         if self.experts is not None:
             for option, value in (("activation", "swiglu"), ("mlp_bias", False)):
                 if getattr(self, option) != value:

@@ -1,14 +1,14 @@
 """Logging config: what is displayed and recorded. metrics.jsonl and events.jsonl are always written."""
 
-from collections.abc import Iterator
 from typing import Literal
 
-from megatrain.config.schema import Problem, at_least, config
+from megatrain.config.ranges import PositiveCount
+from megatrain.config.schema import config
 
 
 @config
 class LogConfig:
-    every: int = 1
+    every: PositiveCount = 1
     """Steps between rows of metrics.jsonl and updates of the display; times and rates are averaged over these steps."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
     """Terminal output. auto: a live table on a terminal, plain lines elsewhere."""
@@ -18,6 +18,3 @@ class LogConfig:
     """Weights & Biases project name."""
     tensorboard: bool = False
     """Also write TensorBoard event files (`make extras` installs what it needs)."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 1, "every")

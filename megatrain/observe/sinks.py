@@ -14,6 +14,7 @@ from megatrain.observe.rundir import RunLog
 from megatrain.runtime.packages import how_to_install, require_package
 
 Sink = Callable[[Row], None]
+WANDB = "Weights & Biases"
 
 
 class Observer:
@@ -35,9 +36,7 @@ class Observer:
         if cfg.tensorboard:
             self._open_tensorboard(run_dir)
         if cfg.wandb != "off":
-            self._attempt(
-                "Weights & Biases", partial(self._open_wandb, run_dir, cfg.wandb_project, cfg.wandb, config)
-            )
+            self._sinks[WANDB] = partial(self._first_wandb, run_dir, cfg, config)
 
     def step(self, row: Row) -> None:
         """Take in one step's row; every `log.every`-th is recorded, and each with a validation.
@@ -76,6 +75,12 @@ class Observer:
             self._sinks.pop(name, None)
             self.notice(f"{name} is disabled from here on: {error}")
 
+    def _first_wandb(self, run_dir: Path, cfg: LogConfig, config: dict[str, Any], row: Row) -> None:
+        """Open Weights & Biases for the first row: its import and start take seconds, which the first step need not."""
+        assert cfg.wandb != "off"
+        self._open_wandb(run_dir, cfg.wandb_project, cfg.wandb, config)
+        self._sinks[WANDB](row)
+
     def _open_wandb(
         self, run_dir: Path, project: str, mode: Literal["offline", "online"], config: dict[str, Any]
     ) -> None:
@@ -97,7 +102,7 @@ class Observer:
             config=config,
             settings=settings,
         )
-        self._sinks["Weights & Biases"] = lambda row: run.log(row, step=row["step"])
+        self._sinks[WANDB] = lambda row: run.log(row, step=row["step"])
         self._closers.append(lambda: run.finish())
 
     def _open_tensorboard(self, run_dir: Path) -> None:

@@ -1,9 +1,12 @@
 """Optimizer configs; learning-rate schedules are in `schedule.py`."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from megatrain.config.schema import Problem, at_least, between, config
+from megatrain.config.ranges import DecayRate, Positive, Range
+from megatrain.config.schema import Problem, config
+
+Rate = Annotated[float, Range(at_least=0, at_most=1e6)]
 
 
 @config
@@ -14,21 +17,18 @@ class OptimizerConfig:
     """Whether the optimizer has a separate update rule for the matrices between embedding and head."""
 
     kind: str = ""
-    lr: float = 1e-3
+    lr: Rate = 1e-3
     """Peak learning rate."""
-    weight_decay: float = 0.1
+    weight_decay: Rate = 0.1
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     decay_embeddings: bool = True
     """Apply weight decay to the embeddings as well."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
     def lr_ratio(self, *, hidden_matrix: bool) -> float:
         """Return a parameter's learning rate as a fraction of `lr`."""
         return 1.0
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 0, "lr", "weight_decay", "clip_norm")
 
 
 @config
@@ -36,17 +36,12 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     kind: Literal["adamw"] = "adamw"
-    beta1: float = 0.9
+    beta1: DecayRate = 0.9
     """Decay rate of the first moment."""
-    beta2: float = 0.95
+    beta2: DecayRate = 0.95
     """Decay rate of the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Epsilon added to the square root of the second moment."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from OptimizerConfig.problems(self)
-        yield from at_least(self, 0, "eps")
-        yield from between(self, 0, 1, "beta1", "beta2")
 
 
 @config
@@ -54,18 +49,16 @@ class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent; momentum 0 is plain gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: float = 0.1
+    lr: Rate = 0.1
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Rate = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
-    momentum: float = 0.9
+    momentum: DecayRate = 0.9
     """Decay rate of the momentum buffer; 0: no momentum."""
     nesterov: bool = False
     """Use Nesterov momentum."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from OptimizerConfig.problems(self)
-        yield from between(self, 0, 1, "momentum")
         if self.nesterov and self.momentum == 0:
             yield Problem("nesterov", True, "Nesterov momentum needs momentum above 0")
 
@@ -77,36 +70,30 @@ class MuonConfig(OptimizerConfig):
     splits_hidden_matrices: ClassVar[bool] = True
 
     kind: Literal["muon"] = "muon"
-    lr: float = 1e-3
+    lr: Rate = 1e-3
     """Peak learning rate of the matrices updated by Muon."""
-    momentum: float = 0.95
+    momentum: DecayRate = 0.95
     """Decay rate of Muon's momentum buffer."""
     nesterov: bool = True
     """Use Nesterov momentum in Muon."""
-    ns_steps: int = 5
+    ns_steps: Annotated[int, Range(at_least=1, at_most=100)] = 5
     """Number of Newton-Schulz iterations that orthogonalize an update."""
     scaling: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor on the orthogonalized update of an (out, in) matrix. match_rms_adamw: 0.2·sqrt(max(out, in)), to match the
     RMS of AdamW's updates and use its learning rates (Moonlight, arXiv 2502.16982); original: sqrt(max(1, out/in)),
     for learning rates near 0.02."""
-    adamw_lr_ratio: float = 1.0
+    adamw_lr_ratio: Rate = 1.0
     """Learning rate of the parameters updated by AdamW, as a fraction of `lr`."""
-    beta1: float = 0.9
+    beta1: DecayRate = 0.9
     """Decay rate of AdamW's first moment."""
-    beta2: float = 0.95
+    beta2: DecayRate = 0.95
     """Decay rate of AdamW's second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Epsilon added to the square root of AdamW's second moment."""
 
     def lr_ratio(self, *, hidden_matrix: bool) -> float:
         """Return a parameter's learning rate as a fraction of `lr`."""
         return 1.0 if hidden_matrix else self.adamw_lr_ratio
-
-    def problems(self) -> Iterator[Problem]:
-        yield from OptimizerConfig.problems(self)
-        yield from at_least(self, 0, "adamw_lr_ratio", "eps")
-        yield from at_least(self, 1, "ns_steps")
-        yield from between(self, 0, 1, "momentum", "beta1", "beta2")
 
 
 @config
@@ -114,19 +101,15 @@ class LionConfig(OptimizerConfig):
     """Lion: the sign of an interpolated momentum (Chen et al., arXiv 2302.06675)."""
 
     kind: Literal["lion"] = "lion"
-    lr: float = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate; use a third to a tenth of AdamW's (section 5 of the paper)."""
-    weight_decay: float = 1.0
+    weight_decay: Rate = 1.0
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed. Raise it over AdamW's by the
     factor by which `lr` is lowered."""
-    beta1: float = 0.9
+    beta1: DecayRate = 0.9
     """Weight of the momentum in the interpolation of the update."""
-    beta2: float = 0.99
+    beta2: DecayRate = 0.99
     """Decay rate of the momentum."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from OptimizerConfig.problems(self)
-        yield from between(self, 0, 1, "beta1", "beta2")
 
 
 OptimConfig = AdamWConfig | SGDConfig | MuonConfig | LionConfig

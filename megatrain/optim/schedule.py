@@ -4,10 +4,10 @@ A new schedule is a class here, a member of `ScheduleConfig`, and a file in `con
 """
 
 import math
-from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatrain.config.schema import Problem, at_least, between, config
+from megatrain.config.ranges import Count, Fraction, Range
+from megatrain.config.schema import config
 
 
 @config
@@ -15,9 +15,9 @@ class WarmupConfig:
     """Options common to all learning-rate schedules: a linear warm-up to the peak."""
 
     kind: str = ""
-    warmup_steps: int | Literal["auto"] = "auto"
+    warmup_steps: Count | Literal["auto"] = "auto"
     """Steps of linear warm-up from 0 to the peak; auto: follows from `warmup_fraction`."""
-    warmup_fraction: float | None = None
+    warmup_fraction: Fraction | None = None
     """Fraction of all steps that `warmup_steps=auto` stands for; null: 0.1, but at most 100 steps."""
 
     def factor(self, step: int, total_steps: int) -> float:
@@ -42,17 +42,13 @@ class WarmupConfig:
             return min(100, total_steps // 10)
         return round(self.warmup_fraction * total_steps)
 
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 0, "warmup_steps")
-        yield from between(self, 0, 1, "warmup_fraction")
-
 
 @config
 class ConstantConfig(WarmupConfig):
     """Constant at the peak after the warm-up."""
 
     kind: Literal["constant"] = "constant"
-    warmup_steps: int | Literal["auto"] = 0
+    warmup_steps: Count | Literal["auto"] = 0
     """Steps of linear warm-up from 0 to the peak; auto: follows from `warmup_fraction`."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
@@ -65,7 +61,7 @@ class CosineConfig(WarmupConfig):
     """Cosine decay from the peak to `final_ratio` of it (SGDR, arXiv 1608.03983)."""
 
     kind: Literal["cosine"] = "cosine"
-    final_ratio: float = 0.1
+    final_ratio: Fraction = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
@@ -73,26 +69,18 @@ class CosineConfig(WarmupConfig):
         done = _progress(step, warmup, total_steps - 1)
         return _between(self.final_ratio, 0.5 * (1 + math.cos(math.pi * done)))
 
-    def problems(self) -> Iterator[Problem]:
-        yield from WarmupConfig.problems(self)
-        yield from between(self, 0, 1, "final_ratio")
-
 
 @config
 class LinearConfig(WarmupConfig):
     """Linear decay from the peak to `final_ratio` of it."""
 
     kind: Literal["linear"] = "linear"
-    final_ratio: float = 0.0
+    final_ratio: Fraction = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         """Return the line's value; the last step has `final_ratio`."""
         return _between(self.final_ratio, 1 - _progress(step, warmup, total_steps - 1))
-
-    def problems(self) -> Iterator[Problem]:
-        yield from WarmupConfig.problems(self)
-        yield from between(self, 0, 1, "final_ratio")
 
 
 @config
@@ -100,19 +88,15 @@ class WSDConfig(WarmupConfig):
     """Warm-up, stable, decay (WSD; MiniCPM, arXiv 2404.06395)."""
 
     kind: Literal["wsd"] = "wsd"
-    decay_fraction: float = 0.2
-    """Fraction of all steps, at the end, in which the learning rate decays linearly."""
-    final_ratio: float = 0.0
+    decay_fraction: Annotated[float, Range(above=0, at_most=1)] = 0.2
+    """Fraction of all steps, at the end, in which the learning rate decays linearly; at least one step."""
+    final_ratio: Fraction = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
         """Return 1 until the decay, then the line's value; the last step has `final_ratio`."""
-        start = max(warmup, round(total_steps * (1 - self.decay_fraction)) - 1)
+        start = max(warmup, min(round(total_steps * (1 - self.decay_fraction)) - 1, total_steps - 2))
         return _between(self.final_ratio, 1 - _progress(step, start, total_steps - 1))
-
-    def problems(self) -> Iterator[Problem]:
-        yield from WarmupConfig.problems(self)
-        yield from between(self, 0, 1, "final_ratio", "decay_fraction")
 
 
 ScheduleConfig = ConstantConfig | CosineConfig | LinearConfig | WSDConfig

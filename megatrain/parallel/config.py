@@ -1,9 +1,10 @@
 """Parallel layout config: the degrees of the mesh axes and the options of each technique."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatrain.config.schema import Problem, at_least, config
+from megatrain.config.ranges import MAX_SIZE, Range, Size
+from megatrain.config.schema import Problem, config
 
 PipelineSchedule = Literal[
     "gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipe_v"
@@ -23,30 +24,30 @@ class ParallelConfig:
     DDP is dp_replicate, FSDP is dp_shard, HSDP is both; ZeRO stages 0 to 3 are zero_stage.
     """
 
-    pp: int = 1
+    pp: Size = 1
     """Pipeline-parallel degree: the layers are split into stages over this many ranks."""
-    dp_replicate: int = 1
+    dp_replicate: Size = 1
     """Replicated data-parallel degree (DDP; HSDP with dp_shard > 1): ranks that read different data and hold the same
     state."""
-    dp_shard: int = 1
+    dp_shard: Annotated[int, Range(at_least=-1, at_most=MAX_SIZE)] = 1
     """Sharded data-parallel degree (FSDP, ZeRO): ranks that read different data and shard parameters, gradients and
     optimizer state according to `zero_stage`; -1: all processes that the other axes leave."""
-    cp: int = 1
+    cp: Size = 1
     """Context-parallel degree: each sequence is sharded over this many ranks."""
-    tp: int = 1
+    tp: Size = 1
     """Tensor-parallel degree: weight matrices, and the sequence between them (sequence parallelism), are sharded over
     this many ranks."""
-    ep: int = 1
+    ep: Size = 1
     """Expert-parallel degree: experts are distributed over this many adjacent ranks of the dp_shard · cp · tp ranks,
     and tokens are sent to them; it adds no processes. 1: every rank has all experts, each sharded by tp."""
-    zero_stage: int = 3
+    zero_stage: Annotated[int, Range(at_least=0, at_most=3)] = 3
     """ZeRO stage (arXiv 1910.02054), what dp_shard shards. 0: nothing (DDP); 1: optimizer state and master weights;
     2: gradients too; 3: parameters too (FSDP, full sharding)."""
     pp_schedule: PipelineSchedule = "1f1b"
     """Pipeline schedule: the order of the forward and backward passes of the micro-batches."""
-    stages_per_rank: int = 2
+    stages_per_rank: Size = 2
     """Pipeline stages per rank in the interleaved schedules; the V-shaped ones (zbv, dualpipe_v) always have two."""
-    pp_split: tuple[int, ...] = ()
+    pp_split: tuple[Size, ...] = ()
     """Index of the first layer of each pipeline stage after the first; empty: stages of about equal cost."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """Context-parallel attention. all_gather: gathers keys and values; ring: ring attention (arXiv 2310.01889);
@@ -65,11 +66,5 @@ class ParallelConfig:
         return self.pp * (self.stages_per_rank if self.pp_schedule in MULTI_STAGE else 1)
 
     def problems(self) -> Iterator[Problem]:
-        axes = ("pp", "dp_replicate", "cp", "tp", "ep", "stages_per_rank")
-        yield from at_least(self, 1, *axes)
-        if self.dp_shard != -1:
-            yield from at_least(self, 1, "dp_shard")
-        if self.zero_stage not in range(4):
-            yield Problem(
-                "zero_stage", self.zero_stage, "must be 0, 1, 2 or 3", (0 if self.zero_stage < 0 else 3,)
-            )
+        if self.dp_shard == 0:
+            yield Problem("dp_shard", 0, "must be -1 or at least 1", (1, -1))

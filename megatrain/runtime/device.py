@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from megatrain.config.errors import UserError
 from megatrain.runtime.paths import cache_dir
 
 PUBLISHED_TFLOPS: dict[str, tuple[float, float | None, float | None, float | None]] = {
@@ -188,7 +189,7 @@ def _peaks_file() -> Path:
 
 
 def _read_peaks() -> dict[str, float]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, UserError):
         found = json.loads(_peaks_file().read_text())
         if isinstance(found, dict):
             return {key: value for key, value in found.items() if isinstance(value, float) and value > 0}
@@ -196,8 +197,8 @@ def _read_peaks() -> dict[str, float]:
 
 
 def _write_peaks(peaks: dict[str, float]) -> None:
-    file = _peaks_file()
-    with contextlib.suppress(OSError):  # without a cache it is measured again next time
+    with contextlib.suppress(OSError, UserError):  # without a cache it is measured again next time
+        file = _peaks_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         partial.write_text(json.dumps(peaks, indent=1) + "\n")

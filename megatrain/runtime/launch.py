@@ -32,11 +32,11 @@ def start_here(command: Sequence[str], size: int, *, explain: Callable[[int], st
     """
     with tempfile.TemporaryDirectory(prefix="megatrain-") as folder:
         shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), MEETING: f"{folder}/meeting"}
-        children = [
-            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(size)
-        ]
-        with passing_signals(children):
+        children: list[subprocess.Popen[bytes]] = []
+        with passing_signals(children):  # before the first one starts: a signal may come at any time
+            for rank in range(size):
+                here = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                children.append(subprocess.Popen(command, env=os.environ | shared | here))
             return _look_after(children, explain)
 
 
@@ -81,8 +81,9 @@ def passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
     def wait_for_children(number: int, frame: FrameType | None) -> None:
         """Do nothing: Ctrl-C reaches the children by itself, in the terminal's foreground group."""
 
-    passed = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, pass_on) for number in passed}
+    passed = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    ignored = [number for number in passed if signal.getsignal(number) == signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, pass_on) for number in passed if number not in ignored}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_children)
     try:
         yield

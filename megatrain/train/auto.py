@@ -2,9 +2,12 @@
 
 import dataclasses
 
+from megatrain.config.errors import UserError
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
-from megatrain.train.micro_batch import largest_fitting, micro_batch_choices
+from megatrain.train.micro_batch import largest_fitting, micro_batch_choices, state_bytes
+
+GIB = 2**30
 
 
 def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> Config:
@@ -27,6 +30,22 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
     if cfg.micro_batch_size != "auto":
         return resolved
     return dataclasses.replace(resolved, micro_batch_size=_micro_batch(cfg, memory, before))
+
+
+def require_memory(cfg: Config, memory: int) -> None:
+    """Refuse a model of which not even the weights and gradients fit in `memory`, the bytes of a rank's device.
+
+    Raises:
+        UserError: they don't.
+    """
+    needed = (
+        state_bytes(cfg.model, cfg.parallel, precision=cfg.train.precision) / 2
+    )  # without AdamW's moments
+    if needed > memory:
+        raise UserError(
+            f"The weights and gradients take {needed / GIB:,.1f} GiB per process, but its device has only "
+            f"{memory / GIB:.1f} GiB. Use a smaller model, or shard it over more devices (parallel.dp_shard, tp, pp)."
+        )
 
 
 def _micro_batch(cfg: Config, memory: int, before: Config | None) -> int:

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.config.schema import Problem, at_least, between, config, nearest_divisors
+from megatrain.config.load import rule_problems
+from megatrain.config.paths import PathText
+from megatrain.config.ranges import Count, DecayRate, NonNegative, PositiveCount, Size
+from megatrain.config.schema import Problem, config, nearest_divisors
 from megatrain.data.config import DataConfig
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
@@ -29,7 +32,7 @@ SCHEMA_VERSION = 3
 class RunConfig:
     name: str = "default"
     """Name of the run; its directory is `dir`/`name`. Starting with the same name resumes the run."""
-    dir: str = "runs"
+    dir: PathText = "runs"
     """Parent of the run directories."""
 
     def problems(self) -> Iterator[Problem]:
@@ -43,12 +46,12 @@ class RunConfig:
 
 @config
 class TrainConfig:
-    steps: int = 1000
+    steps: PositiveCount = 1000
     """Number of optimizer steps of the run; the learning-rate schedule ends here."""
-    stop_at: int | None = None
+    stop_at: PositiveCount | None = None
     """Save and stop after this step without changing the learning-rate schedule; the run can be resumed.
     null: stop at `steps`."""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the initial weights and the sample order."""
     resume: Literal["never", "auto", "must"] = "auto"
     """never: start a new run, and fail if the directory has checkpoints; auto: resume from the latest checkpoint if
@@ -65,25 +68,20 @@ class TrainConfig:
     parallelism can split a batch. row: one per token or weight row; weight gradients are computed in bf16. block: one
     per 128 elements of a token or channel and per 128 x 128 block of a weight (DeepSeek-V3, arXiv 2412.19437,
     section 3.3)."""
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Coefficient of the z-loss, the squared log-partition of the logits (PaLM, arXiv 2204.02311); 0: none."""
-    ema_decay: float | None = None
+    ema_decay: DecayRate | None = None
     """Decay per step of an exponential moving average (EMA) of the weights, which validation, samples, `generate` and
     `export` then use instead of the weights; null: no average."""
-    eval_every: int = 100
+    eval_every: Count = 100
     """Steps between validations, of which the first is before any training; 0: only at the end of the run."""
-    eval_tokens: int = 65536
+    eval_tokens: PositiveCount = 65536
     """Number of tokens in each validation; they are the same every time."""
-    early_stop_patience: int = 0
+    early_stop_patience: Count = 0
     """Stop after this many consecutive validations without a new best loss; 0: never."""
-    sample_tokens: int = 200
+    sample_tokens: Count = 200
     """Tokens of the text sample generated at the end of the run; those after a validation, in a run of one process,
     are of at most 64; 0: no samples."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 1, "steps", "stop_at", "eval_tokens")
-        yield from at_least(self, 0, "seed", "z_loss", "eval_every", "early_stop_patience", "sample_tokens")
-        yield from between(self, 0, 1, "ema_decay")
 
 
 @config
@@ -103,7 +101,7 @@ class Config:
     CHANGED: ClassVar[Mapping[str, Mapping[object, object]]] = {"schedule.warmup_steps": {None: "auto"}}
     """Present key -> values of an earlier version -> their present form."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: PositiveCount = SCHEMA_VERSION
     """Version of the config format; older configs are upgraded when they are read."""
     run: RunConfig = RunConfig()
     model: ModelConfig = Qwen3Config(vocab_size=4096)
@@ -115,11 +113,11 @@ class Config:
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
-    seq_len: int = 256
+    seq_len: Size = 256
     """Length of a training sequence in tokens."""
-    global_batch_size: int = 16
+    global_batch_size: Size = 16
     """Sequences per optimizer step, over all devices."""
-    micro_batch_size: int | Literal["auto"] = "auto"
+    micro_batch_size: Size | Literal["auto"] = "auto"
     """Sequences per forward and backward pass on one device; gradients are accumulated over the global batch. auto: as
     many as are estimated to fit in device memory, with enough micro-batches for a pipeline."""
 
@@ -131,8 +129,6 @@ class Config:
         return self.micro_batch_size
 
     def problems(self) -> Iterator[Problem]:
-        broken = [*at_least(self, 1, "seq_len", "global_batch_size", "micro_batch_size")]
-        yield from broken
         if self.schema_version != SCHEMA_VERSION:
             yield Problem(
                 "schema_version",
@@ -140,8 +136,7 @@ class Config:
                 "was written by another version of the config format",
                 (SCHEMA_VERSION,),
             )
-        if not broken:
-            yield from self._layout_problems()
+        yield from self._layout_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
@@ -173,7 +168,7 @@ class Config:
 
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel
-        if any(True for _ in parallel.problems()):
+        if any(True for _ in rule_problems(parallel)):
             parallel = ParallelConfig()
         if parallel.dp_shard == -1:  # unknown until the processes are, but at least what ep needs
             least = parallel.ep // math.gcd(parallel.ep, parallel.cp * parallel.tp)
@@ -199,7 +194,7 @@ class Config:
             legal = nearest_divisors(rows, micro_batch)
             yield Problem("micro_batch_size", micro_batch, f"must divide {share} ({rows})", legal)
             return
-        if any(True for _ in self.model.problems()):
+        if any(True for _ in rule_problems(self.model)):
             return
         plan = decoder_plan(self.model)
         yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)

@@ -1,10 +1,12 @@
 """The training loop: step, measure, evaluate, save, stop."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from megatrain.config.errors import UserError
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.sinks import Observer
 from megatrain.observe.watch import update as watch_update
@@ -18,8 +20,10 @@ from megatrain.train.step import train_step
 Row = dict[str, Any]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """The loss or the gradient norm is not finite."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         batch = next(batches)
         data_time = time.perf_counter() - ended
         lr = cfg.optim.lr * cfg.schedule.factor(state.step, cfg.train.steps)
-        stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
+        with signals.held_back() if cfg.parallel.compile else contextlib.nullcontext():
+            stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
         loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(

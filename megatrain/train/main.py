@@ -24,7 +24,7 @@ from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.auto import resolve_auto
+from megatrain.train.auto import require_memory, resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
@@ -112,6 +112,7 @@ def _settle(
         precision = choose_precision(device) if frozen is None else frozen.train.precision
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
     memory = memory_bytes(device, checkpointer.processes.local_size)
+    require_memory(cfg, memory)
     if frozen is not None:
         frozen = resolve_auto(frozen, memory=memory)
     cfg = resolve_auto(cfg, memory=memory, before=frozen)
@@ -167,19 +168,19 @@ def _train(run: Run) -> Outcome:
     for warning in warnings:
         observer.notice(warning)
     run.display.start(beginning(run))
-    log.status("running", step=state.step, reason="")
-    try:
-        with StopSignals() as signals:
+    with StopSignals() as signals:  # until the outcome is written
+        log.status("running", step=state.step, reason="")
+        try:
             reason = reason_to_stop(run) or train_loop(run, observer, signals)
-    except BaseException as error:
-        _record_failure(log, state.step, error)
-        raise
-    finally:
-        observer.close()
-    finished = reason in ("done", "early stop")
-    exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
-    log.event("stop", step=state.step, reason=reason)
-    log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
+        except BaseException as error:
+            _record_failure(log, state.step, error)
+            raise
+        finally:
+            observer.close()
+        finished = reason in ("done", "early stop")
+        exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
+        log.event("stop", step=state.step, reason=reason)
+        log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
     return outcome(run, reason, exit_code)
 
 

@@ -1,5 +1,6 @@
 """Choice of the micro-batch size: what a layout allows, and what fits in memory by a simple estimate."""
 
+from megatrain.config.schema import divisors
 from megatrain.nn.config import GATED, DecoderConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain.parallel.config import MULTI_STAGE, ParallelConfig
@@ -20,7 +21,7 @@ def micro_batch_choices(parallel: ParallelConfig, rows: int) -> list[int]:
     other numbers than multiples of `pp`. Where no size satisfies the schedule the only choice is 1, which the layout's
     rules refuse by name.
     """
-    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    sizes = [*reversed(divisors(rows))]
     if parallel.pp == 1:
         return sizes
     if parallel.pp_schedule in MULTI_STAGE:

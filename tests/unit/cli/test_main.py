@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from workplace import TINY
 
 from megatrain.cli.main import main
 from megatrain.cli.verbs import VERBS
@@ -67,6 +68,7 @@ def test_mistakes_exit_2_without_traceback_or_traces(tmp_path: Path) -> None:
         (["train", "--cfg", "hydra"], "invalid choice: 'hydra'"),
         (["doctor", "now"], "doctor: unrecognized arguments: now"),
         (["train", "--config-dir", "/nowhere/at/all"], "no such directory"),
+        (["train", "--help", "model=nonsense"], "model=nonsense: is not an option of the group model"),
     ],
 )
 def test_wrong_words_exit_2(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +167,43 @@ print([name for name in {HEAVY!r} if name in sys.modules])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_run_imports_no_package_that_it_does_not_use(tmp_path: Path) -> None:
+    """Each would delay the first step."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    unused = (
+        *("wandb", "pydantic", "transformers", "tensorboard", "rich", "tiktoken", "tokenizers", "pyarrow"),
+        *(
+            "sqlite3",
+            "pandas",
+            "scipy",
+            "matplotlib",
+            "torchvision",
+            "torch.utils.tensorboard",
+            "torch._inductor.compile_fx",
+        ),
+    )
+    words = [
+        "train",
+        *TINY,
+        f"data.path={text}",
+        "train.steps=2",
+        "schedule.warmup_steps=0",
+        f"run.dir={tmp_path}/runs",
+    ]
+    code = f"""
+import sys
+from megatrain.cli.main import main
+assert main({words!r}) == 0
+print([name for name in {unused!r} if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True,
+        env=os.environ | {"MEGATRAIN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from megatrain.config.load import accepts, check, digest, dump, flatten, hint_at, keys, kind_of, load
-from megatrain.config.schema import ConfigError, Problem, at_least, config
+from megatrain.config.ranges import PositiveCount
+from megatrain.config.schema import ConfigError, Problem, config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.optim.config import OptimConfig, SGDConfig
@@ -42,10 +43,7 @@ VALUES: list[Any] = [
 @config
 class Inner:
     kind: Literal["inner"] = "inner"
-    size: int = 1
-
-    def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, 1, "size")
+    size: PositiveCount = 1
 
 
 @config

@@ -120,12 +120,6 @@ def test_a_name_with_pattern_signs_is_a_name_first(tmp_path: Path) -> None:
     assert read(tmp_path / "a[1].txt") == [Document("a[1].txt", "x")]
 
 
-def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert read("~/a.txt") == [Document("a.txt", "x")]
-
-
 def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "a.py": b"x = 1  \r\n\n\n",

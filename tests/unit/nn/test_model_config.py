@@ -24,7 +24,7 @@ def test_all_problems_of_a_model_are_reported_at_once() -> None:
     data = {"hidden_size": 100, "n_heads": 3, "n_kv_heads": 2, "logit_softcap": -1.0}
     with pytest.raises(ConfigError) as caught:
         load(Llama3Config, data)
-    assert [problem.field for problem in caught.value.problems] == ["n_heads", "n_kv_heads", "logit_softcap"]
+    assert [problem.field for problem in caught.value.problems] == ["logit_softcap", "n_heads", "n_kv_heads"]
 
 
 def test_latent_attention_refuses_options_of_the_other_kind() -> None:

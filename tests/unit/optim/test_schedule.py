@@ -33,6 +33,16 @@ def test_wsd_is_flat_and_then_falls_over_its_last_share() -> None:
     assert factors[14:] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
 
 
+@pytest.mark.parametrize(("steps", "fraction"), [(2, 0.2), (30, 0.01), (1, 1.0), (7, 1e-9), (5, 1.0)])
+def test_wsd_decays_over_one_step_at_least(steps: int, fraction: float) -> None:
+    """Where the fraction of the steps rounds to none, too."""
+    cfg = WSDConfig(warmup_steps=0, decay_fraction=fraction, final_ratio=0.25)
+    factors = [cfg.factor(step, steps) for step in range(steps)]
+    assert factors[0] == 1
+    assert factors[-1] == (0.25 if steps > 1 else 1)
+    assert factors == sorted(factors, reverse=True)
+
+
 @pytest.mark.parametrize(
     "cfg", [CosineConfig(warmup_steps=0), LinearConfig(warmup_steps=1), WSDConfig(warmup_steps=1)]
 )

@@ -1,4 +1,4 @@
-"""A stop signal raises a flag; a second one ends the process at once."""
+"""A stop signal raises a flag; a second request ends the process at once."""
 
 import os
 import signal
@@ -17,14 +17,46 @@ def test_a_signal_is_recorded_and_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+def ended(wait: str) -> subprocess.CompletedProcess[str]:
+    """The end of a process that gets SIGTERM and, after `wait`, SIGHUP."""
     program = (
-        "import os, signal\n"
-        "from megatrain.resilience.signals import StopSignals\n"
-        "with StopSignals():\n"
+        "import os, signal, time\n"
+        "from megatrain.resilience import signals\n"
+        "with signals.StopSignals() as found:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print('still here')\n"
+        f"    {wait}\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print(found.received)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_a_second_request_leaves_at_once() -> None:
+    done = ended("signals.SAME_REQUEST_S = -1.0")
+    assert (done.returncode, done.stdout) == (128 + signal.SIGHUP, "")
+
+
+def test_signals_in_a_row_are_one_request() -> None:
+    done = ended("pass")
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n")
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_programs_started_while_signals_are_held_back_do_not_take_them() -> None:
+    """As the compilers of torch.compile: a signal to the whole group reaches them too."""
+    with StopSignals() as signals:
+        with signals.held_back():
+            child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0)
+            os.killpg(child.pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            child.communicate(timeout=60)
+        assert (child.returncode, signals.received) == (0, "SIGTERM")
