@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 from megatrain.config.errors import UserError
 from megatrain.config.load import config_classes, dump, hints, kind_of, load, members
 from megatrain.config.ranges import FLOAT32_MAX, FLOAT32_TINY, MAX_INT, MAX_SIZE, Range, ranges
-from megatrain.config.text import from_yaml, to_yaml
 from megatrain.data.prepare import prepare
 from megatrain.data.tokenizer import train_bpe
 from megatrain.runtime.device import memory_bytes
@@ -42,7 +41,7 @@ from megatrain.train.main import run
 from megatrain.train.restore import restore_model
 from megatrain.train.step import train_step
 
-EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "100"))
 STEPS = 5
 CPU = torch.device("cpu")
 
@@ -235,9 +234,11 @@ def trained(cfg: Config) -> tuple[list[float], bool]:
     """Run `cfg` to its end as the command does; return the losses, and whether any weight changed."""
     assert run(cfg, Processes()) == 0
     directory = run_directory(cfg)
+    written = read_config(directory)  # without `auto`
+    assert (written.optim, written.model) == (cfg.optim, cfg.model)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = [row[key] for row in rows for key in ("train/loss", "eval/loss") if key in row]
-    first = build_state(read_config(directory), CPU).weights.parameters  # that config is without `auto`
+    first = build_state(written, CPU).weights.parameters
     last = dict(restore_model(directory, CPU)[0].named_parameters())
     return losses, any(not torch.equal(weight.float(), last[name].float()) for name, weight in first.items())
 
@@ -284,7 +285,6 @@ def test_a_config_is_refused_or_trains(shared: Path, seed: int) -> None:
     with empty_folder(shared) as folder:
         try:
             cfg = load(Config, data)
-            assert from_yaml(Config, to_yaml(cfg)) == cfg
             losses, changed = (trained if needs_command(drawn) else stepped)(cfg)
         except DivergedError:
             losses, changed = [math.nan], True
