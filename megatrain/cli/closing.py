@@ -28,7 +28,7 @@ def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
 
     directory = run_directory(cfg)
     page = _report(directory)
-    shown = [] if done.kind == "signal" else _sample(cfg)
+    shown = [] if done.kind == "signal" else _sample(cfg, done.prompt)
     if shown:
         say("\nA sample of text from the model:\n")
         say("".join(shown))
@@ -53,8 +53,8 @@ def _report(directory: Path) -> Path | None:
         return None
 
 
-def _sample(cfg: Config) -> list[str]:
-    """Return a prompt and its continuation by the trained model; empty where there is none to be had."""
+def _sample(cfg: Config, prompt: str) -> list[str]:
+    """Return `prompt` and its continuation by the trained model; empty where there is none to be had."""
     from megatrain.observe.figures import visible
     from megatrain.runtime.device import pick_device
     from megatrain.train.files import run_directory
@@ -65,7 +65,6 @@ def _sample(cfg: Config) -> list[str]:
         return []
     try:
         model, tokenizer, _, _ = restore_model(run_directory(cfg), pick_device())
-        prompt = prompt_for(cfg)
         pieces = sample_text(model, tokenizer, prompt, cfg, tokens=cfg.train.sample_tokens)
         return [prompt, visible("".join(pieces))]
     except Exception as error:  # out of memory, say; the run itself has ended as it should

@@ -13,6 +13,7 @@ from megatrain.observe.watch import over_fits
 from megatrain.parallel.layout import layout_summary
 from megatrain.train.config import Config
 from megatrain.train.run import Run
+from megatrain.train.sample import prompt_of
 
 FAR = 0.75  # a training loss below this share of the validation loss is worth a word
 
@@ -31,6 +32,8 @@ class Outcome:
     """The counters of the over-fitting watch; empty without a validation."""
     bits_per_nat: float | None
     """Bits per byte of the held-out text for each nat per token; None where tokens have no text."""
+    prompt: str = ""
+    """What samples of text begin with."""
 
     @property
     def kind(self) -> Literal["finished", "early stop", "stop_at", "signal"]:
@@ -108,6 +111,7 @@ def outcome(run: Run, reason: str, exit_code: int) -> Outcome:
         first_step=run.log.first_step,
         watch=run.state.watch,
         bits_per_nat=_bits_per_nat(run),
+        prompt=prompt_of(run),
     )
 
 

@@ -83,7 +83,7 @@ def test_paths_need_no_quoting_beyond_the_shells(path: str) -> None:
 
 
 def test_four_mistakes_in_one_message() -> None:
-    found = mistakes("train.stepz=3", "model=llama9", "model.n_heads=7", "+foo=1")
+    found = mistakes("train.stepz=3", "model=llama9", "model.n_heads=7", "model.head_dim=null", "+foo=1")
     assert set(found) == {"train.stepz", "model", "model.n_heads", "foo"}
     assert found["train.stepz"] == "train.stepz=3: there is no such key. Nearest legal: train.steps."
     assert "is not an option of the group model" in found["model"]
@@ -96,7 +96,7 @@ def test_four_mistakes_in_one_message() -> None:
         ("lr=3", "lr", "this key is called optim.lr"),
         ("optim.learning_rate=3", "optim.learning_rate", "this key is called optim.lr"),
         ("epochs=3", "epochs", "set train.steps"),
-        ("optim.momentun=0.5", "optim.momentun", "there is no such key."),  # momentum is not AdamW's
+        ("optim.momentun=0.5", "optim.momentun", "there is no such key. Nearest legal: optim.momentum"),
         ("~optim", "~optim", "can't be removed"),
         ("~train.seed", "~train.seed", "can't be removed"),
         ("+recipe.lr=3", "+recipe.lr", "exists already; write recipe.lr=VALUE"),
@@ -115,7 +115,7 @@ def test_four_mistakes_in_one_message() -> None:
             "model.rope_scaling.factor",
             "write 'model.rope_scaling={factor:VALUE}'",
         ),
-        ("optim.momentum=0.5", "optim.momentum", "optim.kind is adamw, which has no momentum"),
+        ("schedule.decay_fraction=0.5", "schedule.decay_fraction", "schedule.kind is linear, which has no"),
         ("~train.stepz", "~train.stepz", "Nearest legal: train.steps"),
         ("+train.steps=3", "+train.steps", "exists already; write train.steps=VALUE"),
         ("train.steps=1e3", "train.steps", "must be an integer. Nearest legal: 1000"),

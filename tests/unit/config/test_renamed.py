@@ -39,15 +39,25 @@ def test_a_config_of_an_earlier_version_is_read() -> None:
 
 def test_a_whole_run_of_an_earlier_version_is_the_same_run() -> None:
     """As written by the first release for the bare command, whose keys and defaults were others."""
+    model = (
+        "n_layers=4",
+        "hidden_size=128",
+        "n_heads=2",
+        "head_dim=null",
+        "ffn_size=352",
+        "sliding_window=null",
+    )
+    then = [f"model.{word}" for word in (*model, "full_attention_every=null")]
+    then += ["optim=adamw", "optim.lr=8e-3", "global_batch_size=8", "schedule.warmup_fraction=0.0243"]
     old = from_yaml(Config, (Path(__file__).parent / "version_1.yaml").read_text(encoding="utf-8"))
     assert not isinstance(old.schedule, ConstantConfig)
     assert (old.schedule.warmup_steps, old.schedule.warmup_fraction) == ("auto", None)
     assert (old.micro_batch_size, old.data.tokenizer.vocab_size) == (8, 2048)
     assert old.schedule.resolved_warmup(400) == 40
-    new = compose([])
+    new = compose([*then, "train.steps=1650"])
     as_before = replace(old, schedule=replace(old.schedule, warmup_steps=40))
     assert changed_keys(resolve_auto(as_before, memory=1 << 40), resolve_auto(new, memory=1 << 40)) == {}
-    shorter = resolve_auto(compose(["train.steps=330"]), memory=1 << 40)
+    shorter = resolve_auto(compose([*then, "train.steps=330"]), memory=1 << 40)
     assert changed_keys(resolve_auto(as_before, memory=1 << 40), shorter) == {
         "train.steps": (1650, 330),
         "schedule.warmup_steps": (40, 8),

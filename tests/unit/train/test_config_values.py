@@ -232,7 +232,7 @@ def completed(data: dict[str, Any], drawn: dict[str, Any], shared: Path) -> dict
 
 def trained(cfg: Config) -> tuple[list[float], bool]:
     """Run `cfg` to its end as the command does; return the losses, and whether any weight changed."""
-    assert run(cfg, Processes()) == 0
+    assert run(cfg, Processes()).exit_code == 0
     directory = run_directory(cfg)
     written = read_config(directory)  # without `auto`
     assert (written.optim, written.model) == (cfg.optim, cfg.model)
