@@ -221,7 +221,7 @@ def completed(data: dict[str, Any], drawn: dict[str, Any], shared: Path) -> dict
     tokenizer = section.get("tokenizer")
     if isinstance(tokenizer, dict) and "data.tokenizer.path" not in drawn:
         files = {"huggingface": "hf", "tiktoken": "ranks.tiktoken"}
-        if tokenizer.get("kind") in files:
+        if str(tokenizer.get("kind")) in files:
             tokenizer["path"] = str(shared / files[tokenizer["kind"]])
     if isinstance(data["optim"], dict) and "optim.weight_decay" not in drawn:
         data["optim"]["weight_decay"] = 0.0  # it would change weights that learn nothing
@@ -267,6 +267,7 @@ def stepped(cfg: Config) -> tuple[list[float], bool]:
     return losses, any(not torch.equal(state.weights.parameters[name], old) for name, old in before.items())
 
 
+@pytest.mark.slow  # some draws take minutes
 @pytest.mark.timeout(0 if EXAMPLES > 1000 else 300)
 @settings(
     max_examples=EXAMPLES,
