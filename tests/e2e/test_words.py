@@ -105,7 +105,13 @@ def test_a_signal_is_named(workplace: Workplace) -> None:
 
 
 def test_a_run_that_diverges_ends_without_a_traceback(workplace: Workplace, say: Say) -> None:
-    wild = ("optim=sgd", "optim.lr=1e30", "schedule=constant", "schedule.warmup_steps=0")
+    wild = (
+        "optim=adamw",
+        "optim.lr=1e6",
+        "optim.weight_decay=1e6",
+        "schedule=constant",
+        "schedule.warmup_steps=0",
+    )
     printed = say(tiny(workplace, *wild), 1)
     assert "the run diverged at step" in printed
     assert "Traceback" not in printed
