@@ -89,7 +89,7 @@ def test_an_imported_run_trains_and_is_resumed(
         [json.loads(row) for row in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "halves")
     ]
-    assert [row["train/loss"] for row in rows[0]] == [row["train/loss"] for row in rows[1]]
+    assert [row.get("train/loss") for row in rows[0]] == [row.get("train/loss") for row in rows[1]]
     assert main([*line, "run.name=whole", "model.n_layers=1"]) == 2
     assert "the run was imported" in capsys.readouterr().err
     assert main([*line, "-m", "run.name=whole", "optim.lr=1e-3,2e-3"]) == 2
