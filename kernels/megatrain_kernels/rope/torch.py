@@ -52,8 +52,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def _tables(cos: Tensor, sin: Tensor, heads: int, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cos (for both halves of a head) and sin with one entry for each head: long rows are the fast ones."""
-    is_plain = type(cos) is Tensor and not cos.is_inference()  # others, such as fake tensors, hold no numbers
-    keeps = is_plain and cos.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = (
+        not torch.compiler.is_compiling() and type(cos) is Tensor
+    )  # others, such as fake tensors, hold no numbers
+    keeps = eager and cos.device.type == "cpu" and not cos.is_inference()
     known: dict[Any, tuple[Tensor, Tensor]] = _widened.setdefault(cos, {}) if keeps else {}
     key = (heads, compute, cos._version, sin.data_ptr(), sin._version) if keeps else None
     if key not in known:
