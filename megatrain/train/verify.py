@@ -16,6 +16,7 @@ from megatrain.train.parity import Trace, merged, relative_errors, trace
 
 STEPS = 3
 SEQ_LEN = 64
+LAYERS = 4
 MOST_PROCESSES = 8
 BOUND = 1e-9  # float64: sums in another order differ by 1e-15, and Adam divides by small gradients
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -66,9 +67,10 @@ def shrink(cfg: Config) -> Config:
     """Return a config that runs in seconds, with `cfg`'s heads, experts, tying, window, documents and optimizer."""
     model = cfg.model
     ratio = min(8, model.n_heads // model.kv_heads)
+    every = model.full_attention_every
     small: ModelConfig = dataclasses.replace(
         model,
-        n_layers=4,
+        n_layers=LAYERS,
         hidden_size=64,
         n_heads=4 * ratio,
         n_kv_heads=4,
@@ -77,6 +79,7 @@ def shrink(cfg: Config) -> Config:
         vocab_size=128,
         max_seq_len=max(SEQ_LEN, 128),
         sliding_window=None if model.sliding_window is None else SEQ_LEN // 3,
+        full_attention_every=every if every is None else min(every, LAYERS),  # so that both kinds remain
         init_std=0.1,
         experts=None if model.experts is None else _shrink_experts(model.experts),
         mla=None
