@@ -125,7 +125,7 @@ def test_help_shows_the_values_that_will_be_used(capsys: pytest.CaptureFixture[s
     assert main(["train", "--help"]) == 0
     bare = capsys.readouterr().out
     assert all(
-        f"\n  {line} " in bare for line in ("optim.lr = 0.014", "train.steps = 2400", "global_batch_size = 4")
+        f"\n  {line} " in bare for line in ("optim.lr = 0.014", "train.steps = 2000", "global_batch_size = 4")
     )
     assert main(["train", "model=llama3_8b", "seq_len=64", "--help", "--all"]) == 0
     out = capsys.readouterr().out
