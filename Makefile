@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install extras train test test-all sweep values lint format docs bench bench-gpu test-gpu clean
+.PHONY: install extras train test test-all corpora sweep values lint format docs bench bench-gpu test-gpu clean
 
 install: .venv/.dev
 
@@ -24,6 +24,10 @@ test: .venv/.dev
 test-all: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed -m "not gpu" $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed $(ARGS)
+
+# Real text for tests/e2e/test_real_corpora.py, which is skipped without it.
+corpora: .venv/bin/python
+	tests/corpora/fetch.sh $(BIN)/python .corpora
 
 # Layouts drawn at random; more: make sweep EXAMPLES=1000, another draw: ARGS=--hypothesis-seed=1
 EXAMPLES ?= 100

@@ -6,14 +6,14 @@ Each seed is one `megatrain train`, as `make train` starts it, in a directory of
 (github.com/karpathy/nanoGPT): GPT-2 from transformers, AdamW, linear warm-up and cosine decay to a tenth, gradients
 clipped to 1, random windows of the token stream. It has the same tokens from the same tokenizer, the same held-out
 tokens, and as many seconds as the median of our runs took, validations included in both; its schedule runs by the
-clock, so that it ends when its time does. All its sizes and learning rates are tried, and the best one counts.
+clock, so that it ends when its time does. Several sizes, learning rates and batch
+sizes are tried, and the best one counts.
 
 Run it on an otherwise idle machine: what is reached depends on the seconds. Ours takes a fixed number of steps instead,
 so on a slower machine it takes longer, and the peer gets that time too.
 """
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -36,10 +36,16 @@ from megatrain.data.prepare import Prepared, prepare
 from megatrain.data.store import TokenStore
 from megatrain.train.config import Config
 
-SIZES = ((4, 128, 4), (4, 192, 6), (6, 256, 8))
-RATES = (1e-3, 3e-3)
-BATCH = 12
-"""Sequences per step, as in nanoGPT's configs for small models."""
+CANDIDATES = (
+    ((4, 128, 4), 1e-3, 12),
+    ((4, 128, 4), 3e-3, 12),
+    ((4, 192, 6), 1e-3, 12),
+    ((2, 128, 4), 3e-3, 4),
+    ((2, 96, 3), 3e-3, 4),
+    ((2, 96, 3), 6e-3, 4),
+    ((2, 96, 3), 1.2e-2, 4),
+)
+"""Layers, width and heads of the peer, its peak learning rate, and its sequences per step: nanoGPT's 12, and our 4."""
 WARMUP = 0.05
 """Share of the time in which the peer's learning rate rises."""
 
@@ -79,9 +85,15 @@ def ours(seed: int, overrides: list[str]) -> Outcome:
 
 
 def peer(
-    cfg: Config, data: Prepared, size: tuple[int, int, int], *, rate: float, seconds: float, seed: int
+    cfg: Config,
+    data: Prepared,
+    candidate: tuple[tuple[int, int, int], float, int],
+    *,
+    seconds: float,
+    seed: int,
 ) -> Outcome:
-    """Train GPT-2 of `size` (layers, width, heads) for `seconds`."""
+    """Train GPT-2 as `candidate` says for `seconds`."""
+    size, rate, batch = candidate
     model = _gpt2(size, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=seed)
     optimizer = torch.optim.AdamW(_groups(model), lr=rate, betas=(0.9, 0.99))
     assert isinstance(data.train, TokenStore)
@@ -103,7 +115,7 @@ def peer(
     while (share := (time.perf_counter() - began) / (seconds - validation_s)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * _factor(share)
-        starts = generator.integers(0, data.train.n_tokens - cfg.seq_len - 1, BATCH)
+        starts = generator.integers(0, data.train.n_tokens - cfg.seq_len - 1, batch)
         tokens = torch.from_numpy(data.train.read(starts, cfg.seq_len))
         # transformers shifts the labels itself
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -160,6 +172,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of our runs")
     parser.add_argument("--no-peer", action="store_true", help="our runs only")
+    parser.add_argument(
+        "--peer-only", action="store_true", help="go on with the peer, after the runs that --out holds"
+    )
     parser.add_argument("--peer-seconds", type=float, help="the peer's time; default: the median of ours")
     parser.add_argument("--out", type=Path, help="JSON file to write, anew after every run")
     parser.add_argument("overrides", nargs="*", help="of the default run's config")
@@ -171,15 +186,24 @@ def main() -> None:
         "machine": describe_machine(),
     }
     mine, theirs = [], []
-    for seed in options.seeds:
+    if options.peer_only:
+        before = json.loads(options.out.read_text())
+        mine, theirs = before["ours"], before.get("peer", [])
+    for seed in () if options.peer_only else options.seeds:
         mine.append({"seed": seed, **asdict(ours(seed, options.overrides))})
         _write(result | {"ours": mine}, options.out)
     seconds = options.peer_seconds or statistics.median(float(each["seconds"]) for each in mine)
     if not options.no_peer:
-        data = prepare(cfg.data, progress=lambda name, share: None, vocab_size=cfg.model.vocab_size)
-        for size, rate in itertools.product(SIZES, RATES):
-            reached = peer(cfg, data, size, rate=rate, seconds=seconds, seed=0)
-            theirs.append({"layers_width_heads": size, "rate": rate, **asdict(reached)})
+        tokenizer = replace(cfg.data.tokenizer, vocab_size=cfg.model.vocab_size)
+        data = prepare(
+            replace(cfg.data, tokenizer=tokenizer),
+            progress=lambda name, share: None,
+            vocab_size=cfg.model.vocab_size,
+        )
+        for candidate in CANDIDATES[len(theirs) :]:
+            reached = peer(cfg, data, candidate, seconds=seconds, seed=0)
+            size, rate, batch = candidate
+            theirs.append({"layers_width_heads": size, "rate": rate, "batch": batch, **asdict(reached)})
             _write(result | {"ours": mine, "peer": theirs}, options.out)
     found = [float(each["bits_per_byte"]) for each in mine]
     result |= {"ours": mine, "ours_worst": max(found, default=None), "ours_best": min(found, default=None)}

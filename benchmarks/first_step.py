@@ -44,7 +44,7 @@ job.compose = then(job.compose, "config")
 
 from megatrain.cli import train as verb
 
-def patched(cfg, processes, original=verb._train):
+def patched(argv, cfg, processes, original=verb._train):
     run = import_module("megatrain.train.main")
     loop = import_module("megatrain.train.loop")
     stamp("imports")
@@ -56,7 +56,7 @@ def patched(cfg, processes, original=verb._train):
         stamp("first_step")
         os._exit(0)
     loop.train_step = first
-    return original(cfg, processes)
+    return original(argv, cfg, processes)
 
 verb._train = patched
 sys.exit(main.main(sys.argv[1:]))

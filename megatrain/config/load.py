@@ -224,7 +224,7 @@ class _Walk:
             if name in data:
                 before = len(self.broken)
                 value = self.value(hint, data[name], prefix + name, allowed.get(name))
-                if isinstance(value, str) and name in paths(cls):  # type: ignore[arg-type]
+                if name in paths(cls):  # type: ignore[arg-type]
                     value = self.expanded(value, prefix + name)
                 if value is not None or len(self.broken) == before:
                     values[name] = value
@@ -258,10 +258,12 @@ class _Walk:
             return None
         return self.section(classes, value, path)
 
-    def expanded(self, value: str, path: str) -> str | None:
-        """Expand `~`; None, with a problem reported, if that is impossible."""
+    def expanded(self, value: Any, path: str) -> Any:
+        """Expand `~` in a path or in each of a list; None, with a problem reported, if that is impossible."""
         try:
-            return expanded(value)
+            if isinstance(value, tuple):
+                return tuple(expanded(each) if isinstance(each, str) else each for each in value)
+            return expanded(value) if isinstance(value, str) else value
         except UserError as error:
             self.report(path, value, str(error).partition(": ")[2])
             return None

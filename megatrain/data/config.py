@@ -1,11 +1,15 @@
 """Data config: the source of the text, its tokenizer, and how tokens become samples."""
 
+import codecs
 from collections.abc import Iterator
+from encodings import aliases
 from typing import Annotated, Literal
 
+from megatrain.config.nearest import nearest
 from megatrain.config.paths import PathText
 from megatrain.config.ranges import Range, Size
 from megatrain.config.schema import Problem, config
+from megatrain.data.template import template_parts
 
 
 @config
@@ -30,11 +34,22 @@ class TokenizerConfig:
 class DataConfig:
     kind: Literal["text", "synthetic"] = "text"
     """Source of the tokens. text: the documents under `path`; synthetic: random tokens, for benchmarks."""
-    path: PathText | None = None
-    """A file (.txt .md .py ..., .jsonl, .parquet), a directory of such files, or a glob pattern; null: the source code
-    of the Python standard library found on this machine."""
+    path: PathText | tuple[PathText, ...] | None = None
+    """What to read: a file (text, JSON, JSONL, CSV, Parquet, Arrow, also compressed, tar, zip), a directory of such
+    files, a glob pattern, a URL (s3://, hf://, ...), or a list of these; null: the source code of the Python standard
+    library found on this machine."""
     text_field: str = "text"
-    """JSONL key or Parquet column that contains the text."""
+    """Key or column that contains the text, or a conversation."""
+    template: str | None = None
+    """Text made from several fields, as in "{instruction}\\n{output}" (\\n: a line break); null: `text_field`."""
+    encoding: str = "auto"
+    """Encoding of text files, as Python names it (latin-1, cp1252, shift_jis, ...); auto: UTF-8, or what a byte-order
+    mark says."""
+    on_skip: Literal["warn", "error"] = "warn"
+    """What to do when something under `path` is left out (not text, hidden, empty, null, a broken link, ...): warn says
+    what and why; error refuses to go on."""
+    workers: Annotated[int, Range(at_least=1, at_most=1024)] | Literal["auto"] = "auto"
+    """Processes that read and tokenize; auto: one for small data, else one per core. The tokens are the same."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     val_fraction: Annotated[float, Range(at_least=0, at_most=0.5)] = 0.01
     """Fraction of the documents held out for validation, chosen by a hash of their text; 0: none."""
@@ -46,7 +61,22 @@ class DataConfig:
     """Number of global batches to prepare ahead in the background; 0: none."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.path == "":
-            yield Problem("path", "''", "must name a file, a directory or a pattern, or be null")
+        if self.path == "" or self.path == () or (isinstance(self.path, tuple) and "" in self.path):
+            yield Problem("path", self.path, "must name a file, a directory or a pattern, or be null")
         if self.kind == "synthetic" and self.path is not None:
             yield Problem("path", self.path, "synthetic data reads no path; remove it, or use data=text")
+        if self.template is not None:
+            try:
+                template_parts(self.template)
+            except ValueError as error:
+                yield Problem("template", self.template, f"is no template: {error}")
+        try:
+            codec = codecs.lookup("utf-8" if self.encoding == "auto" else self.encoding)
+        except (LookupError, ValueError):
+            rule = "is no encoding that Python knows"
+            yield Problem(
+                "encoding", self.encoding, rule, nearest(self.encoding, set(aliases.aliases.values()))
+            )
+        else:
+            if not codec._is_text_encoding:
+                yield Problem("encoding", self.encoding, "is no encoding of text", ("auto",))

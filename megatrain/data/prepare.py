@@ -1,28 +1,26 @@
-"""From a data config to tokens: list, hash, split, train the tokenizer, encode, and cache the result.
-
-The held-out split is chosen by a hash of each document's text, so that it does not depend on names or order
-and equal documents fall on one side. When that leaves one side empty (one document, or few), the tail of the
-longest document is held out instead: its last `val_fraction`, from the next line start on.
-"""
+"""From a data config to tokens: find them in the cache, or list, hash and build them."""
 
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from megatrain.config.errors import UserError
+from megatrain.data.build import Progress, build
 from megatrain.data.config import DataConfig
+from megatrain.data.sources.chat import Conversation, read_conversation
+from megatrain.data.sources.corpus import Corpus, find_corpus
+from megatrain.data.sources.left_out import LeftOut
+from megatrain.data.sources.parts import Scan, scan, units
 from megatrain.data.store import (
     FORMAT_VERSION,
-    SplitWriter,
     SyntheticStore,
     TokenStore,
     build_once,
@@ -31,23 +29,10 @@ from megatrain.data.store import (
     read_index,
     write_index,
 )
-from megatrain.data.text import TEXT_HINT, Corpus, find_corpus
-from megatrain.data.tokenizer import (
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-    tokenizer_files,
-    train_bpe,
-)
+from megatrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 
-Progress = Callable[[str, float], None]
-"""Progress callback: the name of a phase and its completed fraction, 0 to 1."""
-
-RECIPE_VERSION = 1  # part of every cache key: increment it when the same input would give other tokens
-PIECE_CHARS = 1 << 20  # longer documents are encoded in pieces: work for all cores, and bounded memory
-BATCH_CHARS = 8 << 20
-TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much text, spread over the corpus
+RECIPE_VERSION = 2  # part of every cache key: increment it when the same input would give other tokens
+HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +40,20 @@ class Contents:
     """What was read to make the tokens."""
 
     origin: str
-    files: int | None
-    """None in a cache of an earlier version, which doesn't count them."""
+    files: int
+    """Files that gave documents."""
     documents: int
     train_tokens: int
     val_tokens: int
     text_bytes: int
     """Size of the text in UTF-8 bytes, both splits together."""
-    left_out: dict[str, int]
-    """What was not read, and how many of each: kind (`empty`, `binary`, ...) -> number."""
+    left_out: LeftOut
+    """What was not read, and why."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the contents as JSON."""
+        fields = ("origin", "files", "documents", "train_tokens", "val_tokens", "text_bytes")
+        return {name: getattr(self, name) for name in fields} | {"left_out": self.left_out.as_json()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +70,8 @@ class Prepared:
     token_bytes: np.ndarray
     contents: Contents | None
     """None for synthetic data."""
-
-
-class Piece(NamedTuple):
-    """A piece of a document and the split that it belongs to."""
-
-    split: str
-    text: str
-    ends_document: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """Results of one pass over the corpus.
-
-    `tail_document` is the index of the document whose tail is held out, None if full documents are. `skipped` counts
-    excluded documents by reason.
-    """
-
-    chars: int
-    documents: int
-    tail_document: int | None
-    skipped: dict[str, int]
+    directory: Path | None
+    """Where the tokens lie; None for synthetic data."""
 
 
 def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = None) -> Prepared:
@@ -110,27 +80,37 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
     `vocab_size` is the model's: synthetic tokens are drawn from it, and a larger tokenizer is refused.
 
     Raises:
-        UserError: the input, the tokenizer or the cache directory is unusable.
+        UserError: the input, the tokenizer or the cache directory is unusable, or something was left out although
+            `cfg.on_skip` is `error`.
     """
     if cfg.kind == "synthetic":
         assert vocab_size is not None, "synthetic tokens are drawn from the model's vocabulary"
         return _synthetic(cfg, vocab_size)
-    corpus = find_corpus(cfg.path, text_field=cfg.text_field)
+    conversation = read_conversation(cfg.tokenizer)
+    corpus = _corpus(cfg, conversation)
+    if cfg.on_skip == "error":
+        _refuse_left_out(corpus.origin, LeftOut(corpus.unlisted))
     root = cache_root(cfg.cache_dir)
-    shortcut = root / "shortcuts" / _key(cfg, corpus.stamp(), _stamp(tokenizer_files(cfg.tokenizer)))
+    shortcut = (
+        root / "shortcuts" / _key(cfg, conversation, corpus.stamp(), _stamp(tokenizer_files(cfg.tokenizer)))
+    )
     directory = _follow(shortcut, root)
     if directory is None:
         is_settled = corpus.is_settled()
-        directory = _find_or_build(cfg, corpus, root, progress)
+        directory = _find_or_build(cfg, conversation, corpus, root, progress)
         if is_settled:
             _write_shortcut(shortcut, directory)
-    return _open(directory, corpus.origin, vocab_size)
+    return _open(directory, corpus.origin, vocab_size, cfg.on_skip)
 
 
-def held_out(text: str, val_fraction: float) -> bool:
-    """Return whether the document `text` belongs to the validation split."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
+def _corpus(cfg: DataConfig, conversation: Conversation) -> Corpus:
+    return find_corpus(
+        cfg.path,
+        text_field=cfg.text_field,
+        template=cfg.template,
+        encoding=cfg.encoding,
+        conversation=conversation,
+    )
 
 
 def _synthetic(cfg: DataConfig, vocab_size: int) -> Prepared:
@@ -142,25 +122,34 @@ def _synthetic(cfg: DataConfig, vocab_size: int) -> Prepared:
         fingerprint=train.fingerprint,
         token_bytes=np.zeros(vocab_size, dtype=np.int64),
         contents=None,
+        directory=None,
     )
 
 
-def _find_or_build(cfg: DataConfig, corpus: Corpus, root: Path, progress: Progress) -> Path:
+def _find_or_build(
+    cfg: DataConfig, conversation: Conversation, corpus: Corpus, root: Path, progress: Progress
+) -> Path:
     progress("reading", 0.0)
-    contents = [_content_digest(file) for file in tokenizer_files(cfg.tokenizer)]
-    directory = root / _key(cfg, corpus.content_digest(), contents)
+    tokenizer = [_content_digest(file) for file in tokenizer_files(cfg.tokenizer)]
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing leaves the interpreter to others
+        scans = list(pool.map(lambda number: scan(corpus, number), range(len(corpus.files))))
+    content = [corpus.content_digest([each.digest for each in scans]), corpus.unlisted]
+    directory = root / _key(cfg, conversation, content, tokenizer)
     build_once(
         directory,
-        lambda unfinished: _build(cfg, corpus, unfinished, progress),
+        lambda unfinished: _build(cfg, corpus, scans, unfinished, progress),
         waiting=lambda: progress("waiting for another process that prepares the same data", 0.0),
     )
     return directory
 
 
-def _open(directory: Path, origin: str, vocab_size: int | None) -> Prepared:
+def _open(directory: Path, origin: str, vocab_size: int | None, on_skip: str) -> Prepared:
     index = read_index(directory)
     if index is None:
         raise UserError(f"the token cache {directory} was removed or damaged while in use; start again")
+    contents = _contents(index, origin)
+    if on_skip == "error":
+        _refuse_left_out(origin, contents.left_out)
     tokenizer = load_tokenizer(directory / "tokenizer")
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -174,8 +163,17 @@ def _open(directory: Path, origin: str, vocab_size: int | None) -> Prepared:
         tokenizer=tokenizer,
         fingerprint=index["fingerprint"],
         token_bytes=np.load(directory / "token_bytes.npy"),
-        contents=_contents(index, origin),
+        contents=contents,
+        directory=directory,
     )
+
+
+def _refuse_left_out(origin: str, left_out: LeftOut) -> None:
+    if left_out:
+        raise UserError(
+            f"data.on_skip=error, and of {origin} this would be left out: {left_out.details()}. Name what to read "
+            "with a pattern or a list in data.path, or allow it with data.on_skip=warn"
+        )
 
 
 def _contents(index: dict[str, Any], origin: str) -> Contents:
@@ -184,149 +182,54 @@ def _contents(index: dict[str, Any], origin: str) -> Contents:
     val = index["splits"].get("val", {"tokens": 0, "documents": 0, "text_bytes": 0})
     return Contents(
         origin=origin,
-        files=index.get("files_read"),
-        documents=index.get("documents_read", train["documents"] + val["documents"]),
+        files=index["files_read"],
+        documents=index["documents_read"],
         train_tokens=train["tokens"],
         val_tokens=val["tokens"],
         text_bytes=train["text_bytes"] + val["text_bytes"],
-        left_out=index["skipped"],
+        left_out=LeftOut(index["left_out"]),
     )
 
 
-def _build(cfg: DataConfig, corpus: Corpus, directory: Path, progress: Progress) -> None:
-    survey = _survey(corpus, cfg.val_fraction, progress)
-    pieces = partial(_pieces, corpus, cfg.val_fraction, survey)
-    if cfg.tokenizer.kind == "bpe":
-        sample = _training_sample(pieces(), survey, progress)
-        assert cfg.tokenizer.vocab_size != "auto"
-        tokenizer: Tokenizer = train_bpe(sample, vocab_size=cfg.tokenizer.vocab_size)
-    else:
-        tokenizer = read_tokenizer(cfg.tokenizer)
-    splits = _encode(
-        pieces(), tokenizer, directory, progress=lambda n: progress("tokenizing", n / survey.chars)
-    )
-    train_tokens = splits["train"]["tokens"] - splits["train"]["documents"]
-    if train_tokens < 2:
-        raise UserError(
-            f"{corpus.origin} has too little text: {train_tokens} training tokens, but at least 2 are needed"
-        )
-    if find_corpus(cfg.path, text_field=cfg.text_field).stamp() != corpus.stamp():
+def _build(cfg: DataConfig, corpus: Corpus, scans: list[Scan], directory: Path, progress: Progress) -> None:
+    built = build(cfg, corpus, units(corpus, scans), directory, progress)
+    if _corpus(cfg, read_conversation(cfg.tokenizer)).stamp() != corpus.stamp():
         raise UserError(f"{corpus.origin} was modified while it was being read; start again")
-    tokenizer.save(directory / "tokenizer")
-    np.save(directory / "token_bytes.npy", tokenizer.token_bytes())
+    built.tokenizer.save(directory / "tokenizer")
+    np.save(directory / "token_bytes.npy", built.tokenizer.token_bytes())
+    files = [
+        {"name": file.name, "size": file.size, "sha256": each.digest}
+        for file, each in zip(corpus.files, scans, strict=True)
+    ]
+    (directory / "sources.json").write_text(json.dumps(files, indent=0), encoding="utf-8")
     write_index(
         directory,
-        splits=splits,
-        tokenizer_digest=tokenizer.digest(),
+        splits=built.splits,
+        tokenizer_digest=built.tokenizer.digest(),
         metadata={
             "origin": corpus.origin,
-            "vocab_size": tokenizer.vocab_size,
-            "files_read": len(corpus.files),
-            "documents_read": survey.documents,
-            "skipped": survey.skipped,
+            "vocab_size": built.tokenizer.vocab_size,
+            "files_read": built.files,
+            "documents_read": built.documents,
+            "left_out": built.left_out.as_json(),
+            "made_from": {
+                "path": cfg.path,
+                "text": {"field": cfg.text_field, "template": cfg.template, "encoding": cfg.encoding},
+                "val_fraction": cfg.val_fraction,
+                "tokenizer": asdict(cfg.tokenizer),
+                "version": version("megatrain"),
+            },
         },
     )
 
 
-def _encode(
-    pieces: Iterator[Piece], tokenizer: Tokenizer, directory: Path, *, progress: Callable[[int], None]
-) -> dict[str, dict[str, int]]:
-    """Write the tokens of `pieces` and return the counts of each split.
-
-    A validation split of a single token is dropped, since it has no target.
-    """
-    sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    chars = 0
-    with SplitWriter(directory, "train", **sizes) as train, SplitWriter(directory, "val", **sizes) as val:
-        for batch in _batches(pieces):
-            progress(chars)
-            for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
-                writer = val if piece.split == "val" else train
-                writer.append(ids, text_bytes=len(piece.text.encode()), ends_document=piece.ends_document)
-                chars += len(piece.text)
-    progress(chars)
-    splits = {"train": train.counts(), "val": val.counts()}
-    if splits["val"]["tokens"] - splits["val"]["documents"] < 2:
-        del splits["val"]
-        val.discard()
-    return splits
-
-
-def _survey(corpus: Corpus, val_fraction: float, progress: Progress) -> Survey:
-    """Measure the text in one pass over all documents, and detect whether the hash leaves a split empty."""
-    skipped: Counter[str] = Counter()
-    chars = documents = held = longest = longest_chars = 0
-    expected_bytes = max(1, sum(f.size for f in corpus.files))
-    for document in corpus.documents(skipped):
-        if len(document.text) > longest_chars:
-            longest, longest_chars = documents, len(document.text)
-        chars += len(document.text)
-        documents += 1
-        held += held_out(document.text, val_fraction)
-        progress("reading", min(1.0, chars / expected_bytes))
-    if not documents:
-        left_out = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
-        raise UserError(f"{corpus.origin} contains no text (excluded: {left_out}). {TEXT_HINT}")
-    progress("reading", 1.0)
-    one_side_empty = val_fraction > 0 and held in (0, documents)
-    return Survey(chars, documents, longest if one_side_empty else None, dict(skipped))
-
-
-def _pieces(corpus: Corpus, val_fraction: float, survey: Survey) -> Iterator[Piece]:
-    """Yield all text, document by document, in pieces of at most PIECE_CHARS marked with their split."""
-    for number, document in enumerate(corpus.documents()):
-        if survey.tail_document is None:
-            parts = [("val" if held_out(document.text, val_fraction) else "train", document.text)]
-        elif number == survey.tail_document:
-            cut = _tail_start(document.text, val_fraction)
-            parts = [("train", document.text[:cut]), ("val", document.text[cut:])]
-        else:
-            parts = [("train", document.text)]
-        for split, text in parts:
-            for start in range(0, len(text), PIECE_CHARS):
-                end = start + PIECE_CHARS
-                yield Piece(split, text[start:end], ends_document=end >= len(text))
-
-
-def _tail_start(text: str, val_fraction: float) -> int:
-    """Return the index at which the held-out tail of a document starts: the next line start, if one is near."""
-    cut = len(text) - int(len(text) * val_fraction)
-    line = text.find("\n", cut - 1) + 1
-    return line if 0 < line <= (cut + len(text)) // 2 else cut
-
-
-def _training_sample(pieces: Iterator[Piece], survey: Survey, progress: Progress) -> Iterator[str]:
-    """Yield training text for a tokenizer: all of it, or pieces spread evenly over it."""
-    share = min(1.0, TRAIN_CHARS / survey.chars)
-    seen = taken = 0
-    for piece in pieces:
-        seen += len(piece.text)
-        progress("training the tokenizer", min(1.0, seen / survey.chars))
-        if piece.split == "train" and taken <= seen * share:
-            taken += len(piece.text)
-            yield piece.text
-
-
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces in groups of about BATCH_CHARS characters."""
-    batch: list[Piece] = []
-    chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        chars += len(piece.text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _key(cfg: DataConfig, content: object, tokenizer_content: object) -> str:
+def _key(cfg: DataConfig, conversation: Conversation, content: object, tokenizer_content: object) -> str:
     """Return the name of a cache entry: a digest of everything that determines its bytes."""
     tokenizer = cfg.tokenizer
     bpe_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
-    recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.text_field, cfg.val_fraction]
-    parts = [*recipe, tokenizer.kind, bpe_size, content, tokenizer_content]
+    recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.val_fraction]
+    text = [cfg.text_field, cfg.template, cfg.encoding, conversation.source]
+    parts = [*recipe, *text, tokenizer.kind, bpe_size, content, tokenizer_content]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -30,6 +30,10 @@ FORMAT_VERSION = 1
 SPLIT_PARTS = ("tokens", "documents")
 
 
+class UnfinishedError(UserError):
+    """A data set could not be completed, and what is done of it is kept for the next attempt."""
+
+
 class TokenSource(Protocol):
     """A stream of `n_tokens` tokens. Document d starts at token `document_starts[d]`, the first one at 0."""
 
@@ -212,7 +216,7 @@ def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Calla
     """Make the data set `directory` with `build(temporary directory)`, unless another process just did.
 
     A lock, which is released when its process ends, admits one builder at a time; `waiting` is called before waiting
-    for it. Leftovers of a killed builder are removed by the next one.
+    for it. What a killed builder left is there when the next one begins.
 
     Raises:
         UserError: the cache cannot be written.
@@ -223,18 +227,19 @@ def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Calla
         with _locked(root / f".lock-{directory.name}", waiting):
             if read_index(directory) is not None:
                 return
-            for stale in root.glob(f".partial-{directory.name}-*"):
-                shutil.rmtree(stale)
-            partial = root / f".partial-{directory.name}-{os.getpid()}"
-            partial.mkdir()
+            partial = root / f".partial-{directory.name}"
+            partial.mkdir(exist_ok=True)
             try:
                 build(partial)
-                if directory.exists():  # damaged
-                    shutil.rmtree(directory)
-                partial.rename(directory)
-                _sync_directory(root)
-            finally:
+            except UnfinishedError:
+                raise
+            except Exception:  # an interrupted builder goes on later, one that failed would fail again
                 shutil.rmtree(partial, ignore_errors=True)
+                raise
+            if directory.exists():  # damaged
+                shutil.rmtree(directory)
+            partial.rename(directory)
+            _sync_directory(root)
     except OSError as error:
         raise UserError(
             f"cannot write the token cache in {root}: {error.strerror or error}. Free some space, or choose "

@@ -67,6 +67,11 @@ class Tokenizer(ABC):
     def digest(self) -> str:
         """Return a digest of what each id means (not of the rules that split text into ids)."""
 
+    def pieces(self, text: str) -> Iterator[str]:
+        """TEMPORARY."""
+        for start in range(0, len(text), 1 << 20):
+            yield text[start : start + (1 << 20)]
+
     def encode(self, text: str) -> list[int]:
         """Encode `text` to a list of ids, without special tokens."""
         return self.encode_batch([text])[0].tolist()

@@ -212,6 +212,8 @@ def _resume(run: Run) -> tuple[str, ...]:
     fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": run.changes}
     fields |= {"machine": machine, "versions": installed_versions()}
     log.event("start" if found is None else "resume", **fields)
+    if run.data.contents is not None:
+        log.event("data", **run.data.contents.as_json())
     return warnings
 
 

@@ -68,10 +68,10 @@ def _read(contents: Contents | None) -> str:
     """Say what the tokens were made from, and what was left out."""
     if contents is None:
         return "Data: random tokens (data=synthetic), from which nothing can be learned."
-    files = "" if contents.files is None else f"{contents.files:,} file{'s' * (contents.files != 1)}, "
+    files = f"{contents.files:,} file{'s' * (contents.files != 1)}, "
     documents = f"{contents.documents:,} document{'s' * (contents.documents != 1)}"
     held_out = f"{amount(contents.val_tokens)} for validation" if contents.val_tokens else "nothing held out"
-    left_out = ", ".join(f"{count:,} {kind}" for kind, count in contents.left_out.items())
+    left_out = contents.left_out.summary()
     return (
         f"Data: {contents.origin}: {files}{documents}, {_size(contents.text_bytes)} of text, "
         f"{amount(contents.train_tokens)} tokens for training, {held_out}."

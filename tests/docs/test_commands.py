@@ -30,6 +30,8 @@ from megatrain.parallel.layout import fill, world_size
 from megatrain.train.config import Config
 
 ROOT = Path(__file__).parents[2]
+CORPORA = ROOT / "tests" / "corpora"
+"""Files in the formats that people have, made by the programs that people use (make.py)."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = (
     "model.n_layers=2", "model.hidden_size=32", "model.n_heads=2", "model.n_kv_heads=2", "model.head_dim=16",
@@ -101,6 +103,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "corpus").mkdir()
     rows = "".join(f'{{"text": "{line}", "content": "{line}"}}\n' for line in lines)
     (folder / "corpus" / "part.jsonl").write_text(rows)
+    shutil.copytree(CORPORA, folder, dirs_exist_ok=True)
+    (folder / "books").mkdir()
+    (folder / "books" / "one.txt").write_text("\n".join(lines))
     (folder / "tokenizer").mkdir()
     train_bpe(iter(lines), vocab_size=270).save_pretrained(folder / "tokenizer")
     (folder / ".venv" / "bin").mkdir(parents=True)

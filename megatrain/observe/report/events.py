@@ -93,6 +93,16 @@ def _entry(event: Event) -> Entry:
     return Entry(_time(event), _step(event), text, kind)
 
 
+def _data(event: Event) -> str:
+    """Say what was read, and what was left out."""
+    groups = [group for group in event.get("left_out") or () if isinstance(group, dict)]
+    left_out = ", ".join(
+        f"{group.get('count')} {group.get('unit')}s ({group.get('reason')})" for group in groups
+    )
+    said = f"Read {event.get('documents')} documents of {event.get('origin')}"
+    return f"{said}; left out: {left_out}" if left_out else said
+
+
 def _in_words(name: str, event: Event) -> tuple[str, str]:
     if name == "start":
         return f"Started{_where(event)}", ""
@@ -105,6 +115,8 @@ def _in_words(name: str, event: Event) -> tuple[str, str]:
         reason = str(event.get("reason", ""))
         by = "at stop_at" if reason == "stop_at" else f"by {reason}"
         return words.get(reason, f"Stopped {by}, with everything saved"), ""
+    if name == "data":
+        return _data(event), ""
     if name == "failure":
         return f"Failed: {event.get('error', '')}", ERROR
     if name == "notice":

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatrain.config.errors import UserError
+from megatrain.data import build
+from megatrain.data.build import held_out
 from megatrain.data.config import DataConfig, TokenizerConfig
-from megatrain.data.prepare import PIECE_CHARS, Prepared, held_out, prepare
+from megatrain.data.prepare import Prepared, prepare
+from megatrain.data.sources.corpus import find_corpus
 from megatrain.data.store import SyntheticStore, TokenStore
-from megatrain.data.text import find_corpus
 from megatrain.data.tokenizer import ByteTokenizer, train_bpe
 
 BYTES = TokenizerConfig(kind="bytes")
@@ -158,7 +160,7 @@ def test_jsonl_and_parquet_give_the_same_data(tmp_path: Path, cache: Path) -> No
 
 
 def test_a_document_longer_than_a_piece(tmp_path: Path, cache: Path) -> None:
-    text = "ü" * (PIECE_CHARS + 17) + "end"
+    text = "ü" * ((1 << 20) + 17) + "end"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     made = run(tmp_path / "a.txt", cache, val_fraction=0.0)
     assert decode_all(made, made.train) == [text]
@@ -168,14 +170,14 @@ def test_a_document_longer_than_a_piece(tmp_path: Path, cache: Path) -> None:
 def test_large_text_trains_the_tokenizer_on_a_share(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatrain.data.prepare.TRAIN_CHARS", 10_000)
+    monkeypatch.setattr("megatrain.data.build.TRAIN_CHARS", 10_000)
     taken: list[str] = []
 
     def record(texts: Iterator[str], *, vocab_size: int) -> object:
         taken.extend(texts)
         return train_bpe(iter(taken), vocab_size=vocab_size)
 
-    monkeypatch.setattr("megatrain.data.prepare.train_bpe", record)
+    monkeypatch.setattr("megatrain.data.build.train_bpe", record)
     texts = [f"{i:04} " * 20 for i in range(1000)]  # 100,000 characters
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     made = run(tmp_path / "a.jsonl", cache, tokenizer=TokenizerConfig(vocab_size=300), val_fraction=0.0)
@@ -186,7 +188,7 @@ def test_large_text_trains_the_tokenizer_on_a_share(
 
 def test_the_default_is_the_standard_library(cache: Path) -> None:
     made = run(None, cache)
-    texts = [d.text for d in find_corpus(None).documents()]
+    texts = {d.text for d in find_corpus(None).documents()}
     assert made.train.text_bytes + made.val.text_bytes == sum(len(t.encode()) for t in texts)
     assert len(made.train.document_starts) + len(made.val.document_starts) == len(texts)
     progress, seconds = Phases(), []
@@ -258,7 +260,7 @@ def test_the_times_of_a_fresh_file_are_not_trusted(
     (tmp_path / "a.txt").write_text("some text\n" * 10)
     hour_ns, fresh, old = 3600 * 10**9, ["reading"], []
     for tick_ns, expected in ((hour_ns, [*fresh, "tokenizing"]), (hour_ns, fresh), (0, fresh), (0, old)):
-        monkeypatch.setattr("megatrain.data.text.CLOCK_TICK_NS", tick_ns)
+        monkeypatch.setattr("megatrain.data.sources.corpus.CLOCK_TICK_NS", tick_ns)
         progress = Phases()
         run(tmp_path / "a.txt", cache, progress)
         assert list(progress.seen) == expected
@@ -356,6 +358,74 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(
     assert bytes_of(after_kill) == bytes_of(undisturbed)
 
 
+def test_a_killed_preparation_goes_on_with_the_next_unit(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many small units: killed in the second pass, the first one is not done again."""
+    small_units = "import megatrain.data.sources.parts as parts\nparts.UNIT_BYTES = 20_000\n"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            small_units + CHILD,
+            str(library),
+            str(tmp_path / "cache"),
+            "tokenizing",
+            "9",
+            "",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (partial,) = data_sets(tmp_path / "cache")
+    encoded = len(list(partial.glob("work/tokens-[0-9]*[0-9]")))
+    assert encoded >= 2
+
+    monkeypatch.setattr("megatrain.data.sources.parts.UNIT_BYTES", 20_000)
+    calls = {"read_unit": 0, "encode_unit": 0}
+    for name in calls:
+        real = getattr(build, name)
+
+        def counting(*arguments: object, name: str = name, real: Callable[..., None] = real) -> None:
+            calls[name] += 1
+            real(*arguments)
+
+        monkeypatch.setattr(build, name, counting)
+    run(library, tmp_path / "cache", tokenizer=TokenizerConfig(vocab_size=600))
+    run(library, tmp_path / "whole", tokenizer=TokenizerConfig(vocab_size=600))
+    units = calls["read_unit"]
+    assert units > 10
+    assert calls["encode_unit"] == 2 * units - encoded
+    (resumed,), (whole,) = data_sets(tmp_path / "cache"), data_sets(tmp_path / "whole")
+    assert bytes_of(resumed) == bytes_of(whole)
+
+
+def test_the_number_of_processes_changes_nothing(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatrain.data.sources.parts.UNIT_BYTES", 100_000)
+    for workers in (1, 2):
+        run(library, tmp_path / str(workers), tokenizer=TokenizerConfig(vocab_size=600), workers=workers)
+    (one,), (two,) = data_sets(tmp_path / "1"), data_sets(tmp_path / "2")
+    assert bytes_of(one) == bytes_of(two)
+
+
+def test_a_process_that_dies_leaves_its_work_to_the_next_attempt(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatrain.data.sources.parts.UNIT_BYTES", 20_000)
+    monkeypatch.setattr(build, "encode_unit", die)
+    with pytest.raises(UserError, match="died, as happens when memory runs out; the same command goes on"):
+        run(library, tmp_path, workers=2)
+    (partial,) = data_sets(tmp_path)
+    assert len(list(partial.glob("work/read-[0-9]*[0-9]"))) > 10
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_of_two_preparations_one_works_and_one_waits(
     library: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -396,12 +466,16 @@ def test_empty_missing_and_not_utf8(tmp_path: Path, cache: Path) -> None:
     assert "the file is empty" in refusal(tmp_path / "empty.txt", cache)
     assert "no such file" in refusal(tmp_path / "none.txt", cache)
     assert "latin.txt is not UTF-8: byte 0xe9 at offset 4" in refusal(tmp_path / "latin.txt", cache)
-    assert "contains no text (excluded: 1 binary)" in refusal(tmp_path / "dir", cache)
+    assert "contains no text (left out: 1 file (not text, .bin): image.bin)" in refusal(
+        tmp_path / "dir", cache
+    )
 
 
 def test_only_empty_texts(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
-    assert "contains no text (excluded: 3 empty)" in refusal(tmp_path / "a.jsonl", cache)
+    assert "contains no text (left out: 3 rows (empty): a.jsonl:1, a.jsonl:2, a.jsonl:3)" in refusal(
+        tmp_path / "a.jsonl", cache
+    )
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path, cache: Path) -> None:
@@ -449,12 +523,12 @@ def test_what_was_read_is_counted_also_from_the_cache_under_another_name(tmp_pat
             (tmp_path / name / file).write_text(text)
         contents = run(tmp_path / name, cache, val_fraction=0.0).contents
         assert contents is not None
-        assert (contents.origin, contents.files, contents.documents) == (str(tmp_path / name), 4, 2)
+        assert (contents.origin, contents.files, contents.documents) == (str(tmp_path / name), 2, 2)
         assert (contents.train_tokens, contents.val_tokens, contents.text_bytes) == (
             30,
             0,
             28,
         )  # two ends of text
-        assert contents.left_out == {"empty": 1, "binary": 1}
+        assert {(g.reason, g.count) for g in contents.left_out} == {("empty", 1), ("not text, .bin", 1)}
     assert len(data_sets(cache)) == 1
     assert prepare(DataConfig(kind="synthetic"), progress=Phases(), vocab_size=8).contents is None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatrain.config.errors import UserError
 from megatrain.data import tokenizer as module
 from megatrain.data.config import TokenizerConfig
-from megatrain.data.text import find_corpus
+from megatrain.data.sources.corpus import find_corpus
 from megatrain.data.tokenizer import (
     EOS,
     ByteTokenizer,

@@ -6,7 +6,6 @@ import shutil
 import sysconfig
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatrain.config.errors import UserError
-from megatrain.data.text import Document, find_corpus
+from megatrain.data.sources.corpus import Corpus, find_corpus
+from megatrain.data.sources.left_out import LeftOut
+from megatrain.data.sources.parts import scan
+from megatrain.data.sources.readers import Document
 
 NOBODY = 65534
 
 
 def read(path: Path | str, field: str = "text") -> list[Document]:
     return list(find_corpus(str(path), text_field=field).documents())
+
+
+def counts(left_out: LeftOut) -> dict[str, int]:
+    """How many were left out, by reason."""
+    return {group.reason: group.count for group in left_out}
 
 
 def refusal(path: Path | str, field: str = "text") -> str:
@@ -98,11 +105,11 @@ def test_directory_is_read_recursively_in_order_of_names(tmp_path: Path) -> None
         (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
     (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     (tmp_path / "nothing.txt").touch()
-    skipped: Counter[str] = Counter()
+    skipped = LeftOut()
     documents = list(find_corpus(str(tmp_path)).documents(skipped))
     assert [d.id for d in documents] == ["a/b.md", "a/z.txt", "b.txt", "c.jsonl:1"]
     assert [d.text for d in documents] == ["a/b.md", "a/z.txt", "b.txt", "c.jsonl"]
-    assert skipped == {"binary": 1, "empty": 1}
+    assert counts(skipped) == {"not text, .png": 1, "empty": 1}
 
 
 def test_glob_takes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,28 +144,33 @@ def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    skipped: Counter[str] = Counter()
+    skipped = LeftOut()
     documents = list(find_corpus(None).documents(skipped))
     assert documents == [
         Document("a.py", "x = 1\n"),
+        Document("b.py", "x = 1\n"),  # a duplicate, which the preparation takes out
         Document("c.py", "# -*- coding: latin-1 -*-\ns = 'é'\n"),
         Document("lib2to3/j.py", "z = 3\n"),
     ]
-    assert skipped == {"duplicate": 1, "undecodable": 2, "empty": 1}
+    assert counts(skipped) == {"undecodable": 2, "empty": 1}
 
 
 def test_the_real_standard_library() -> None:
-    skipped: Counter[str] = Counter()
+    skipped = LeftOut()
     documents = list(find_corpus(None).documents(skipped))
     texts = {d.id: d.text for d in documents}
     assert "class Counter" in texts["collections/__init__.py"]
     assert len(documents) > 500
-    assert len(set(texts.values())) == len(documents)
+    assert 0 <= len(documents) - len(set(texts.values())) < 50
     assert not any(line != line.rstrip() for text in texts.values() for line in text.split("\n"))
-    assert skipped["undecodable"] < 20
+    assert counts(skipped)["undecodable"] < 20
 
 
 # --- identity ---
+
+
+def digest(corpus: Corpus) -> str:
+    return corpus.content_digest([scan(corpus, number).digest for number in range(len(corpus.files))])
 
 
 def test_stamp_and_content_digest(tmp_path: Path) -> None:
@@ -168,14 +180,14 @@ def test_stamp_and_content_digest(tmp_path: Path) -> None:
         (tmp_path / folder / "b.txt").write_text("def")
     one, two = find_corpus(str(tmp_path / "one")), find_corpus(str(tmp_path / "two"))
     assert one.stamp() == find_corpus(str(tmp_path / "one")).stamp() != two.stamp()
-    assert one.content_digest() == two.content_digest()
+    assert digest(one) == digest(two)
     before = os.stat(tmp_path / "two/a.txt")
     time.sleep(0.1)
     assert two.is_settled()
     (tmp_path / "two/a.txt").write_text("abd")  # the same size ...
     os.utime(tmp_path / "two/a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))  # ... and time
     changed = find_corpus(str(tmp_path / "two"))
-    assert changed.content_digest() != one.content_digest()
+    assert digest(changed) != digest(one)
     assert changed.stamp() != two.stamp()
 
 
@@ -212,11 +224,14 @@ def test_a_device_is_no_file() -> None:
     assert "neither a file nor a directory" in refusal("/dev/null")
 
 
-@pytest.mark.parametrize("in_directory", [False, True])
-def test_not_utf8(tmp_path: Path, in_directory: bool) -> None:
+def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("grün".encode() + "grün".encode("latin-1"))
-    message = refusal(tmp_path if in_directory else tmp_path / "a.txt")
+    message = refusal(tmp_path / "a.txt")
     assert f"{tmp_path}/a.txt is not UTF-8: byte 0xfc at offset 7" in message
+    (tmp_path / "b.txt").write_text("grün")
+    skipped = LeftOut()
+    assert list(find_corpus(str(tmp_path)).documents(skipped)) == [Document("b.txt", "grün")]
+    assert counts(skipped) == {"not UTF-8": 1}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +244,8 @@ def test_not_utf8(tmp_path: Path, in_directory: bool) -> None:
         (b'{"body": "a", "id": 1}', "a.jsonl:2 has no field 'text' (its fields: 'body', 'id')"),
         (b"{}", "a.jsonl:2 has no field 'text' (its fields: none)"),
         (b'{"text": 5}', "a.jsonl:2: field 'text' holds int, not text"),
-        (b'{"text": null}', "a.jsonl:2: field 'text' holds NoneType, not text"),
+        (b'{"text": [1]}', "a.jsonl:2: field 'text' holds list, not text"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "a.jsonl:2 is not JSON"),
         (b'{"text": "\xff"}', "a.jsonl:2 is not UTF-8: byte 0xff at offset 29 of the file"),
         (b'{"text": "\\ud800"}', "a.jsonl:2: field 'text' is not Unicode text"),
     ],
@@ -241,12 +257,12 @@ def test_bad_jsonl_line(tmp_path: Path, line: bytes, expected: str) -> None:
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    assert "has no column 'text' (its columns: 'body', 'id')" in refusal(tmp_path / "a.parquet")
+    assert "has no field 'text' (its fields: 'body', 'id')" in refusal(tmp_path / "a.parquet")
 
 
 def test_parquet_column_that_is_not_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    assert "column 'text' holds int, not text" in refusal(tmp_path / "a.parquet")
+    assert "field 'text' holds int, not text" in refusal(tmp_path / "a.parquet")
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

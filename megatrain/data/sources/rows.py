@@ -1,0 +1,100 @@
+"""The text of a row: one of its fields, a template over several, or a conversation."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatrain.config.errors import UserError
+from megatrain.data.sources.chat import Conversation, conversation_of
+from megatrain.data.template import template_parts
+
+CHAT_FIELDS = ("messages", "conversations", "conversation")
+"""Fields that hold a conversation in the usual chat files, tried when a row lacks the field `text`."""
+
+
+class RowText:
+    """Makes the text of rows, which are mappings of field names to values.
+
+    `field` is the field that holds the text; `template`, if given, says it instead: text with `{field}` in it. A
+    conversation is rendered by `conversation`.
+    """
+
+    def __init__(self, field: str, template: str | None, conversation: Conversation) -> None:
+        self.field, self.template, self._conversation = field, template, conversation
+        self._parts = None if template is None else template_parts(template)
+        self.columns = (
+            None if self._parts is None else tuple(dict.fromkeys(name for _, name in self._parts if name))
+        )
+
+    def wanted(self, names: list[str]) -> list[str]:
+        """Return those of the columns `names` that the text is made from.
+
+        Raises:
+            KeyError: they lack a field that is needed.
+        """
+        if self.columns is not None:
+            for name in self.columns:
+                if name not in names:
+                    raise KeyError(name)
+            return list(self.columns)
+        if self.field in names:
+            return [self.field]
+        chat = next((name for name in CHAT_FIELDS if name in names), None) if self.field == "text" else None
+        if chat is None:
+            raise KeyError(self.field)
+        return [chat]
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> str | None:
+        """Return the text of `row`; None if it is null.
+
+        Raises:
+            UserError: a field is missing or holds no text; names the place `where` and the row's fields.
+        """
+        try:
+            names = self.wanted(list(row))
+        except KeyError as missing:
+            raise no_field(where, missing.args[0], list(row)) from None
+        if self._parts is None:
+            return self._value(row[names[0]], names[0], where)
+        return "".join(
+            literal + ("" if name is None else self._value(row[name], name, where, number_too=True) or "")
+            for literal, name in self._parts
+        )
+
+    def _value(self, value: Any, field: str, where: str, *, number_too: bool = False) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return unicode_text(value, field, where)
+        if number_too and isinstance(value, int | float):
+            return str(value)
+        messages = conversation_of(value)
+        if messages is not None:
+            return unicode_text(self._conversation.render(messages, where), field, where)
+        kind = type(value).__name__
+        raise UserError(
+            f"{where}: field {field!r} holds {kind}, not text; set data.text_field, or data.template"
+        )
+
+
+def unicode_text(text: str, field: str, where: str) -> str:
+    """Return `text` if it can be encoded.
+
+    Raises:
+        UserError: it holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: field {field!r} is not Unicode text: {error.reason}") from None
+    return text
+
+
+def no_field(where: str, field: str, names: list[str]) -> UserError:
+    """Return the error that a row or file has no such field, with the names that it has."""
+    fields = ", ".join(map(repr, names)) or "none"
+    advice = "set data.text_field"
+    if len(names) > 1:
+        shown = json.dumps("".join(f"{{{name}}}\\n" for name in names[:3])).strip('"').replace("\\\\", "\\")
+        advice += f", or make the text from several, as in 'data.template={shown}'"
+    return UserError(f"{where} has no field {field!r} (its fields: {fields}); {advice}")

@@ -1,0 +1,211 @@
+"""The two passes over a unit of a corpus: its documents to a spool of clean text, and these to tokens.
+
+Each pass writes a folder under a temporary name and renames it, so that a folder with its final name is complete and a
+preparation that was killed goes on where it stopped. What a pass writes is a pure function of its arguments: the number
+of processes and restarts leave no trace.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatrain.data.sources.corpus import Corpus, Part
+from megatrain.data.sources.left_out import LeftOut
+from megatrain.data.store import SplitWriter
+from megatrain.data.tokenizer import Tokenizer
+
+BATCH_CHARS = 8 << 20
+"""Text given to the tokenizer at once: work for all cores, and bounded memory."""
+FACTS = np.dtype([("size", "<i8"), ("chars", "<i8"), ("digest", "u1", 16)])
+"""What the spool knows of a document: bytes and characters of its text, and the beginning of the text's SHA-256."""
+Advance = Callable[[float], None]
+"""Called with the fraction of a unit that is done."""
+
+
+class Spool(NamedTuple):
+    """The documents of a unit between the passes. `facts` `(documents,)` of type `FACTS`."""
+
+    facts: np.ndarray
+    names: list[str]
+    files: list[int]
+    """Numbers of the files that gave documents."""
+    left_out: LeftOut
+    directory: Path
+
+    def texts(self, keep: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield number and text of each document that `keep` `(documents,)` marks."""
+        with open(self.directory / "text", "rb") as stream:
+            for number, size in enumerate(self.facts["size"].tolist()):
+                if keep[number]:
+                    yield number, stream.read(size).decode()
+                else:
+                    stream.seek(size, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What the second pass does with the documents of a unit.
+
+    `keep` and `held_out` `(documents,)` mark those that are used, and those of the validation split. `tail` is the
+    document whose text from character `tail_start` on is held out, if there is one.
+    """
+
+    keep: np.ndarray
+    held_out: np.ndarray
+    tail: int | None = None
+    tail_start: int = 0
+
+
+def read_unit(
+    corpus: Corpus, parts: list[Part], directory: Path, advance: Advance = lambda share: None
+) -> None:
+    """Read the documents of `parts` into the spool `directory`.
+
+    Raises:
+        UserError: a file cannot be read, or does not contain text where it should.
+    """
+    left_out = LeftOut()
+    facts: list[tuple[int, int, bytes]] = []
+    names: list[str] = []
+    files: set[int] = set()
+    expected = sum(corpus.files[part.file].size for part in parts)
+    done = 0
+    with _completing(directory) as folder:
+        with open(folder / "text", "wb") as stream:
+            for part in parts:
+                for document in corpus.documents(left_out, [part]):
+                    content = document.text.encode()
+                    stream.write(content)
+                    facts.append((len(content), len(document.text), hashlib.sha256(content).digest()[:16]))
+                    names.append(document.id)
+                    files.add(part.file)
+                    before, done = done, done + len(content)
+                    if before >> 20 != done >> 20:
+                        advance(min(1.0, done / max(1, expected)))
+        np.save(folder / "facts.npy", _as_facts(facts))
+        described = {"names": names, "files": sorted(files), "left_out": left_out.as_json()}
+        (folder / "described.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def _as_facts(rows: list[tuple[int, int, bytes]]) -> np.ndarray:
+    found = np.zeros(len(rows), FACTS)
+    for number, (size, chars, digest) in enumerate(rows):
+        found[number] = (size, chars, np.frombuffer(digest, np.uint8))
+    return found
+
+
+def open_spool(directory: Path) -> Spool:
+    """Open what `read_unit` wrote."""
+    described = json.loads((directory / "described.json").read_text(encoding="utf-8"))
+    left_out = LeftOut(described["left_out"])
+    return Spool(
+        np.load(directory / "facts.npy"), described["names"], described["files"], left_out, directory
+    )
+
+
+def encode_unit(
+    spool: Path,
+    encoding: Encoding,
+    tokenizer: Tokenizer,
+    directory: Path,
+    advance: Advance = lambda share: None,
+) -> None:
+    """Write the tokens of a unit's documents, both splits, to `directory`.
+
+    Raises:
+        UserError: the tokenizer breaks its own vocabulary.
+    """
+    opened = open_spool(spool)
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    total = max(1, int(opened.facts["chars"][encoding.keep].sum()))
+    chars = 0
+    with _completing(directory) as folder:
+        with SplitWriter(folder, "train", **sizes) as train, SplitWriter(folder, "val", **sizes) as val:
+            for batch in _batches(_pieces(opened, encoding, tokenizer)):
+                for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+                    writer = val if piece.held_out else train
+                    writer.append(ids, text_bytes=len(piece.text.encode()), ends_document=piece.ends_document)
+                    chars += len(piece.text)
+                advance(chars / total)
+        (folder / "counts.json").write_text(json.dumps({"train": train.counts(), "val": val.counts()}))
+
+
+class Piece(NamedTuple):
+    """A part of a document that is encoded by itself."""
+
+    held_out: bool
+    text: str
+    ends_document: bool
+
+
+def _pieces(spool: Spool, encoding: Encoding, tokenizer: Tokenizer) -> Iterator[Piece]:
+    for number, text in spool.texts(encoding.keep):
+        if number == encoding.tail:
+            cut = encoding.tail_start
+            splits = [(False, text[:cut]), (True, text[cut:])]
+        else:
+            splits = [(bool(encoding.held_out[number]), text)]
+        for held_out, content in splits:
+            if content:
+                *front, last = tokenizer.pieces(content)
+                for piece in front:
+                    yield Piece(held_out, piece, ends_document=False)
+                yield Piece(held_out, last, ends_document=True)
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield pieces in groups of about BATCH_CHARS characters."""
+    batch: list[Piece] = []
+    chars = 0
+    for piece in pieces:
+        batch.append(piece)
+        chars += len(piece.text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _completing(directory: Path) -> Iterator[Path]:
+    """Yield a folder beside `directory` to write to, which takes its name when all went well."""
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    unfinished.rename(directory)
+
+
+def join_splits(folders: list[Path], directory: Path) -> dict[str, dict[str, Any]]:
+    """Join the tokens that `encode_unit` wrote to `folders`, in order; return the counts of each split.
+
+    A validation split of a single token is dropped, since it has no target.
+    """
+    totals: dict[str, dict[str, Any]] = {}
+    counts = [json.loads((folder / "counts.json").read_text()) for folder in folders]
+    for split in ("train", "val"):
+        total = {"tokens": 0, "documents": 0, "text_bytes": 0}
+        with (
+            open(directory / f"{split}.tokens", "wb") as tokens,
+            open(directory / f"{split}.documents", "wb") as documents,
+        ):
+            for folder, count in zip(folders, counts, strict=True):
+                with open(folder / f"{split}.tokens", "rb") as source:
+                    shutil.copyfileobj(source, tokens, 16 << 20)
+                starts = np.fromfile(folder / f"{split}.documents", dtype="<i8")
+                documents.write((starts + total["tokens"]).astype("<i8").tobytes())
+                total = {key: total[key] + count[split][key] for key in total}
+        totals[split] = total
+    if totals["val"]["tokens"] - totals["val"]["documents"] < 2:
+        del totals["val"]
+        for part in ("tokens", "documents"):
+            (directory / f"val.{part}").unlink()
+    return totals
