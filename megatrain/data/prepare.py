@@ -80,6 +80,8 @@ class Prepared:
     token_bytes: np.ndarray
     contents: Contents | None
     """None for synthetic data."""
+    directory: Path | None = None
+    """The token cache; None for synthetic data."""
 
 
 class Piece(NamedTuple):
@@ -175,6 +177,7 @@ def _open(directory: Path, origin: str, vocab_size: int | None) -> Prepared:
         fingerprint=index["fingerprint"],
         token_bytes=np.load(directory / "token_bytes.npy"),
         contents=_contents(index, origin),
+        directory=directory,
     )
 
 

@@ -71,7 +71,7 @@ def test_read_gives_windows(tmp_path: Path) -> None:
     write_data_set(tmp_path)
     rows = open_train(tmp_path).read(np.array([0, 7, 3]), 4)
     assert rows.tolist() == [[1, 2, 3, 9], [6, 7, 8, 9], [9, 4, 9, 5]]
-    assert rows.dtype == np.int64
+    assert rows.dtype == np.uint16
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
