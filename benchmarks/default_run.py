@@ -116,7 +116,7 @@ def peer(
         for group in optimizer.param_groups:
             group["lr"] = rate * _factor(share)
         starts = generator.integers(0, data.train.n_tokens - cfg.seq_len - 1, batch)
-        tokens = torch.from_numpy(data.train.read(starts, cfg.seq_len))
+        tokens = torch.from_numpy(data.train.read(starts, cfg.seq_len).astype(np.int64))
         # transformers shifts the labels itself
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

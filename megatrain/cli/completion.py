@@ -76,6 +76,8 @@ def candidates(line: str) -> list[str]:
 
 
 def _for_verb(verb: Verb, before: list[str], word: str) -> list[str]:
+    if verb.actions and not before and not word.startswith("-"):
+        return [name for name, _ in verb.actions]
     last = before[-1] if before else ""
     if last in ("--cfg", "-c"):
         return ["job", "schema"]

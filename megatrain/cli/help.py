@@ -46,8 +46,11 @@ def command_help() -> str:
 def verb_help(verb: Verb, argv: list[str]) -> str:
     """Return what `megatrain VERB --help [--all] [overrides]` prints; the values are those that the verb would use."""
     parts = [f"usage: megatrain {verb.name} {verb.usage}", _wrapped(_sentence(verb.summary))]
+    if verb.actions:
+        parts.append(_table("Actions", verb.actions))
     if verb.takes_config:
-        rest = [word for word in argv if word not in (*HELP_FLAGS, "--all")]
+        actions = [name for name, _ in verb.actions]
+        rest = [word for word in argv if word not in (*HELP_FLAGS, "--all", *actions)]
         parts += _config_help(parse_options(verb.name, rest), every_key="--all" in argv)
     flags = (*verb.flags, *((*FLAGS, HELP_WITH_KEYS) if verb.takes_config else (HELP,)))
     return "\n\n".join([*parts, _table("Flags", flags), _table("Examples", verb.examples)])

@@ -20,6 +20,8 @@ class Verb:
     """Whether it takes Hydra overrides and the flags of `cli/options.py`."""
     flags: tuple[tuple[str, str], ...] = ()
     """Flags of this verb alone, each with what it does."""
+    actions: tuple[tuple[str, str], ...] = ()
+    """Words of which one follows the verb, each with what it does."""
 
     def run(self, argv: list[str]) -> int:
         """Run the verb; return the exit code of the process."""
@@ -186,6 +188,47 @@ VERBS = (
         ),
         takes_config=True,
         flags=(("--fault NAME", "inject an error: dropped_reduction or doubled_tokens"),),
+    ),
+    Verb(
+        name="data",
+        summary="prepare the tokens of a config, look at them, check them, and keep the token caches in order",
+        usage="ACTION [NAME] [group=option] [key=value] [flags]",
+        examples=(
+            (
+                "megatrain data prepare data.path=my.txt",
+                "tokenize before the run, on a machine without GPUs, say",
+            ),
+            (
+                "megatrain data show data.path=my.txt --documents 3",
+                "documents, tokens, lengths, and how three documents begin",
+            ),
+            (
+                "megatrain data prune --unused-days 30 --dry-run",
+                "which caches of this machine may go; without --dry-run they do",
+            ),
+        ),
+        takes_config=True,
+        flags=(
+            ("--json", "print one JSON object instead of text; progress goes to stderr"),
+            ("--documents N", "show: print how N documents begin, spread evenly over the training data"),
+            ("--sample", "show: print the first sample that a run of this config trains on"),
+            ("--all", "verify: check all caches"),
+            ("--unused-days N", "prune: also remove caches that were not used for N days"),
+            ("--dry-run", "prune: only say what would be removed"),
+        ),
+        actions=(
+            ("prepare", "tokenize the data of a config into its cache, unless that was done before"),
+            ("show", "say what the cache NAME, or that of a config, contains"),
+            (
+                "verify",
+                "read the cache NAME, or that of a config, again and check every byte; exit code 2 if damaged",
+            ),
+            ("ls", "list the caches: origin, size, last use, and whether their sources have changed"),
+            (
+                "prune",
+                "remove caches that nothing can use: unfinished, damaged, outdated, of changed sources",
+            ),
+        ),
     ),
     Verb(
         name="doctor",

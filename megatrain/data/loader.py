@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from megatrain.data.store import TokenSource
 
 IGNORED = -100
 """Target value of positions without a loss, as in torch's cross entropy."""
+BLOCK_SAMPLES = 4096
+"""Sample ids that are computed at a time, where an epoch has so many: those of few samples would take as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +97,7 @@ class Loader:
 
     def step_batch(self, step: int) -> StepBatch:
         """Make the batch of one step."""
-        first = step * self.global_batch_size
-        ids = sample_ids(
-            first,
-            self.global_batch_size,
-            n=self.n_samples,
-            seed=self.seed,
-            fingerprint=self.store.fingerprint,
-        )
+        ids = self._sample_ids(step)
         rows = self.global_batch_size // self.size
         starts = ids[self.rank * rows : (self.rank + 1) * rows] * self.seq_len
         cuts = range(0, rows, self.micro_batch_size)
@@ -112,6 +108,19 @@ class Loader:
             valid_tokens=self._valid_tokens(ids * self.seq_len),
             digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16],
         )
+
+    def _sample_ids(self, step: int) -> np.ndarray:
+        """Return the ids of one step's samples, from those of a block of steps, which cost little more."""
+        steps = max(1, min(BLOCK_SAMPLES, self.n_samples) // self.global_batch_size)
+        block = _block_of_ids(
+            step // steps * steps * self.global_batch_size,
+            steps * self.global_batch_size,
+            n=self.n_samples,
+            seed=self.seed,
+            fingerprint=self.store.fingerprint,
+        )
+        first = step % steps * self.global_batch_size
+        return block[first : first + self.global_batch_size].copy()
 
     def _micro_batch(self, starts: np.ndarray) -> Batch:
         rows = self.store.read(starts, self.seq_len + 1)
@@ -130,31 +139,35 @@ class Loader:
 
 
 def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray | None) -> Batch:
-    """Make the tensors of `rows` `(batch, seq_len + 1)` int64, which begin at tokens `starts` `(batch,)` of the data.
+    """Make the tensors of `rows` `(batch, seq_len + 1)`, which begin at tokens `starts` `(batch,)` of the data.
 
     With `document_starts` `(documents,)` the documents of a row are separated.
     """
     batch, seq_len = rows.shape[0], rows.shape[1] - 1
-    targets = rows[:, 1:].copy()
-    positions = np.broadcast_to(np.arange(seq_len), (batch, seq_len)).copy()
-    doc_ids = None
-    if document_starts is not None:
-        begin, end = _documents_within(document_starts, starts, seq_len)
-        counts = end - begin
-        row = np.repeat(np.arange(batch), counts)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = document_starts[np.repeat(begin, counts) + nth] - starts[row]  # 1 .. seq_len
-        targets[row, place - 1] = IGNORED
-        first_tokens = np.zeros((batch, seq_len + 1), dtype=np.int64)
-        first_tokens[row, place] = 1
-        doc_ids = np.cumsum(first_tokens[:, :-1], axis=1)
-        first_tokens[row, place] = place
-        positions -= np.maximum.accumulate(first_tokens[:, :-1], axis=1)
+    tokens, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+    if document_starts is None:
+        positions = torch.arange(seq_len).repeat(batch, 1)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), positions, None)
+    begin, end = _documents_within(document_starts, starts, seq_len)
+    counts = end - begin
+    row = np.repeat(np.arange(batch), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = document_starts[np.repeat(begin, counts) + nth] - starts[row]  # 1 .. seq_len
+    targets[row, place - 1] = IGNORED
+    # The parts of documents, in all rows one after the other: where each begins, and its number within its row.
+    inside = place < seq_len
+    firsts = np.concatenate([np.arange(batch) * seq_len, (row * seq_len + place)[inside]])
+    numbers = np.concatenate([np.zeros(batch, dtype=np.int64), nth[inside] + 1])
+    order = np.argsort(firsts, kind="stable")
+    firsts, numbers = firsts[order], numbers[order]
+    lengths = np.diff(firsts, append=batch * seq_len)
+    within = np.repeat(firsts, lengths)
+    np.subtract(_numbers(batch * seq_len), within, out=within)
     return Batch(
-        tokens=torch.from_numpy(rows[:, :-1].copy()),
+        tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
-        positions=torch.from_numpy(positions),
-        doc_ids=None if doc_ids is None else torch.from_numpy(doc_ids),
+        positions=torch.from_numpy(within.reshape(batch, seq_len)),
+        doc_ids=torch.from_numpy(np.repeat(numbers, lengths).reshape(batch, seq_len)),
     )
 
 
@@ -196,6 +209,18 @@ def _documents_within(
     begin = np.searchsorted(document_starts, starts, side="right")
     end = np.searchsorted(document_starts, starts + seq_len, side="right")
     return begin, end
+
+
+@lru_cache(maxsize=4)
+def _numbers(count: int) -> np.ndarray:
+    """Return 0, 1, ..., count - 1, to be read only."""
+    return np.arange(count)
+
+
+@lru_cache(maxsize=8)
+def _block_of_ids(start: int, count: int, *, n: int, seed: int, fingerprint: str) -> np.ndarray:
+    """Return the sample ids of a block of steps, to be read only."""
+    return sample_ids(start, count, n=n, seed=seed, fingerprint=fingerprint)
 
 
 def _ahead(make: Callable[[int], StepBatch], start: int, *, count: int) -> Iterator[StepBatch]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatrain.config.errors import UserError
 from megatrain.data.build import Progress, build
+from megatrain.data.cache import mark_used
 from megatrain.data.config import DataConfig
 from megatrain.data.sources.chat import Conversation, read_conversation
 from megatrain.data.sources.corpus import Corpus, find_corpus
@@ -21,6 +22,7 @@ from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.parts import Scan, scan, units
 from megatrain.data.store import (
     FORMAT_VERSION,
+    SOURCES_FILE,
     SyntheticStore,
     TokenStore,
     build_once,
@@ -100,6 +102,7 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
         directory = _find_or_build(cfg, conversation, corpus, root, progress)
         if is_settled:
             _write_shortcut(shortcut, directory)
+    mark_used(directory)
     return _open(directory, corpus.origin, vocab_size, cfg.on_skip)
 
 
@@ -198,10 +201,10 @@ def _build(cfg: DataConfig, corpus: Corpus, scans: list[Scan], directory: Path, 
     built.tokenizer.save(directory / "tokenizer")
     np.save(directory / "token_bytes.npy", built.tokenizer.token_bytes())
     files = [
-        {"name": file.name, "size": file.size, "sha256": each.digest}
+        {"path": file.path, "name": file.name, "size": file.size, "sha256": each.digest}
         for file, each in zip(corpus.files, scans, strict=True)
     ]
-    (directory / "sources.json").write_text(json.dumps(files, indent=0), encoding="utf-8")
+    (directory / SOURCES_FILE).write_text(json.dumps(files, indent=0), encoding="utf-8")
     write_index(
         directory,
         splits=built.splits,

@@ -26,6 +26,8 @@ from megatrain.data.order import keys_of, mix64
 from megatrain.runtime.paths import cache_dir
 
 INDEX_FILE = "index.json"
+SOURCES_FILE = "sources.json"
+"""What a data set was made from: path, name, size and SHA-256 of each file."""
 FORMAT_VERSION = 1
 SPLIT_PARTS = ("tokens", "documents")
 
@@ -45,7 +47,7 @@ class TokenSource(Protocol):
     def document_starts(self) -> np.ndarray: ...
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return tokens [start, start + length) for each of `starts` `(rows,)`, as `(rows, length)` int64."""
+        """Return tokens [start, start + length) for each of `starts` `(rows,)`, as `(rows, length)` integers."""
         ...
 
 
@@ -64,8 +66,11 @@ class TokenStore:
         return len(self.tokens)
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
-        return windows[starts].astype(np.int64)
+        rows = np.empty((len(starts), length), dtype=self.tokens.dtype)
+        tokens = self.tokens.view(np.ndarray)  # slices of a memory map itself take longer to make
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            row[:] = tokens[start : start + length]
+        return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 Four kinds behind one interface: bytes (needs nothing), BPE trained here and Hugging Face's (package
 `tokenizers`), and tiktoken's rank files (package `tiktoken`). Special tokens are only inserted by the program: a
 text that happens to spell one, such as `<|endoftext|>`, is encoded as ordinary text.
+
+A long document is encoded in pieces where that provably gives the same tokens (`cuts.py`), and as one text elsewhere.
 """
 
 import base64
@@ -17,21 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatrain.config.errors import UserError
+from megatrain.data import cuts
 from megatrain.data.config import TokenizerConfig
+from megatrain.data.plain import PlainText
 from megatrain.runtime.packages import how_to_install
 
 EOS = "<|endoftext|>"
 META_FILE = "meta.json"
 HF_FILE = "tokenizer.json"
 RANKS_FILE = "ranks.tiktoken"
-
-# How text is split before BPE: words with one leading sign, up to three digits, signs together with the line
-# break and the indentation after them. On the standard library's source, at 4,096 tokens, this gives 3.71
-# bytes a token; GPT-2's pattern gives 3.36.
-BPE_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\r?\n[ \t]*)*"
-    r"|(?:[ \t]*\r?\n)+[ \t]*|\s+(?!\S)|\s+"
-)
 
 # Tried in this order in a Hugging Face tokenizer that does not name its end-of-text token.
 KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
@@ -67,10 +63,16 @@ class Tokenizer(ABC):
     def digest(self) -> str:
         """Return a digest of what each id means (not of the rules that split text into ids)."""
 
-    def pieces(self, text: str) -> Iterator[str]:
-        """TEMPORARY."""
-        for start in range(0, len(text), 1 << 20):
-            yield text[start : start + (1 << 20)]
+    @abstractmethod
+    def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
+        """Yield `text` in pieces of about `size` characters whose tokens, joined, are exactly those of the whole text.
+
+        A piece is longer where there is no such cut nearby: in a word of many megabytes, or throughout with a tokenizer
+        that no cut is proven for.
+
+        Raises:
+            UserError: a piece is too long to be encoded in a bounded amount of memory (`LONGEST_CHARS`).
+        """
 
     def encode(self, text: str) -> list[int]:
         """Encode `text` to a list of ids, without special tokens."""
@@ -85,6 +87,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
+        yield from (text[start : start + size] for start in range(0, len(text) or 1, size))
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -105,15 +110,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, inner: Any, *, eos_id: int) -> None:
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True
         self._inner = inner
         self.eos_id = eos_id
         self._tokens = {i: t for t, i in inner.get_vocab(with_added_tokens=True).items()}
         self.vocab_size = max(self._tokens) + 1
+        self._plain = PlainText(inner, eos_id=eos_id, vocab_size=self.vocab_size)
+        self._rule = cuts.cut_rule(inner)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.uint32) for e in encodings]
+        with cuts.explained_panics():
+            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = [np.array(e.ids, dtype=np.uint32) for e in encodings]
+            return [self._plain.checked(text, ids) for text, ids in zip(texts, found, strict=True)]
+
+    def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
+        return cuts.cut(text, self._rule, size)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._inner.decode([i for i in ids if i in self._tokens], skip_special_tokens=True)
@@ -166,7 +177,11 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size = max(eos_id, max(self._bytes)) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.uint32) for ids in self._inner.encode_ordinary_batch(list(texts))]
+        with cuts.explained_panics():
+            return [np.array(ids, dtype=np.uint32) for ids in self._inner.encode_ordinary_batch(list(texts))]
+
+    def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
+        return cuts.cut(text, cuts.BETWEEN_WORDS, size)
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -194,7 +209,7 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> HuggingFaceTokenizer:
     inner = tk.Tokenizer(tk.models.BPE())
     inner.pre_tokenizer = tk.pre_tokenizers.Sequence(
         [
-            tk.pre_tokenizers.Split(tk.Regex(BPE_PATTERN), behavior="isolated"),
+            tk.pre_tokenizers.Split(tk.Regex(cuts.OURS), behavior="isolated"),
             tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -327,26 +342,13 @@ class _Published(NamedTuple):
     eos_id: int
 
 
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_O200K_WORD = r"[^\r\n\p{L}\p{N}]?"
-_O200K_UPPER, _O200K_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_O200K_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K_PATTERN = (
-    rf"{_O200K_WORD}{_O200K_UPPER}*{_O200K_LOWER}+{_O200K_SUFFIX}"
-    rf"|{_O200K_WORD}{_O200K_UPPER}+{_O200K_LOWER}*{_O200K_SUFFIX}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # By the number of ranks: GPT-2, GPT-4 (cl100k), Llama 3, Qwen, GPT-4o (o200k).
 _PUBLISHED = {
-    50256: _Published(_GPT2_PATTERN, 50256),
-    100256: _Published(_CL100K_PATTERN, 100257),
-    128000: _Published(_CL100K_PATTERN, 128001),
-    151643: _Published(_CL100K_PATTERN.replace("{1,3}", ""), 151643),
-    199998: _Published(_O200K_PATTERN, 199999),
+    50256: _Published(cuts.GPT2, 50256),
+    100256: _Published(cuts.CL100K, 100257),
+    128000: _Published(cuts.CL100K, 128001),
+    151643: _Published(cuts.QWEN, 151643),
+    199998: _Published(cuts.O200K, 199999),
 }
 
 
@@ -365,7 +367,7 @@ def _read_tiktoken(path: Path, *, eos_id: int | None = None) -> TiktokenTokenize
         raise UserError(f"{path} lacks {missing} of the 256 single bytes, so some text could not be encoded")
     if len(set(ranks.values())) != len(ranks):
         raise UserError(f"{path} assigns one rank to several tokens")
-    known = _PUBLISHED.get(len(ranks), _Published(_CL100K_PATTERN, max(ranks.values()) + 1))
+    known = _PUBLISHED.get(len(ranks), _Published(cuts.CL100K, max(ranks.values()) + 1))
     return TiktokenTokenizer(ranks, eos_id=known.eos_id if eos_id is None else eos_id, pattern=known.pattern)
 
 

@@ -171,6 +171,14 @@ def amount(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def byte_size(size: float) -> str:
+    """Return a size in decimal units."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (1000, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} bytes"
+
+
 def visible(text: str) -> str:
     """Return the text with what can't be seen spelled out: control characters, and all of a blank text.
 

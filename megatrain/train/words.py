@@ -8,7 +8,7 @@ import numpy as np
 
 from megatrain.data.prepare import Contents
 from megatrain.models.flops import n_params
-from megatrain.observe.figures import Beginning, amount
+from megatrain.observe.figures import Beginning, amount, byte_size
 from megatrain.observe.watch import over_fits
 from megatrain.parallel.layout import layout_summary
 from megatrain.train.config import Config
@@ -58,13 +58,13 @@ def beginning(run: Run) -> Beginning:
         title=title,
         total_steps=cfg.train.steps,
         step=run.state.step,
-        facts=(_read(contents), _plan(cfg, steps_per_epoch)),
+        facts=(what_was_read(contents), _plan(cfg, steps_per_epoch)),
         steps_per_epoch=steps_per_epoch,
         record=run.directory / "metrics.jsonl",
     )
 
 
-def _read(contents: Contents | None) -> str:
+def what_was_read(contents: Contents | None) -> str:
     """Say what the tokens were made from, and what was left out."""
     if contents is None:
         return "Data: random tokens (data=synthetic), from which nothing can be learned."
@@ -73,7 +73,7 @@ def _read(contents: Contents | None) -> str:
     held_out = f"{amount(contents.val_tokens)} for validation" if contents.val_tokens else "nothing held out"
     left_out = contents.left_out.summary()
     return (
-        f"Data: {contents.origin}: {files}{documents}, {_size(contents.text_bytes)} of text, "
+        f"Data: {contents.origin}: {files}{documents}, {byte_size(contents.text_bytes)} of text, "
         f"{amount(contents.train_tokens)} tokens for training, {held_out}."
         + (f" Left out: {left_out}." if left_out else "")
     )
@@ -92,14 +92,6 @@ def _plan(cfg: Config, steps_per_epoch: float | None) -> str:
 def _epochs(epochs: float) -> str:
     number = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
     return f"{number} epoch{'s' * (number != '1')}"
-
-
-def _size(size: int) -> str:
-    """Return bytes in decimal units."""
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (1000, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size} bytes"
 
 
 def outcome(run: Run, reason: str, exit_code: int) -> Outcome:

@@ -16,6 +16,7 @@ from megatrain.data.store import (
     SplitWriter,
     SyntheticStore,
     TokenStore,
+    UnfinishedError,
     build_once,
     cache_root,
     open_split,
@@ -71,7 +72,7 @@ def test_read_gives_windows(tmp_path: Path) -> None:
     write_data_set(tmp_path)
     rows = open_train(tmp_path).read(np.array([0, 7, 3]), 4)
     assert rows.tolist() == [[1, 2, 3, 9], [6, 7, 8, 9], [9, 4, 9, 5]]
-    assert rows.dtype == np.int64
+    assert rows.dtype == np.uint16
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -152,12 +153,29 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
 
 
-def test_what_a_killed_builder_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".partial-set-123").mkdir()
-    (tmp_path / ".partial-set-123" / "train.tokens").write_text("half")
-    (tmp_path / ".partial-other-5").mkdir()  # of another data set, perhaps being built
-    build_once(tmp_path / "set", write_data_set, waiting=never)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [".partial-other-5", "set"]
+def test_what_a_killed_builder_left_is_there_for_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / ".partial-set").mkdir()
+    (tmp_path / ".partial-set" / "train.tokens").write_text("half")
+    (tmp_path / ".partial-other").mkdir()  # of another data set, perhaps being built
+    left: list[str] = []
+
+    def build(target: Path) -> None:
+        left.extend(path.read_text() for path in target.iterdir())
+        write_data_set(target)
+
+    build_once(tmp_path / "set", build, waiting=never)
+    assert left == ["half"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [".partial-other", "set"]
+
+
+def test_an_unfinished_build_is_kept(tmp_path: Path) -> None:
+    def build(target: Path) -> None:
+        write_data_set(target)
+        raise UnfinishedError("a process died")
+
+    with pytest.raises(UserError, match="a process died"):
+        build_once(tmp_path / "set", build, waiting=never)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [".partial-set"]
 
 
 def test_the_second_builder_waits_and_takes_the_first_ones_work(tmp_path: Path) -> None:

@@ -241,6 +241,62 @@ def test_added_tokens_that_are_text_count_their_bytes(bpe: HuggingFaceTokenizer,
     assert ours.decode(ids) == text
 
 
+def models_that_know_special_tokens() -> dict[str, tk.Tokenizer]:
+    """Tokenizers whose model would give special tokens for a text that spells them."""
+    letters = ["<unk>", "</s>", "[SEP]", "▁", *"abcSEP</s>[]|<im_end|>"]
+    words = {word: i for i, word in enumerate(dict.fromkeys(letters))}
+    found = {
+        "unigram": tk.Tokenizer(tk.models.Unigram([(w, -1.0) for w in words], unk_id=0)),
+        "bpe": tk.Tokenizer(tk.models.BPE(vocab=words, merges=[], unk_token="<unk>", ignore_merges=True)),
+        "wordpiece": tk.Tokenizer(
+            tk.models.WordPiece(
+                words | {f"##{w}": i + len(words) for w, i in words.items()}, unk_token="<unk>"
+            )
+        ),
+        "wordlevel": tk.Tokenizer(tk.models.WordLevel(words, unk_token="<unk>")),
+    }
+    for inner in found.values():
+        inner.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
+        inner.add_tokens(["<tool>"])
+        inner.add_special_tokens(["</s>", "[SEP]", "<unk>"])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "wordpiece", "wordlevel"])
+def test_models_that_know_special_tokens_get_plain_text(kind: str) -> None:
+    inner = models_that_know_special_tokens()[kind]
+    eos_id, sep_id = inner.token_to_id("</s>"), inner.token_to_id("[SEP]")
+    assert {eos_id, sep_id} <= set(inner.encode("</s> [SEP]").ids)
+    ours = HuggingFaceTokenizer(inner, eos_id=eos_id)
+    ids = ours.encode("a </s> [SEP] <tool> b ü")
+    assert {eos_id, sep_id}.isdisjoint(ids)
+    assert inner.token_to_id("<tool>") in ids
+    assert max(ids) < ours.vocab_size
+    if kind == "unigram":
+        plain = [inner.token_to_id(c) for c in "a</s>"]
+        assert ids[: len(plain)] == plain
+    assert ours.encode("a b") == [inner.token_to_id("a"), inner.token_to_id("b")]
+
+
+def test_an_added_end_token_that_is_spelled_stays_text(bpe: HuggingFaceTokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    inner = tk.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.add_tokens(["<end>", "<other>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    ours = read_tokenizer(TokenizerConfig(kind="huggingface", path=str(tmp_path)))
+    assert ours.eos_id == bpe.vocab_size
+    text = f"a <end>b<other>{EOS}"
+    ours.save(tmp_path / "again")
+    for each in (ours, load_tokenizer(tmp_path / "again")):
+        ids = each.encode(text)
+        assert each.eos_id not in ids
+        assert bpe.eos_id not in ids
+        assert bpe.vocab_size + 1 in ids  # <other> is a token of text
+        assert each.decode([*ids, each.eos_id]) == text
+        assert each.token_bytes()[ids].sum() == len(text)
+
+
 def test_vocabulary_and_merges(texts: list[str], tmp_path: Path) -> None:
     inner = tk.ByteLevelBPETokenizer()
     inner.train_from_iterator(texts, vocab_size=500, special_tokens=[EOS], show_progress=False)
