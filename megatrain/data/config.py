@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from megatrain.config.paths import PathText
 from megatrain.config.ranges import Range, Size
 from megatrain.config.schema import Problem, config
+from megatrain.data.clean.config import CleanStep, order_problems
 
 
 @config
@@ -35,6 +36,8 @@ class DataConfig:
     of the Python standard library found on this machine."""
     text_field: str = "text"
     """JSONL key or Parquet column that contains the text."""
+    clean: tuple[CleanStep, ...] = ()
+    """Cleaning steps, in the order in which they are applied to each document; [] leaves the text as it is."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     val_fraction: Annotated[float, Range(at_least=0, at_most=0.5)] = 0.01
     """Fraction of the documents held out for validation, chosen by a hash of their text; 0: none."""
@@ -50,3 +53,8 @@ class DataConfig:
             yield Problem("path", "''", "must name a file, a directory or a pattern, or be null")
         if self.kind == "synthetic" and self.path is not None:
             yield Problem("path", self.path, "synthetic data reads no path; remove it, or use data=text")
+        if self.kind == "synthetic" and self.clean:
+            yield Problem(
+                "clean", self.clean, "synthetic data has no text to clean; remove it, or use data=text"
+            )
+        yield from order_problems(self.clean)

@@ -14,6 +14,10 @@ MAX_FUNCTION_LINES = 60
 MAX_POSITIONAL_PARAMETERS = 6
 """Keyword-only ones are free: a call names them."""
 OPTIONAL = {
+    "ftfy",
+    "trafilatura",
+    "py3langid",
+    "rensa",
     "pyarrow",
     "pydantic",
     "rich",
