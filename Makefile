@@ -8,9 +8,10 @@ ARGS ?=
 
 install: .venv/.dev
 
-# What `make train` leaves out: TensorBoard files (log.tensorboard=true), comparisons with transformers (export --check).
+# What `make train` leaves out: TensorBoard files (log.tensorboard=true), comparisons with transformers (export --check), the
+# libraries of data.clean.
 extras: .venv/.run
-	$(PIP) -e '.[tensorboard,transformers]'
+	$(PIP) -e '.[tensorboard,transformers,data]'
 
 train: .venv/.run
 	@$(BIN)/megatrain train $(ARGS)

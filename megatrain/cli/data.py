@@ -62,9 +62,12 @@ def _prepare(argv: list[str]) -> int:
             )
         )
         return 0
+    from megatrain.data.clean.report import report_lines
     from megatrain.train.words import what_was_read
 
     print(what_was_read(prepared.contents))
+    if prepared.contents is not None and prepared.contents.cleaning:
+        print("\n".join(report_lines(prepared.contents.cleaning)))
     if prepared.directory is not None:
         print(f"The tokens are in {prepared.directory}.")
     return 0

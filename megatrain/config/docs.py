@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatrain.config.load import config_classes, expected, hints, kind_of
+from megatrain.config.load import config_classes, expected, hints, item_classes, kind_of
 from megatrain.config.ranges import ranges
 from megatrain.config.schema import shown
 
@@ -40,14 +40,16 @@ def describe(cls: type, prefix: str = "") -> list[Key]:
         elif classes:
             kinds = {kind_of(inner): describe(inner, f"{path}.") for inner in classes}
             default = kind_of(type(defaults[name]))
-            rows.append(
-                Key(f"{path}.kind", f"one of {', '.join(kinds)}", default, "Set by the choice of the group.")
-            )
+            doc = _own_docs(cls).get(name, "Set by the choice of the group.")
+            rows.append(Key(f"{path}.kind", f"one of {', '.join(kinds)}", default, doc))
             rows += _merged(kinds, besides=f"{path}.kind")
         else:
             bounds = str(ranges(cls).get(name, ""))
             type_ = f"{expected(hint)}; {bounds}" if bounds else expected(hint)
             rows.append(Key(path, type_, shown(defaults[name]), _own_docs(cls).get(name, "")))
+            for item in item_classes(hint):
+                kind = f"{path}[{kind_of(item)}]."
+                rows += [row for row in describe(item, kind) if row.path != f"{kind}kind"]
     return rows
 
 

@@ -61,6 +61,9 @@ def rule_problems(cfg: Any, prefix: str = "") -> Iterator[Problem]:
         value = getattr(cfg, field.name)
         if is_dataclass(value):
             yield from rule_problems(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple) and any(map(is_dataclass, value)):
+            for index, item in enumerate(value):
+                yield from rule_problems(item, f"{prefix}{field.name}[{index}].")
 
 
 def dump(cfg: Any) -> dict[str, Any]:
@@ -124,6 +127,11 @@ def config_classes(hint: Any) -> tuple[type, ...]:
     return tuple(member for member in members(hint) if is_dataclass(member) and isinstance(member, type))
 
 
+def item_classes(hint: Any) -> tuple[type, ...]:
+    """Return the config classes that the items of a list annotated with `hint` may be; empty for anything else."""
+    return config_classes(get_args(hint)[0]) if get_origin(hint) is tuple else ()
+
+
 def kind_of(cls: type) -> str:
     """Return the value of `kind` that selects this class in a union."""
     return str(get_args(hints(cls)["kind"])[0])
@@ -146,6 +154,8 @@ def accepts(hint: Any, value: object) -> bool:
 def expected(hint: Any) -> str:
     """Describe in words the values that `accepts` allows."""
     origin, args = get_origin(hint), get_args(hint)
+    if classes := item_classes(hint):
+        return f"a list of {', '.join(map(kind_of, classes))}"
     if origin in (Union, UnionType):
         return " or ".join(expected(member) for member in args)
     if origin is Literal:
@@ -217,14 +227,15 @@ class _Walk:
         known = hints(cls)  # type: ignore[arg-type]
         for key in data:
             if key not in known:
-                self.broken.append(unknown_key(self.root, f"{prefix}{key}", data[key]))
+                also = [prefix + name for name in known]
+                self.broken.append(unknown_key(self.root, f"{prefix}{key}", data[key], also))
         allowed = ranges(cls)  # type: ignore[arg-type]
         values: dict[str, Any] = {}
         for name, hint in known.items():
             if name in data:
                 before = len(self.broken)
                 value = self.value(hint, data[name], prefix + name, allowed.get(name))
-                if name in paths(cls):  # type: ignore[arg-type]
+                if value is not None and name in paths(cls):  # type: ignore[arg-type]
                     value = self.expanded(value, prefix + name)
                 if value is not None or len(self.broken) == before:
                     values[name] = value
@@ -245,6 +256,8 @@ class _Walk:
             return found
         if value is None and NoneType in members(hint):
             return None
+        if items := item_classes(hint):
+            return self.items(items, hint, value, path)
         if not classes:
             # A value that meant something in an earlier version is answered with its present form.
             changed: Mapping[object, object] = getattr(self.root, "CHANGED", {}).get(path, {})
@@ -253,17 +266,27 @@ class _Walk:
             )
             self.report(path, value, f"must be {expected(hint)}", legal)
             return None
+        if isinstance(value, str) and all(getattr(cls, "BY_NAME", False) for cls in classes):
+            value = {"kind": value}
         if not isinstance(value, Mapping):
             self.report(path, value, "must be a mapping of keys to values")
             return None
         return self.section(classes, value, path)
 
+    def items(self, classes: tuple[type, ...], hint: Any, value: Any, path: str) -> Any:
+        """Return a list of configs; None, with problems reported, if the list or one of them is illegal."""
+        if not isinstance(value, list | tuple):
+            legal = ([value],) if isinstance(value, str) and value in map(kind_of, classes) else ()
+            self.report(path, value, f"must be {expected(hint)}", legal)
+            return None
+        union = get_args(hint)[0]
+        found = tuple(self.value(union, item, f"{path}[{n}]", None) for n, item in enumerate(value))
+        return None if any(item is None for item in found) else found
+
     def expanded(self, value: Any, path: str) -> Any:
-        """Expand `~` in a path or in each of a list; None, with a problem reported, if that is impossible."""
+        """Expand `~` in a path or in each of several; None, with a problem reported, if that is impossible."""
         try:
-            if isinstance(value, tuple):
-                return tuple(expanded(each) if isinstance(each, str) else each for each in value)
-            return expanded(value) if isinstance(value, str) else value
+            return tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value)
         except UserError as error:
             self.report(path, value, str(error).partition(": ")[2])
             return None

@@ -9,7 +9,7 @@ class is reported by its `problems` method, so that a user sees all mistakes at 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, dataclass_transform
 
 from megatrain.config.errors import UserError
@@ -52,6 +52,8 @@ def shown(value: object) -> str:
         return "{...}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
+    if is_dataclass(value):
+        return f"{{{','.join(f'{each.name}:{shown(getattr(value, each.name))}' for each in fields(value))}}}"
     if isinstance(value, str) and re.fullmatch(r"|true|false|null|[-+]?\d+(\.\d*)?", value):
         return f'"{value}"'  # text that would otherwise be read as another type
     return str(value)

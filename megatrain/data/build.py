@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 
 from megatrain.config.errors import UserError
+from megatrain.data.clean.config import CorpusStep
+from megatrain.data.clean.duplicates import find_duplicates
+from megatrain.data.clean.report import CleaningReport
 from megatrain.data.config import DataConfig
 from megatrain.data.sources.corpus import Corpus, Part
 from megatrain.data.sources.left_out import LeftOut
@@ -46,6 +49,7 @@ class Built:
     documents: int
     """Documents used."""
     left_out: LeftOut
+    cleaning: CleaningReport
 
 
 def build(
@@ -63,12 +67,13 @@ def build(
     spools = [work / f"read-{number:06}" for number in range(len(units))]
     crew.each(
         read_unit,
-        [(corpus, parts, spool) for (parts, _), spool in zip(units, spools, strict=True)],
+        [(corpus, parts, cfg.clean, spool) for (parts, _), spool in zip(units, spools, strict=True)],
         [size for _, size in units],
         lambda share: progress("reading", share),
     )
     left_out = LeftOut(corpus.unlisted)
-    encodings, chars = _choose(cfg, corpus, spools, left_out)
+    cleaning = CleaningReport(cfg.clean)
+    encodings, chars = _choose(cfg, corpus, spools, left_out, cleaning)
     tokenizer = _tokenizer(cfg, spools, encodings, chars, work / "tokenizer", progress)
     folders = [work / f"tokens-{number:06}" for number in range(len(units))]
     crew.each(
@@ -86,13 +91,13 @@ def build(
             f"{corpus.origin} has too little text: {train_tokens} training tokens, but at least 2 are needed"
         )
     shutil.rmtree(work)
-    return Built(splits, tokenizer, files, documents, left_out)
+    return Built(splits, tokenizer, files, documents, left_out, cleaning)
 
 
 def _choose(
-    cfg: DataConfig, corpus: Corpus, spools: list[Path], left_out: LeftOut
+    cfg: DataConfig, corpus: Corpus, spools: list[Path], left_out: LeftOut, cleaning: CleaningReport
 ) -> tuple[list[Encoding], list[int]]:
-    """Return what is encoded of each unit, and how many characters that is; add what is not to `left_out`.
+    """Return what is encoded of each unit, and how many characters; add what is not to `left_out` and `cleaning`.
 
     The held-out split is chosen by a hash of each document's text, so that it does not depend on names or order and
     equal documents fall on one side. When that leaves one side empty (one document, or few), the tail of the longest
@@ -102,11 +107,11 @@ def _choose(
     chars: list[int] = []
     seen: set[bytes] = set()
     longest = (0, 0, 0)  # characters, unit, document
-    for unit, directory in enumerate(spools):
+    masks = _without_duplicates(cfg, spools, cleaning)
+    for unit, (directory, keep) in enumerate(zip(spools, masks, strict=True)):
         spool = open_spool(directory)
         left_out.merge(spool.left_out)
-        keep = np.ones(len(spool.facts), bool)
-        if corpus.is_stdlib:
+        if corpus.is_stdlib and not cfg.clean:
             _mark_duplicates(spool, keep, seen, left_out)
         found.append(Encoding(keep, held_out_mask(spool.facts["digest"], cfg.val_fraction)))
         sizes = np.where(keep, spool.facts["chars"], 0)
@@ -115,21 +120,49 @@ def _choose(
             longest = (int(sizes.max()), unit, int(sizes.argmax()))
     documents = sum(int(each.keep.sum()) for each in found)
     if not documents:
+        if cleaning.documents_in:
+            raise UserError(
+                f"{corpus.origin}: data.clean removed every document.\n  " + "\n  ".join(cleaning.lines())
+            )
         raise UserError(
             f"{corpus.origin} contains no text (left out: {left_out.details() or 'nothing'}). {TEXT_HINT}"
         )
     held = sum(int((each.keep & each.held_out).sum()) for each in found)
     if cfg.val_fraction > 0 and held in (0, documents):
         _, unit, number = longest
-        one = np.zeros(len(found[unit].keep), bool)
-        one[number] = True
-        (_, text), *_ = open_spool(spools[unit]).texts(one)
+        text = open_spool(spools[unit]).text(number)
         nothing = [Encoding(each.keep, np.zeros_like(each.keep)) for each in found]
         nothing[unit] = Encoding(
             found[unit].keep, nothing[unit].held_out, number, tail_start(text, cfg.val_fraction)
         )
         found = nothing
     return found, chars
+
+
+def _without_duplicates(cfg: DataConfig, spools: list[Path], cleaning: CleaningReport) -> list[np.ndarray]:
+    """Return which documents of each unit the cleaning steps of the whole corpus keep; add what they did to `cleaning`.
+
+    Holds names, sizes and fingerprints of all documents in memory: about 100 bytes each, and those of the fingerprint.
+    """
+    opened = [open_spool(spool) for spool in spools]
+    for spool in opened:
+        cleaning.merge(spool.report)
+    masks = [np.ones(len(spool.facts), bool) for spool in opened]
+    if not any(isinstance(step, CorpusStep) for step in cfg.clean) or not any(map(len, masks)):
+        return masks
+    starts = np.cumsum([0, *map(len, masks)])
+    removed = find_duplicates(np.concatenate([s.fingerprints() for s in opened if len(s.facts)]), cfg.clean)
+
+    def text_of(document: int) -> str:
+        unit = int(np.searchsorted(starts, document, side="right")) - 1
+        return opened[unit].text(document - int(starts[unit]))
+
+    names = [name for spool in opened for name in spool.names]
+    sizes = np.concatenate([spool.facts["size"] for spool in opened])
+    cleaning.add_duplicates(removed, ids=names, sizes=sizes, text_of=text_of)
+    keep = np.ones(len(names), bool)
+    keep[removed.documents] = False
+    return np.split(keep, starts[1:-1])
 
 
 def _mark_duplicates(spool: Spool, keep: np.ndarray, seen: set[bytes], left_out: LeftOut) -> None:

@@ -9,6 +9,7 @@ from megatrain.config.nearest import nearest
 from megatrain.config.paths import PathText
 from megatrain.config.ranges import Range, Size
 from megatrain.config.schema import Problem, config
+from megatrain.data.clean.config import CleanStep, order_problems
 from megatrain.data.template import template_parts
 
 
@@ -50,6 +51,8 @@ class DataConfig:
     what and why; error refuses to go on."""
     workers: Annotated[int, Range(at_least=1, at_most=1024)] | Literal["auto"] = "auto"
     """Processes that read and tokenize; auto: one for small data, else one per core. The tokens are the same."""
+    clean: tuple[CleanStep, ...] = ()
+    """Cleaning steps, in the order in which they are applied to each document; [] leaves the text as it is."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     val_fraction: Annotated[float, Range(at_least=0, at_most=0.5)] = 0.01
     """Fraction of the documents held out for validation, chosen by a hash of their text; 0: none."""
@@ -80,3 +83,8 @@ class DataConfig:
         else:
             if not codec._is_text_encoding:
                 yield Problem("encoding", self.encoding, "is no encoding of text", ("auto",))
+        if self.kind == "synthetic" and self.clean:
+            yield Problem(
+                "clean", self.clean, "synthetic data has no text to clean; remove it, or use data=text"
+            )
+        yield from order_problems(self.clean)

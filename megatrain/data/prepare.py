@@ -15,6 +15,7 @@ import numpy as np
 from megatrain.config.errors import UserError
 from megatrain.data.build import Progress, build
 from megatrain.data.cache import mark_used
+from megatrain.data.clean.steps import identity
 from megatrain.data.config import DataConfig
 from megatrain.data.sources.chat import Conversation, read_conversation
 from megatrain.data.sources.corpus import Corpus, find_corpus
@@ -51,11 +52,16 @@ class Contents:
     """Size of the text in UTF-8 bytes, both splits together."""
     left_out: LeftOut
     """What was not read, and why."""
+    cleaning: dict[str, Any] | None
+    """What `data.clean` did (`CleaningReport.as_dict`); None without it."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the contents as JSON."""
         fields = ("origin", "files", "documents", "train_tokens", "val_tokens", "text_bytes")
-        return {name: getattr(self, name) for name in fields} | {"left_out": self.left_out.as_json()}
+        return {name: getattr(self, name) for name in fields} | {
+            "left_out": self.left_out.as_json(),
+            "cleaning": self.cleaning,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +197,7 @@ def _contents(index: dict[str, Any], origin: str) -> Contents:
         val_tokens=val["tokens"],
         text_bytes=train["text_bytes"] + val["text_bytes"],
         left_out=LeftOut(index["left_out"]),
+        cleaning=index["cleaning"],
     )
 
 
@@ -215,9 +222,11 @@ def _build(cfg: DataConfig, corpus: Corpus, scans: list[Scan], directory: Path, 
             "files_read": built.files,
             "documents_read": built.documents,
             "left_out": built.left_out.as_json(),
+            "cleaning": built.cleaning.as_dict() if cfg.clean else None,
             "made_from": {
                 "path": cfg.path,
                 "text": {"field": cfg.text_field, "template": cfg.template, "encoding": cfg.encoding},
+                "clean": identity(cfg.clean),
                 "val_fraction": cfg.val_fraction,
                 "tokenizer": asdict(cfg.tokenizer),
                 "version": version("megatrain"),
@@ -231,7 +240,7 @@ def _key(cfg: DataConfig, conversation: Conversation, content: object, tokenizer
     tokenizer = cfg.tokenizer
     bpe_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
     recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.val_fraction]
-    text = [cfg.text_field, cfg.template, cfg.encoding, conversation.source]
+    text = [cfg.text_field, cfg.template, cfg.encoding, conversation.source, identity(cfg.clean)]
     parts = [*recipe, *text, tokenizer.kind, bpe_size, content, tokenizer_content]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -7,6 +7,7 @@ of processes and restarts leave no trace.
 
 import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatrain.data.clean.config import CleanStep
+from megatrain.data.clean.report import CleaningReport
+from megatrain.data.clean.steps import Cleaner
 from megatrain.data.sources.corpus import Corpus, Part
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.store import SplitWriter
@@ -30,14 +34,27 @@ Advance = Callable[[float], None]
 
 
 class Spool(NamedTuple):
-    """The documents of a unit between the passes. `facts` `(documents,)` of type `FACTS`."""
+    """The documents of a unit between the passes, cleaned. `facts` `(documents,)` of type `FACTS`."""
 
     facts: np.ndarray
     names: list[str]
     files: list[int]
     """Numbers of the files that gave documents."""
     left_out: LeftOut
+    report: CleaningReport
+    """What cleaning did to the documents of this unit."""
     directory: Path
+
+    def fingerprints(self) -> np.ndarray:
+        """Return what the cleaning steps of the whole corpus compare, `(documents, width)` uint8."""
+        found: np.ndarray = np.load(self.directory / "fingerprints.npy")
+        return found
+
+    def text(self, number: int) -> str:
+        """Return the text of one document."""
+        only = np.zeros(len(self.facts), bool)
+        only[number] = True
+        return next(self.texts(only))[1]
 
     def texts(self, keep: np.ndarray) -> Iterator[tuple[int, str]]:
         """Yield number and text of each document that `keep` `(documents,)` marks."""
@@ -64,14 +81,20 @@ class Encoding:
 
 
 def read_unit(
-    corpus: Corpus, parts: list[Part], directory: Path, advance: Advance = lambda share: None
+    corpus: Corpus,
+    parts: list[Part],
+    steps: tuple[CleanStep, ...],
+    directory: Path,
+    advance: Advance = lambda share: None,
 ) -> None:
-    """Read the documents of `parts` into the spool `directory`.
+    """Read the documents of `parts` into the spool `directory`, cleaned by `steps`.
 
     Raises:
         UserError: a file cannot be read, or does not contain text where it should.
     """
     left_out = LeftOut()
+    cleaner, report = Cleaner(steps), CleaningReport(steps)
+    fingerprints: list[bytes] = []
     facts: list[tuple[int, int, bytes]] = []
     names: list[str] = []
     files: set[int] = set()
@@ -81,15 +104,23 @@ def read_unit(
         with open(folder / "text", "wb") as stream:
             for part in parts:
                 for document in corpus.documents(left_out, [part]):
-                    content = document.text.encode()
-                    stream.write(content)
-                    facts.append((len(content), len(document.text), hashlib.sha256(content).digest()[:16]))
-                    names.append(document.id)
                     files.add(part.file)
-                    before, done = done, done + len(content)
+                    cleaned = cleaner.clean(document.text)
+                    report.add(document.id, cleaned, document.text)
+                    before, done = done, done + cleaned.sizes[0]
+                    if cleaned.text is not None:
+                        content = cleaned.text.encode()
+                        stream.write(content)
+                        facts.append((len(content), len(cleaned.text), hashlib.sha256(content).digest()[:16]))
+                        names.append(document.id)
+                        fingerprints.append(cleaner.fingerprint(cleaned.text))
                     if before >> 20 != done >> 20:
                         advance(min(1.0, done / max(1, expected)))
         np.save(folder / "facts.npy", _as_facts(facts))
+        width = len(fingerprints[0]) if fingerprints else 0
+        joined = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(len(fingerprints), width)
+        np.save(folder / "fingerprints.npy", joined)
+        (folder / "report.pickle").write_bytes(pickle.dumps(report))
         described = {"names": names, "files": sorted(files), "left_out": left_out.as_json()}
         (folder / "described.json").write_text(json.dumps(described), encoding="utf-8")
 
@@ -105,9 +136,9 @@ def open_spool(directory: Path) -> Spool:
     """Open what `read_unit` wrote."""
     described = json.loads((directory / "described.json").read_text(encoding="utf-8"))
     left_out = LeftOut(described["left_out"])
-    return Spool(
-        np.load(directory / "facts.npy"), described["names"], described["files"], left_out, directory
-    )
+    report = pickle.loads((directory / "report.pickle").read_bytes())
+    facts = np.load(directory / "facts.npy")
+    return Spool(facts, described["names"], described["files"], left_out, report, directory)
 
 
 def encode_unit(

@@ -76,7 +76,17 @@ def what_was_read(contents: Contents | None) -> str:
         f"Data: {contents.origin}: {files}{documents}, {byte_size(contents.text_bytes)} of text, "
         f"{amount(contents.train_tokens)} tokens for training, {held_out}."
         + (f" Left out: {left_out}." if left_out else "")
+        + (_cleaned(contents.cleaning) if contents.cleaning else "")
     )
+
+
+def _cleaned(report: dict[str, Any]) -> str:
+    """Say how many documents cleaning removed, and which steps did."""
+    gone = report["documents_in"] - report["documents_out"]
+    by_step = {step["kind"]: sum(step["removed"].values()) for step in report["steps"]}
+    steps = ", ".join(f"{count:,} by {kind}" for kind, count in by_step.items() if count)
+    removed = f"{gone:,} of {report['documents_in']:,} documents" + (f" ({steps})" if steps else "")
+    return f" Cleaning removed {removed}, and left {byte_size(report['bytes_out'])} of {byte_size(report['bytes_in'])}."
 
 
 def _plan(cfg: Config, steps_per_epoch: float | None) -> str:

@@ -16,6 +16,10 @@ MAX_POSITIONAL_PARAMETERS = 6
 OPTIONAL = {
     "fsspec",
     "jinja2",
+    "ftfy",
+    "trafilatura",
+    "py3langid",
+    "rensa",
     "pyarrow",
     "pydantic",
     "rich",

@@ -9,7 +9,7 @@ import pytest
 from megatrain.cli.compose import compose
 from megatrain.config.docs import describe, json_schema
 from megatrain.config.legal import confirmed, exists
-from megatrain.config.load import check, config_classes, hints, load
+from megatrain.config.load import check, config_classes, hints, item_classes, load
 from megatrain.config.ranges import FLOAT32_TINY, MAX_INT, MAX_SIZE, Range, ranges
 from megatrain.config.schema import ConfigError
 from megatrain.optim.config import MuonConfig
@@ -19,7 +19,7 @@ from megatrain.train.config import Config
 def classes(cls: type) -> Iterator[type]:
     yield cls
     for hint in hints(cls).values():  # type: ignore[arg-type]
-        for inner in config_classes(hint):
+        for inner in (*config_classes(hint), *item_classes(hint)):
             yield from classes(inner)
 
 
