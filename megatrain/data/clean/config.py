@@ -226,7 +226,7 @@ class NearDuplicatesStep:
 
     BY_NAME: ClassVar = True
     kind: Literal["near_duplicates"] = "near_duplicates"
-    threshold: Annotated[float, Range(at_least=0.3, at_most=1)] = 0.8
+    threshold: Annotated[float, Range(at_least=0.1, at_most=1)] = 0.8
     """Jaccard similarity of the sets of n-grams from which two documents count as duplicates."""
     ngram: PositiveCount = 5
     """Words per n-gram."""

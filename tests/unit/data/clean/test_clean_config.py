@@ -88,7 +88,7 @@ def test_the_command_line_takes_names_and_mappings() -> None:
          "clean[0].top_ngrams=[0.1]: must be three fractions, for n = 2, 3, 4."),
         ([{"kind": "repetition", "duplicate_ngrams": []}],
          "clean[0].duplicate_ngrams=[]: must be six fractions, for n = 5 to 10."),
-        ([{"kind": "near_duplicates", "threshold": 0}], "clean[0].threshold=0: must be between 0.3 and 1."),
+        ([{"kind": "near_duplicates", "threshold": 0}], "clean[0].threshold=0: must be between 0.1 and 1."),
         (["exact_duplicates", "pii"],
          "clean[1].kind=pii: must come before exact_duplicates, which compares whole documents as all other steps "
          "leave them."),
