@@ -74,6 +74,10 @@ class Tokenizer(ABC):
             UserError: a piece is too long to be encoded in a bounded amount of memory (`LONGEST_CHARS`).
         """
 
+    def encode_markup(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode each text as `encode_batch` does, but for special tokens that it spells, which become their ids."""
+        return self.encode_batch(texts)
+
     def encode(self, text: str) -> list[int]:
         """Encode `text` to a list of ids, without special tokens."""
         return self.encode_batch([text])[0].tolist()
@@ -122,6 +126,13 @@ class HuggingFaceTokenizer(Tokenizer):
             encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
             found = [np.array(e.ids, dtype=np.uint32) for e in encodings]
             return [self._plain.checked(text, ids) for text, ids in zip(texts, found, strict=True)]
+
+    def encode_markup(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with cuts.explained_panics():
+            marked = type(self._inner).from_str(self._inner.to_str())
+            marked.encode_special_tokens = False
+            encodings = marked.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
         return cuts.cut(text, self._rule, size)

@@ -27,8 +27,9 @@ from megatrain.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 8 << 20
 """Text given to the tokenizer at once: work for all cores, and bounded memory."""
-FACTS = np.dtype([("size", "<i8"), ("chars", "<i8"), ("digest", "u1", 16)])
-"""What the spool knows of a document: bytes and characters of its text, and the beginning of the text's SHA-256."""
+FACTS = np.dtype([("size", "<i8"), ("chars", "<i8"), ("digest", "u1", 16), ("markup", "?")])
+"""What the spool knows of a document: bytes and characters of its text, the beginning of the text's SHA-256, and
+whether special tokens in it are meant as such."""
 Advance = Callable[[float], None]
 """Called with the fraction of a unit that is done."""
 
@@ -95,7 +96,7 @@ def read_unit(
     left_out = LeftOut()
     cleaner, report = Cleaner(steps), CleaningReport(steps)
     fingerprints: list[bytes] = []
-    facts: list[tuple[int, int, bytes]] = []
+    facts: list[tuple[int, int, bytes, bool]] = []
     names: list[str] = []
     files: set[int] = set()
     expected = sum(corpus.files[part.file].size for part in parts)
@@ -111,7 +112,8 @@ def read_unit(
                     if cleaned.text is not None:
                         content = cleaned.text.encode()
                         stream.write(content)
-                        facts.append((len(content), len(cleaned.text), hashlib.sha256(content).digest()[:16]))
+                        digest = hashlib.sha256(content).digest()[:16]
+                        facts.append((len(content), len(cleaned.text), digest, document.markup))
                         names.append(document.id)
                         fingerprints.append(cleaner.fingerprint(cleaned.text))
                     if before >> 20 != done >> 20:
@@ -125,10 +127,10 @@ def read_unit(
         (folder / "described.json").write_text(json.dumps(described), encoding="utf-8")
 
 
-def _as_facts(rows: list[tuple[int, int, bytes]]) -> np.ndarray:
+def _as_facts(rows: list[tuple[int, int, bytes, bool]]) -> np.ndarray:
     found = np.zeros(len(rows), FACTS)
-    for number, (size, chars, digest) in enumerate(rows):
-        found[number] = (size, chars, np.frombuffer(digest, np.uint8))
+    for number, (size, chars, digest, markup) in enumerate(rows):
+        found[number] = (size, chars, np.frombuffer(digest, np.uint8), markup)
     return found
 
 
@@ -160,7 +162,8 @@ def encode_unit(
     with _completing(directory) as folder:
         with SplitWriter(folder, "train", **sizes) as train, SplitWriter(folder, "val", **sizes) as val:
             for batch in _batches(_pieces(opened, encoding, tokenizer)):
-                for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
+                encode = tokenizer.encode_markup if batch[0].markup else tokenizer.encode_batch
+                for piece, ids in zip(batch, encode([p.text for p in batch]), strict=True):
                     writer = val if piece.held_out else train
                     writer.append(ids, text_bytes=len(piece.text.encode()), ends_document=piece.ends_document)
                     chars += len(piece.text)
@@ -174,6 +177,7 @@ class Piece(NamedTuple):
     held_out: bool
     text: str
     ends_document: bool
+    markup: bool
 
 
 def _pieces(spool: Spool, encoding: Encoding, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -185,17 +189,21 @@ def _pieces(spool: Spool, encoding: Encoding, tokenizer: Tokenizer) -> Iterator[
             splits = [(bool(encoding.held_out[number]), text)]
         for held_out, content in splits:
             if content:
-                *front, last = tokenizer.pieces(content)
+                markup = bool(spool.facts["markup"][number])
+                *front, last = [content] if markup else tokenizer.pieces(content)
                 for piece in front:
-                    yield Piece(held_out, piece, ends_document=False)
-                yield Piece(held_out, last, ends_document=True)
+                    yield Piece(held_out, piece, ends_document=False, markup=markup)
+                yield Piece(held_out, last, ends_document=True, markup=markup)
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces in groups of about BATCH_CHARS characters."""
+    """Yield pieces in groups of about BATCH_CHARS characters, those with markup apart."""
     batch: list[Piece] = []
     chars = 0
     for piece in pieces:
+        if batch and piece.markup != batch[0].markup:
+            yield batch
+            batch, chars = [], 0
         batch.append(piece)
         chars += len(piece.text)
         if chars >= BATCH_CHARS:

@@ -15,10 +15,14 @@ DELIMITERS = ",;\t|"
 
 
 class Document(NamedTuple):
-    """One text and its origin: `file`, `file:line` or `file:row`, counted from 1."""
+    """One text and its origin: `file`, `file:line` or `file:row`, counted from 1.
+
+    `markup`: special tokens that the text spells are meant as such, since a chat template wrote them.
+    """
 
     id: str
     text: str
+    markup: bool = False
 
 
 class Reader(NamedTuple):
@@ -45,7 +49,7 @@ class Reader(NamedTuple):
         else:
             raise UserError(f"{where} is not a JSON object with a field {self.row_text.field!r}")
         if text:
-            yield Document(name, text)
+            yield Document(name, text, isinstance(value, Mapping) and self.row_text.is_markup(value))
         else:
             self.left_out.add_row(name, "null" if text is None else "empty")
 

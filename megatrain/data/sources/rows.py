@@ -61,6 +61,12 @@ class RowText:
             for literal, name in self._parts
         )
 
+    def is_markup(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the text of `row` comes from a chat template, whose special tokens are meant as such."""
+        if self._conversation.source is None or self._parts is not None:
+            return False
+        return not isinstance(row[self.wanted(list(row))[0]], str)
+
     def _value(self, value: Any, field: str, where: str, *, number_too: bool = False) -> str | None:
         if value is None:
             return None

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from megatrain.data.sources.corpus import Corpus, find_corpus
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.parts import scan, units
 from megatrain.data.template import template_parts
+from megatrain.data.tokenizer import train_bpe
 
 CORPORA = Path(__file__).parents[3] / "corpora"
 """Files that pandas, datasets, jq, gzip and others wrote (make.py)."""
@@ -139,6 +141,36 @@ def test_conversations_by_the_template_of_the_tokenizer(tmp_path: Path) -> None:
     conversation = read_conversation(TokenizerConfig(kind="huggingface", path=str(tmp_path)))
     found = texts(find_corpus(str(CORPORA / "sharegpt.json"), conversation=conversation))
     assert found[1] == "<|user|>\nSquare the number 2.</s>\n<|assistant|>\nIt is 4.</s>\n"
+
+
+def test_special_tokens_of_a_chat_template_become_their_ids_as_transformers_has_it(tmp_path: Path) -> None:
+    """The reference is `apply_chat_template`; what a plain text spells stays text."""
+    transformers = pytest.importorskip("transformers")
+    trained = train_bpe(iter(LINES), vocab_size=300)
+    trained._inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    (tmp_path / "tok").mkdir()
+    trained.save_pretrained(tmp_path / "tok")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "tok")
+    message = "'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n'"
+    reference.chat_template = f"{{% for m in messages %}}{{{{ {message} }}}}{{% endfor %}}"
+    reference.save_pretrained(tmp_path / "tok")
+    messages = [{"role": "user", "content": "Square 2."}, {"role": "assistant", "content": "It is 4."}]
+    plain = "a <|im_end|> in a text"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"messages": messages}) + "\n" + json.dumps({"text": plain}) + "\n"
+    )
+    cfg = DataConfig(
+        path=str(tmp_path / "a.jsonl"),
+        cache_dir=str(tmp_path / "cache"),
+        val_fraction=0.0,
+        tokenizer=TokenizerConfig(kind="huggingface", path=str(tmp_path / "tok")),
+    )
+    found = prepare(cfg, progress=lambda *_: None)
+    first, second = np.split(np.asarray(found.train.tokens), found.train.document_starts[1:])
+    expected = reference.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert first[:-1].tolist() == expected
+    assert reference.convert_tokens_to_ids("<|im_end|>") in first
+    assert found.tokenizer.decode(second) == plain
 
 
 def test_a_folder_of_everything_says_what_it_left_out(tmp_path: Path) -> None:
