@@ -58,16 +58,22 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
     return firsts[::-1]
 
 
-def layer_costs(plan: Plan) -> list[float]:
-    """Return the multiplications that one token costs in each layer; the head counts with the last one."""
-    costs = [float(plan.block_products(layer)) for layer in range(len(plan.blocks))]
+def layer_costs(plan: Plan, seq_len: int) -> list[float]:
+    """Return the multiplications that one token costs in each layer; the head counts with the last one.
+
+    Counted are the experts that a token is routed to, and attention over the `seq_len` tokens of a sequence.
+    """
+    costs = [
+        plan.block_products(layer) + attention.products_per_token(seq_len)
+        for layer, attention in enumerate(plan.attention)
+    ]
     costs[-1] += plan.head_products
     return costs
 
 
-def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig) -> range:
+def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig, seq_len: int) -> range:
     """Return the layers of `stage`: as given by `pp_split`, or chosen for about equal cost."""
-    firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(plan), cfg.stages)
+    firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(plan, seq_len), cfg.stages)
     return range(firsts[stage], [*firsts, len(plan.blocks)][stage + 1])
 
 

@@ -65,7 +65,15 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         with torch.device("meta"):
             return spec.build(cfg.model).to(master_dtype)
 
-    parallel = parallelize(make_model, plan, mesh, cfg.parallel, compute_dtype=compute_dtype, float8=float8)
+    parallel = parallelize(
+        make_model,
+        plan,
+        mesh,
+        cfg.parallel,
+        seq_len=cfg.seq_len,
+        compute_dtype=compute_dtype,
+        float8=float8,
+    )
     for model in parallel.models:
         model.to_empty(device=device)
         init_weights(model, plan, seed=cfg.train.seed, shard_of=shard_of)
