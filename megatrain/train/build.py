@@ -77,7 +77,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     for model in parallel.models:
         model.to_empty(device=device)
         init_weights(model, plan, seed=cfg.train.seed, shard_of=shard_of)
-        use_experts_backend(model, cfg.moe.backend)
+        use_experts_backend(model, cfg.moe.backend, compute_dtype)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles)
