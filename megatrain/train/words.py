@@ -34,6 +34,8 @@ class Outcome:
     """Bits per byte of the held-out text for each nat per token; None where tokens have no text."""
     prompt: str = ""
     """What samples of text begin with."""
+    has_report: bool = False
+    """Whether `report.html` shows the run up to here."""
 
     @property
     def kind(self) -> Literal["finished", "early stop", "stop_at", "signal"]:
@@ -102,7 +104,7 @@ def _size(size: int) -> str:
     return f"{size} bytes"
 
 
-def outcome(run: Run, reason: str, exit_code: int) -> Outcome:
+def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool) -> Outcome:
     """Return how the attempt of `run` ended."""
     return Outcome(
         exit_code=exit_code,
@@ -112,6 +114,7 @@ def outcome(run: Run, reason: str, exit_code: int) -> Outcome:
         watch=run.state.watch,
         bits_per_nat=_bits_per_nat(run),
         prompt=prompt_of(run),
+        has_report=has_report,
     )
 
 
