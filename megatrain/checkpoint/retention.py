@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from megatrain.checkpoint.files import make_directory, sync_directory, write_file
+from megatrain.config.errors import UserError
 
 QUARANTINE = "quarantine"
 REASON_FILE = "reason.json"
@@ -34,11 +35,17 @@ def unique_name(prefix: str, step: int) -> str:
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Return the steps with a committed checkpoint in ascending order, from the directory names alone."""
+    """Return the steps with a committed checkpoint in ascending order, from the directory names alone.
+
+    Raises:
+        UserError: the directory can't be read.
+    """
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(f"{directory} can't be read: {error.strerror}") from None
     found = (STEP_NAME.fullmatch(name) for name in names)
     return sorted(step for match in found if match and step_name(step := int(match[1])) == match[0])
 

@@ -16,41 +16,29 @@ from megatrain.train.config import Config
 if TYPE_CHECKING:
     from megatrain.train.words import Outcome
 
-REPORT_BYTES = 32 << 20
-"""A larger metrics.jsonl is not made into a page at the end of the run: that would take more than half a second."""
-
 
 def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
-    """Write the report, then say all that is to be said; `argv` are the words after `megatrain train`."""
+    """Say all that is to be said; `argv` are the words after `megatrain train`."""
     from megatrain.observe.figures import say
     from megatrain.train.files import run_directory
     from megatrain.train.words import ending, reached
 
     directory = run_directory(cfg)
-    page = _report(directory)
     shown = [] if done.kind == "signal" else _sample(cfg, done.prompt)
     if shown:
         say("\nA sample of text from the model:\n")
         say("".join(shown))
     kept = "metrics.jsonl, events.jsonl, checkpoints/, config.yaml"
     say("\n" + "\n".join([ending(cfg, done), *reached(done)]))
-    say(f"The run is in {directory}: {'report.html (its curves), ' if page else ''}{kept}.")
+    say(f"The run is in {directory}: {'report.html (its curves), ' if done.has_report else ''}{kept}.")
     again, what = _go_on(cfg, done, argv)
     if done.kind != "signal":
-        say("\n".join(["Go on with:", *(f"  {command}" for command in _commands(cfg, directory))]))
+        say(
+            "\n".join(
+                ["Go on with:", *(f"  {command}" for command in _commands(cfg, directory, done.prompt))]
+            )
+        )
     say(f"{what}:\n  {again}")
-
-
-def _report(directory: Path) -> Path | None:
-    """Write the run's page; None where that would take long, or fails: it must not change how a run ends."""
-    from megatrain.observe.report.page import report
-
-    try:
-        if (directory / "metrics.jsonl").stat().st_size > REPORT_BYTES:
-            return None
-        return report([directory])
-    except Exception:
-        return None
 
 
 def _sample(cfg: Config, prompt: str) -> list[str]:
@@ -71,19 +59,18 @@ def _sample(cfg: Config, prompt: str) -> list[str]:
         return [f"(none: {type(error).__name__}: {error})"]
 
 
-def prompt_for(cfg: Config) -> str:
-    """Return what a sample begins with: Python's `def` where the run reads Python, else nothing."""
-    from megatrain.train.sample import PYTHON_PROMPT
-
-    return PYTHON_PROMPT if cfg.data.kind == "text" and cfg.data.path is None else ""
-
-
-def _commands(cfg: Config, directory: Path) -> list[str]:
-    """Return the commands that use what the run has made."""
+def _commands(cfg: Config, directory: Path, prompt: str) -> list[str]:
+    """Return the commands that use what the run has made; `prompt` is what its samples begin with."""
     run = shlex.quote(str(directory))
-    generate = f'megatrain generate {run} "{prompt_for(cfg) or "Once"}"'
+    generate = f"megatrain generate {run} {shlex.quote(_on_one_line(prompt))}"
     others = [f"megatrain report {run}", f"megatrain export {run} {shlex.quote(_new_directory(cfg))}"]
     return [generate, *others] if cfg.data.kind == "text" else others
+
+
+def _on_one_line(prompt: str) -> str:
+    """Return the first line of `prompt`, or a word in its place where that would not do as an argument."""
+    line = next((line for line in prompt.splitlines() if line.strip()), "")
+    return line if line.isprintable() and not line.startswith("-") and line else "Once"
 
 
 def _go_on(cfg: Config, done: "Outcome", argv: Sequence[str]) -> tuple[str, str]:

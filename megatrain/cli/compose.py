@@ -4,6 +4,7 @@ Hydra stops at its first error; here an override that fails is recorded and left
 that one message names every mistake in the overrides, the files and the values.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -70,7 +71,9 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
             data["model"] = dump(imported.model)
     broken += _recipe_problems(data.pop("recipe", None))
     cfg, wrong = check(Config, data)
-    if not (run_directory(cfg) / CONFIG_FILE).exists():
+    if not os.path.exists(
+        run_directory(cfg) / CONFIG_FILE
+    ):  # not Path's, which raises for a name that is too long
         wrong += cfg.new_run_problems()
     wrong = confirmed(Config, data, wrong, Config.new_run_problems)
     reported = {problem.field for problem in broken}
@@ -167,7 +170,11 @@ def _imported(data: dict[str, Any]) -> Config | None:
     try:
         directory = Path(data["run"]["dir"]) / data["run"]["name"]
         return read_config(directory) if (directory / IMPORT_FILE).is_file() else None
-    except (KeyError, TypeError):  # missing or of a wrong type: the config classes report it
+    except (
+        KeyError,
+        TypeError,
+        OSError,
+    ):  # missing, of a wrong type or too long: the config classes report it
         return None
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 unexpected error (with traceback); 2 invalid config or inp
 75 stopped by a signal with everything saved; 130 interrupted before training began.
 """
 
+import errno
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         abandon_output()
         return 141
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # of a run, a file or a directory: nothing can be there
+            print(f"megatrain: {error.filename}: the name is too long for a file", file=sys.stderr)
+            return UserError.exit_code
         if not output_is_broken():
             raise
         abandon_output()

@@ -71,6 +71,9 @@ def _not_here(path: str, value: object, tree: DictConfig) -> Problem | None:
     """Report a key that exists, but not in the options chosen here; None if that is not the reason."""
     parent, _, name = path.rpartition(".")
     section = OmegaConf.select(tree, parent)
+    group = path.partition(".")[0]
+    if group not in tree:  # a primary config of the user's own
+        return Problem(path, value, f"the config file chooses no option of {group}; write +{path}=VALUE")
     if section is None:  # as model.rope_scaling is, unless set
         return Problem(path, value, f"{parent} is null; write '{parent}={{{name}:VALUE}}'")
     if OmegaConf.is_dict(section) and "kind" in section:

@@ -1,6 +1,5 @@
 """`megatrain train`."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +17,7 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
+    from megatrain.observe.report.page import REPORT_FILE
     from megatrain.train.files import run_directory
     from megatrain.train.loop import DivergedError
     from megatrain.train.main import run as train  # imports torch, so only once the config is valid
@@ -26,8 +26,9 @@ def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
         done = train(cfg, processes)
     except DivergedError as error:
         if processes.is_first:
-            curves = shlex.quote(str(run_directory(cfg)))
-            print(f"megatrain: {error} Its curves: megatrain report {curves}", file=sys.stderr)
+            page = run_directory(cfg) / REPORT_FILE
+            curves = f" Its curves are in {page}." if page.exists() else ""
+            print(f"megatrain: {error}{curves}", file=sys.stderr)
         return 1
     if cfg.log.display != "off" and processes.is_first:
         with unbreakable_output():  # the run is done and saved, whether or not anyone reads this

@@ -93,12 +93,32 @@ class Weight:
             yield f"{name}.bias", self.shape[:1]
 
 
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What attention of one block computes beside the products with its weights."""
+
+    products: int
+    """Multiplications for each pair of a query and a key: scores and values of all heads."""
+    window: int | None = None
+    """Sliding window in tokens; None for full attention."""
+
+    def products_per_token(self, seq_len: int) -> float:
+        """Return the multiplications for one token, as a mean over a causal sequence of `seq_len` tokens."""
+        window = min(self.window or seq_len, seq_len)
+        pairs = (
+            window * seq_len - window * (window - 1) / 2
+        )  # the first tokens see fewer keys than the window has
+        return self.products * pairs / seq_len
+
+
 @dataclass(frozen=True)
 class Plan:
     """All weights of a model: those of each block by their name in it, and those around the blocks."""
 
     blocks: tuple[Mapping[str, Weight], ...]
     ends: Mapping[str, Weight]
+    attention: tuple[Attention, ...]
+    """That of each block."""
 
     @cached_property
     def weights(self) -> dict[str, Weight]:

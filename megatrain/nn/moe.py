@@ -126,15 +126,15 @@ KERNELS = {"auto": "auto", "loop": "reference", "grouped_mm": "torch", "triton":
 """`moe.backend` -> backend of `grouped_gemm`."""
 
 
-def use_experts_backend(model: nn.Module, backend: str) -> None:
+def use_experts_backend(model: nn.Module, backend: str, compute_dtype: torch.dtype) -> None:
     """Let all experts of `model`, which is already on its device, multiply by the `moe.backend` of that name.
 
     Raises:
-        UserError: it is not installed, or cannot run on the model's device.
+        UserError: it is not installed, or cannot compute in `compute_dtype` on the model's device.
     """
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         if backend == "megablocks":
-            check_megablocks()
+            check_megablocks(experts.gate.device, compute_dtype)
             replace_seam(experts, "product", megablocks_product)
             continue
         if backend == "triton" and not triton_runs_on(experts.gate):

@@ -3,7 +3,7 @@
 from functools import cache
 
 from megatrain.nn.config import GATED, DecoderConfig, ExpertsConfig, MLAConfig
-from megatrain.nn.contract import Plan, Role, Weight
+from megatrain.nn.contract import Attention, Plan, Role, Weight
 
 Weights = dict[str, Weight]
 
@@ -20,7 +20,13 @@ def decoder_plan(cfg: DecoderConfig) -> Plan:
     if not cfg.tie_embeddings:
         head = Role.VOCABULARY | Role.HEAD
         ends["head"] = Weight((cfg.vocab_size, hidden), head, size_key="model.vocab_size")
-    return Plan(tuple(block_weights(cfg, layer) for layer in range(cfg.n_layers)), ends)
+    layers = range(cfg.n_layers)
+    pair = cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim)
+    return Plan(
+        tuple(block_weights(cfg, layer) for layer in layers),
+        ends,
+        tuple(Attention(pair, cfg.window(layer)) for layer in layers),
+    )
 
 
 def block_weights(cfg: DecoderConfig, layer: int) -> Weights:

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -61,6 +62,7 @@ class LiveDisplay:
         self._sample = ""
         self._next_drawing = float("-inf")
         self._started = False
+        self._width = self._console.width
 
     def phase(self, name: str, fraction: float) -> None:
         is_new = name != self._phase[0]
@@ -74,10 +76,8 @@ class LiveDisplay:
             self._notices.append(f"resumed at step {beginning.step}")
         if beginning.record is not None and beginning.step:
             self._take_up(beginning)
-        with unbreakable_output():  # above the part that is drawn again and again
-            self._console.print(Text(beginning.title, style="bold"))
-            for fact in beginning.facts:
-                self._console.print(Text(fact, style="dim"))
+        with unbreakable_output():
+            self._print_head(beginning)
         self._draw(force=True)
 
     def step(self, row: Row) -> None:
@@ -129,9 +129,29 @@ class LiveDisplay:
             if not self._started:
                 self._live.start()
                 self._started = True
+            elif self._console.width < self._width:
+                self._begin_screen()
+            self._width = self._console.width
             self._live.update(self._picture(), refresh=True)
         ended = time.monotonic()
         self._next_drawing = ended + max(REFRESH_S, (ended - began) / DRAWING_SHARE)
+
+    def _print_head(self, beginning: Beginning) -> None:
+        """Print what stands above the part that is drawn again and again."""
+        self._console.print(Text(beginning.title, style="bold"))
+        for fact in beginning.facts:
+            self._console.print(Text(fact, style="dim"))
+
+    def _begin_screen(self) -> None:
+        """Go on at the top of an empty screen: what was on it scrolls up.
+
+        Most terminals wrap lines anew that have become too long for them, some cut them, and none says how many rows
+        the last drawing takes now, so it can't be drawn over.
+        """
+        self._console.file.write("\n" * self._console.height)
+        self._console.control(Control.home())
+        if self._beginning is not None:
+            self._print_head(self._beginning)
 
     def _picture(self) -> RenderableType:
         width = self._console.width

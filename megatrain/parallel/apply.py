@@ -125,6 +125,7 @@ def parallelize(
     mesh: Mesh | None,
     cfg: ParallelConfig,
     *,
+    seq_len: int,
     compute_dtype: torch.dtype,
     float8: Scaling | None = None,
 ) -> ParallelModel:
@@ -137,10 +138,11 @@ def parallelize(
         make_model: returns the full model on the meta device.
         plan: the model's weights and their roles.
         mesh: None in a run of one process.
+        seq_len: tokens of a training sequence, which decide with the layers' sizes where a pipeline is cut.
         compute_dtype: dtype in which FSDP gathers parameters.
         float8: granularity of the scales of linear layers in fp8; None if they compute in `compute_dtype`.
     """
-    models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg))
+    models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg, seq_len))
     for model in models:
         if mesh is not None and cfg.ep > 1:
             expert_parallel(model, plan, mesh, cfg)
@@ -159,7 +161,7 @@ def parallelize(
 
 
 def _stages(
-    make_model: Callable[[], Decoder], plan: Plan, mesh: Mesh, cfg: ParallelConfig
+    make_model: Callable[[], Decoder], plan: Plan, mesh: Mesh, cfg: ParallelConfig, seq_len: int
 ) -> Iterator[Decoder]:
     """Yield the pipeline stages of this rank, or the full model without a pipeline."""
     if cfg.pp == 1:
@@ -167,7 +169,7 @@ def _stages(
         return
     for stage in own_stages(mesh.coordinate("pp"), cfg):
         model = make_model()
-        model.keep_layers(stage_layers(stage, plan, cfg))
+        model.keep_layers(stage_layers(stage, plan, cfg, seq_len))
         yield model
 
 

@@ -66,6 +66,25 @@ def before_micro_batch(model: nn.Module, *, is_last: bool, zero_stage: int) -> N
     model.set_is_last_backward(is_last)
 
 
+def finish_backward(model: FSDPModule) -> None:
+    """Reduce and free as `before_micro_batch` has set, after a backward pass that FSDP's hooks did not see.
+
+    As `PipelineStage.perform_reduce_grad` of torch 2.13 does it.
+    """
+    root = fully_shard.state(model)  # type: ignore[attr-defined]
+    for state in root._state_ctx.all_states:
+        for group in state._fsdp_param_groups:
+            group.post_backward()
+    root._root_post_backward_final_callback()
+
+
+def unshard(model: nn.Module) -> None:
+    """Gather all parameters; those that are gathered stay as they are."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
 def reshard(model: nn.Module) -> None:
     """Drop the gathered parameters, so that the next pass gathers their present values."""
     for module in model.modules():

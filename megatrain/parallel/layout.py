@@ -11,7 +11,7 @@ from itertools import pairwise
 from megatrain.config.errors import UserError
 from megatrain.config.schema import Problem, nearest_divisors
 from megatrain.nn.contract import Plan, Role
-from megatrain.parallel.config import MULTI_STAGE, SPLIT_BACKWARD, V_SHAPED, ParallelConfig
+from megatrain.parallel.config import MULTI_STAGE, V_SHAPED, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Mesh axes from outermost to innermost: ranks that differ only in tp are adjacent."""
@@ -140,12 +140,6 @@ def _pipeline(cfg: ParallelConfig, n_layers: int, micro_batches: int) -> Iterato
                 f"must be {cfg.stages - 1} increasing layer indices between 0 and model.n_layers ({n_layers})"
             )
             yield Problem("parallel.pp_split", cfg.pp_split, rule)
-    if cfg.pp_schedule in SPLIT_BACKWARD and cfg.zero_stage == 3:
-        rule = f"{cfg.pp_schedule} delays the weight-gradient pass until ZeRO stage 3 has freed the weights"
-        yield Problem("parallel.zero_stage", cfg.zero_stage, rule, (1, 2))
-    if cfg.pp_schedule in SPLIT_BACKWARD and cfg.tp > 1:
-        rule = f"{cfg.pp_schedule} runs the weight-gradient pass separately, which is incompatible with tp collectives"
-        yield Problem("parallel.tp", cfg.tp, rule, (1,))
     needed = 2 * cfg.pp if cfg.pp_schedule == "dualpipe_v" else cfg.pp
     if cfg.pp_schedule in MULTI_STAGE and (micro_batches < needed or micro_batches % cfg.pp):
         rule = f"{cfg.pp_schedule} needs at least {needed} micro-batches and a multiple of pp, not {micro_batches}"

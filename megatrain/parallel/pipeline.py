@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -25,6 +24,7 @@ from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import stage_rank
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import local_tensor
+from megatrain.parallel.stage import Stage
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -58,16 +58,22 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
     return firsts[::-1]
 
 
-def layer_costs(plan: Plan) -> list[float]:
-    """Return the multiplications that one token costs in each layer; the head counts with the last one."""
-    costs = [float(plan.block_products(layer)) for layer in range(len(plan.blocks))]
+def layer_costs(plan: Plan, seq_len: int) -> list[float]:
+    """Return the multiplications that one token costs in each layer; the head counts with the last one.
+
+    Counted are the experts that a token is routed to, and attention over the `seq_len` tokens of a sequence.
+    """
+    costs = [
+        plan.block_products(layer) + attention.products_per_token(seq_len)
+        for layer, attention in enumerate(plan.attention)
+    ]
     costs[-1] += plan.head_products
     return costs
 
 
-def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig) -> range:
+def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig, seq_len: int) -> range:
     """Return the layers of `stage`: as given by `pp_split`, or chosen for about equal cost."""
-    firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(plan), cfg.stages)
+    firsts = [0, *cfg.pp_split] if cfg.pp_split else balanced(layer_costs(plan, seq_len), cfg.stages)
     return range(firsts[stage], [*firsts, len(plan.blocks)][stage + 1])
 
 
@@ -149,7 +155,7 @@ class Pipeline:
         key = (rows, seq, micro_batch_size)
         if key not in self._schedules:
             kind = get_schedule_class(SCHEDULES[self.cfg.pp_schedule])
-            stages = self._make_stages(micro_batch_size, seq)
+            stages = self._make_stages(rows // micro_batch_size, micro_batch_size, seq)
             options = {
                 "n_microbatches": rows // micro_batch_size,
                 "loss_fn": self._loss,
@@ -162,7 +168,7 @@ class Pipeline:
                 self._schedules[key] = kind(stages, **options)
         return self._schedules[key]
 
-    def _make_stages(self, rows: int, seq: int) -> list[PipelineStage]:
+    def _make_stages(self, micro_batches: int, rows: int, seq: int) -> list[Stage]:
         device = next(self.models[0].parameters()).device
         tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
         hidden = torch.empty(
@@ -177,7 +183,7 @@ class Pipeline:
         loss = torch.empty(1, dtype=wide, device="meta", requires_grad=True)
         numbers = own_stages(self.mesh.coordinate("pp"), self.cfg)
         return [
-            PipelineStage(
+            Stage(
                 model,
                 number,
                 self.cfg.stages,
@@ -185,6 +191,10 @@ class Pipeline:
                 input_args=tokens if number == 0 else hidden,
                 output_args=loss if number == self.cfg.stages - 1 else hidden,
                 group=self.mesh.pp.get_group(),
+                micro_batches=micro_batches,
+                zero_stage=self.cfg.zero_stage,
+                # Each pass would recompute the activations again: one for the inputs, and one for each weight.
+                splits_backward=self.cfg.activation_checkpointing == "none",
             )
             for number, model in zip(numbers, self.models, strict=True)
         ]

@@ -21,7 +21,7 @@ from megatrain.parallel.layout import layout_summary
 from megatrain.parallel.mesh import make_mesh
 from megatrain.runtime.device import Peak, choose_precision, memory_bytes, peak_flops, pick_device
 from megatrain.runtime.processes import Processes
-from megatrain.train.auto import resolve_auto
+from megatrain.train.auto import require_memory, resolve_auto
 from megatrain.train.bench_facts import (
     BusyCores,
     code_facts,
@@ -33,7 +33,7 @@ from megatrain.train.bench_facts import (
 from megatrain.train.bench_notes import Circumstances, notes
 from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, with_layout
 from megatrain.train.config import Config
-from megatrain.train.estimate import Estimate, describe, estimate, require_memory
+from megatrain.train.estimate import Estimate, describe, estimate, require_room
 from megatrain.train.micro_batch import USABLE
 from megatrain.train.step import train_step
 
@@ -56,7 +56,7 @@ class Request:
     trace: Path | None = None
     """Directory that gets a trace of each process."""
     force: bool = False
-    """Measure although the estimate exceeds the memory."""
+    """Measure although the estimate exceeds the memory; weights and gradients must fit all the same."""
     command: tuple[str, ...] = ()
     """The command line, for the record."""
     preset_seq_len: int | None = None
@@ -146,7 +146,7 @@ def bench(
     for line in describe(expected, cfg, steps=warm_up + request.steps + profiled):
         say(line)
     if not request.force:
-        require_memory(expected)
+        require_room(expected)
     data = processes.agree(lambda: prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size))
     mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
     state, batches = build_state(cfg, device, mesh), build_loader(cfg, data.train, mesh).batches(0)
@@ -184,13 +184,18 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _prepare(cfg: Config, processes: Processes, request: Request) -> _Setup:
-    """Decide everything that is `auto`, and measure or look up the device's peak."""
+    """Decide everything that is `auto`, and measure or look up the device's peak.
+
+    Raises:
+        UserError: not even the weights and gradients fit in the memory.
+    """
     cfg = with_layout(cfg, processes.size)
     device = pick_device(processes.local_rank)
     if cfg.train.precision == "auto":
         precision = processes.from_first(lambda: choose_precision(device))
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
     memory = memory_bytes(device, processes.local_size)
+    processes.from_first(lambda: require_memory(cfg, memory))  # also with `force`: it is no estimate
     cfg = processes.from_first(lambda: resolve_auto(cfg, memory=memory))
     peak = peak_flops(device, COMPUTE_DTYPE[cfg.train.precision])
     return _Setup(cfg, device, processes, request, memory, peak)

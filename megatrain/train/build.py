@@ -65,11 +65,19 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         with torch.device("meta"):
             return spec.build(cfg.model).to(master_dtype)
 
-    parallel = parallelize(make_model, plan, mesh, cfg.parallel, compute_dtype=compute_dtype, float8=float8)
+    parallel = parallelize(
+        make_model,
+        plan,
+        mesh,
+        cfg.parallel,
+        seq_len=cfg.seq_len,
+        compute_dtype=compute_dtype,
+        float8=float8,
+    )
     for model in parallel.models:
         model.to_empty(device=device)
         init_weights(model, plan, seed=cfg.train.seed, shard_of=shard_of)
-        use_experts_backend(model, cfg.moe.backend)
+        use_experts_backend(model, cfg.moe.backend, compute_dtype)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles)

@@ -26,6 +26,8 @@ from megatrain.train.micro_batch import micro_batch_choices
 
 SCHEMA_VERSION = 3
 """2: the keys of `Config.RENAMED` got their present names. 3: so did the values of `Config.CHANGED`."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, at most: those of the file systems in use."""
 
 
 @config
@@ -42,6 +44,9 @@ class RunConfig:
                 self.name,
                 "must consist of letters, digits and . _ - = , / and start with a letter or digit",
             )
+        for field, path in (("name", self.name), ("dir", self.dir)):
+            if any(len(part.encode(errors="replace")) > LONGEST_NAME for part in path.split("/")):
+                yield Problem(field, path, f"must not have a part of more than {LONGEST_NAME} bytes")
 
 
 @config

@@ -97,7 +97,7 @@ def describe(found: Estimate, cfg: Config, *, steps: int) -> list[str]:
     return lines
 
 
-def require_memory(found: Estimate) -> None:
+def require_room(found: Estimate) -> None:
     """Refuse a measurement whose estimate exceeds the memory.
 
     Raises:

@@ -17,6 +17,7 @@ from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.prepare import prepare
 from megatrain.observe.display import make_display
+from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
 from megatrain.parallel.mesh import make_mesh
@@ -155,12 +156,12 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
 
 
 def _train(run: Run) -> Outcome:
-    """Resume, train, and record status and events."""
+    """Resume, train, record status and events, and write the report, however it ends."""
     cfg, log, state = run.cfg, run.log, run.state
     try:
         warnings = _resume(run)
     except DamagedCheckpointError as error:
-        _record_failure(log, 0, error)
+        _record_failure(run, 0, error)
         raise
     is_first = run.processes.is_first
     sinks = cfg.log if is_first else dataclasses.replace(cfg.log, wandb="off", tensorboard=False)
@@ -173,7 +174,7 @@ def _train(run: Run) -> Outcome:
         try:
             reason = reason_to_stop(run) or train_loop(run, observer, signals)
         except BaseException as error:
-            _record_failure(log, state.step, error)
+            _record_failure(run, state.step, error)
             raise
         finally:
             observer.close()
@@ -181,13 +182,16 @@ def _train(run: Run) -> Outcome:
         exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
         log.event("stop", step=state.step, reason=reason)
         log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
-    return outcome(run, reason, exit_code)
+        has_report = is_first and report_at_end(run.directory)
+    return outcome(run, reason, exit_code, has_report=has_report)
 
 
-def _record_failure(log: RunLog, step: int, error: BaseException) -> None:
+def _record_failure(run: Run, step: int, error: BaseException) -> None:
     text = f"{type(error).__name__}: {error}"
-    log.event("failure", step=step, error=text)
-    log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
+    run.log.event("failure", step=step, error=text)
+    run.log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
+    if run.processes.is_first:
+        report_at_end(run.directory)
 
 
 def _resume(run: Run) -> tuple[str, ...]:

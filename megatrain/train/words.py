@@ -34,6 +34,8 @@ class Outcome:
     """Bits per byte of the held-out text for each nat per token; None where tokens have no text."""
     prompt: str = ""
     """What samples of text begin with."""
+    has_report: bool = False
+    """Whether `report.html` shows the run up to here."""
 
     @property
     def kind(self) -> Literal["finished", "early stop", "stop_at", "signal"]:
@@ -104,7 +106,7 @@ def _epochs(epochs: float) -> str:
     return f"{number} epoch{'s' * (number != '1')}"
 
 
-def outcome(run: Run, reason: str, exit_code: int) -> Outcome:
+def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool) -> Outcome:
     """Return how the attempt of `run` ended."""
     return Outcome(
         exit_code=exit_code,
@@ -114,6 +116,7 @@ def outcome(run: Run, reason: str, exit_code: int) -> Outcome:
         watch=run.state.watch,
         bits_per_nat=_bits_per_nat(run),
         prompt=prompt_of(run),
+        has_report=has_report,
     )
 
 

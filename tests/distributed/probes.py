@@ -4,6 +4,7 @@ import gc
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megatrain.data.store import TokenSource
 from megatrain.observe.profile import OTHER, Communication, breakdown
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.shards import local_tensor
+from megatrain.parallel.stage import Stage
 from megatrain.train import step
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
@@ -89,6 +91,26 @@ def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
     held = _live_bytes([p.grad for p in parallel.parameters().values() if p.grad is not None])
     assert mesh is not None
     return {"states": _of_states(state), "all": held - before}
+
+
+def bytes_in_pipeline(cfg: Config, store: TokenSource) -> tuple[int, int]:
+    """Of this rank after the second of several backward passes of its stage, and the parameters of the whole stage."""
+    state, batches, _ = _start(cfg, store)
+    step.train_step(state, next(batches), cfg, lr=1e-3)
+    models, own = state.parallel.models, state.parallel.parameters()
+    held: list[int] = []
+    backward = Stage.backward_maybe_with_nosync
+
+    def listening(stage: Stage, *args: Any, **options: Any) -> Any:
+        found = backward(stage, *args, **options)
+        gathered = [p for model in models for p in model.parameters()]
+        held.append(_live_bytes([p.grad for p in (*own.values(), *gathered) if p.grad is not None]))
+        return found
+
+    with mock.patch.object(Stage, "backward_maybe_with_nosync", listening):
+        step.train_step(state, next(batches), cfg, lr=1e-3)
+    batches.close()
+    return held[1], sum(p.numel() for p in own.values())
 
 
 def bytes_of_states(cfg: Config) -> int:

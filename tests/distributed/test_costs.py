@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layouts import CFG, EXPERTS, STORE
-from probes import Traffic, bytes_held, bytes_of_states, profiled_traffic, traffic
+from probes import Traffic, bytes_held, bytes_in_pipeline, bytes_of_states, profiled_traffic, traffic
 
 from megatrain.models.flops import n_params
 from megatrain.parallel.config import ParallelConfig
@@ -86,6 +86,8 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
         {"cp": 4, "cp_kind": "ring", "zero_stage": 1},
         {"dp_shard": 2, "tp": 2},
         {"pp": 2, "pp_schedule": "1f1b"},
+        *[{"pp": 2, "dp_shard": 2, "zero_stage": stage} for stage in (1, 2, 3)],
+        {"pp": 2, "dp_replicate": 2, "zero_stage": 2},
         {"dp_shard": 4, "ep": 2},
         {"cp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
     ],
@@ -101,6 +103,18 @@ def test_a_step_sends_what_the_theory_says(workers: WorkerPool, layout: dict[str
         assert heard[0] == wanted
     else:
         assert all(each == wanted for each in heard)
+
+
+def test_weights_are_gathered_once_more_for_gradients_that_are_computed_apart(workers: WorkerPool) -> None:
+    """Four stages of a block each, down and up again; the first and the last have one group more."""
+    cfg = in_layout({"pp": 2, "dp_shard": 2, "pp_schedule": "zbv"})
+    m = cfg.global_batch_size // 2
+    heard = workers.run(traffic, 4, cfg, STORE)
+    # The first rank has stages 0 and 3. Nothing comes before stage 0, so its backward pass is not split.
+    for first in heard[:2]:
+        assert (first["all_gather", 2], first["reduce_scatter", 2]) == (2 * m * 2 + 3 * m * 2, m * 4)
+    for second in heard[2:]:
+        assert (second["all_gather", 2], second["reduce_scatter", 2]) == (3 * m * 2, m * 2)
 
 
 @pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"pp": 2, "pp_schedule": "1f1b"}], ids=str)
@@ -148,6 +162,19 @@ def test_a_rank_holds_what_the_zero_formulas_say(workers: WorkerPool, stage: int
         assert (
             formula <= held["all"] <= formula + largest_group(cfg) * 4 + 4096
         )  # buffer of the last reduction
+
+
+def test_a_rank_of_a_pipeline_holds_what_the_zero_formulas_say(workers: WorkerPool) -> None:
+    """Differences between stages of ZeRO in mid-step: all else that is alive, such as activations, is the same."""
+    layouts = [in_layout({"pp": 2, "dp_shard": 2, "zero_stage": stage}) for stage in (1, 2, 3)]
+    buffer = 8 * largest_group(layouts[0])  # of the last reduction
+    for first, second, third in zip(
+        *(workers.run(bytes_in_pipeline, 4, cfg, STORE) for cfg in layouts), strict=True
+    ):
+        size = first[1]
+        half_of_gradients, weights = first[0] - second[0], second[0] - third[0]
+        assert 8 * size / 2 - buffer - 4096 <= half_of_gradients <= 8 * size / 2 + 4096
+        assert 8 * size - buffer - 4096 <= weights <= 8 * size + 4096
 
 
 def largest_group(cfg: Config) -> int:

@@ -31,6 +31,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         for schedule in ("interleaved_zero_bubble", "zbv", "dualpipe_v")
         for name in ("untied", "tied")
     ],
+    *[
+        ("tied", {"pp": 2, "pp_schedule": schedule, "activation_checkpointing": "selective"})
+        for schedule in ("interleaved_zero_bubble", "zbv", "dualpipe_v")
+    ],
     ("gpt2", {"pp": 2}),
     ("untied", {"pp": 2, "pp_split": (3,)}),
     # pairs
@@ -44,6 +48,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tied", {"cp": 2, "tp": 2, "cp_kind": "ulysses"}),
     ("gpt2", {"pp": 2, "tp": 2}),
     ("untied", {"pp": 2, "cp": 2, "cp_kind": "ring"}),
+    ("untied", {"pp": 2, "dp_shard": 2, "pp_schedule": "zbv"}),
+    ("tied", {"pp": 2, "tp": 2, "pp_schedule": "interleaved_zero_bubble", "zero_stage": 2}),
+    ("gpt2", {"pp": 2, "tp": 2, "pp_schedule": "dualpipe_v"}),
     ("untied", {"tp": 4}),
     ("tied", {"pp": 4}),
     ("untied", {"cp": 4, "cp_kind": "ring"}),
@@ -64,7 +71,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("experts", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}),
     ("latent", {"pp": 2, "dp_shard": 2, "ep": 2}),
     ("experts", {"pp": 2, "tp": 2, "ep": 2, "pp_schedule": "interleaved_1f1b"}),
-    ("latent", {"pp": 2, "dp_shard": 2, "ep": 2, "pp_schedule": "zbv", "zero_stage": 2}),
+    ("latent", {"pp": 2, "dp_shard": 2, "ep": 2, "pp_schedule": "zbv"}),
+    ("experts", {"pp": 2, "tp": 2, "pp_schedule": "zbv"}),
     (
         "experts",
         {"dp_shard": 4, "tp": 2, "ep": 4},
@@ -80,7 +88,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("untied", {"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
     ("tied", {"pp": 2, "cp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
     ("gpt2", {"dp_replicate": 2, "dp_shard": 2, "tp": 2, "zero_stage": 1}),
-    ("untied", {"dp_replicate": 2, "dp_shard": 2, "pp": 2, "zero_stage": 0}),
+    *[("untied", {"dp_replicate": 2, "dp_shard": 2, "pp": 2, "zero_stage": stage}) for stage in (0, 2)],
     ("untied", {"dp_shard": 4, "tp": 2}),
     ("tied", {"dp_shard": 8}),
 ]

@@ -13,10 +13,14 @@ import struct
 import subprocess
 import termios
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
-from workplace import Workplace, command, wait_for_rows
+from workplace import TINY, Workplace, command, wait_for_rows
+
+from megatrain.cli.main import main
 
 STRANGER = (
     *("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"),
@@ -116,6 +120,67 @@ def test_other_verbs_end_well(workplace: Workplace, case: str) -> None:
     assert "Exception ignored" not in done.stderr
     if shell.redirect == "2>&-":
         assert done.stdout == ""  # what goes to one stream never ends up in the other
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and its export, for the verbs that take one."""
+    folder = tmp_path_factory.mktemp("made")
+    text = folder / "my.txt"
+    text.write_text("".join(f"Line {n}: the square of {n} is {n * n}.\n" for n in range(100)))
+    words = Workplace(folder, text).tiny("train.steps=4", "log.display=off", "data.tokenizer.kind=bpe")[3:]
+    with pytest.MonkeyPatch.context() as patch, chdir(folder):
+        patch.setenv("MEGATRAIN_CACHE", str(folder / "cache"))
+        assert main(words) == 0
+        assert main(["export", "runs/default", "exported"]) == 0
+    return folder
+
+
+BARE = {"HOME": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "NO_COLOR": "1"}
+BENCH = ["bench", "--steps=1", "data=synthetic", *(word for word in TINY if not word.startswith("data."))]
+RUNS, EXPORTED = "{made}/runs/default", "{made}/exported"
+USES: dict[str, tuple[list[str], Shell, tuple[int, ...], str]] = {
+    "export, closed": (["export", RUNS, "out"], Shell(">&-"), (0,), "out/model.safetensors"),
+    "export, bare": (["export", RUNS, "ö"], Shell(environment=BARE), (0,), "ö/model.safetensors"),
+    "import, reader gone": (
+        ["import", EXPORTED, "run.name=it"],
+        Shell("| true"),
+        (0, 141),
+        "runs/it/config.yaml",
+    ),
+    "report, closed": (["report", RUNS, "--out", "page.html"], Shell(">&- 2>&-"), (0,), "page.html"),
+    "report, bare": (["report", RUNS, "--out", "ö.html"], Shell(environment=BARE), (0,), "ö.html"),
+    "bench, reader gone": (BENCH, Shell("| true"), (0, 141), ""),
+    "bench, bare": ([*BENCH, "--trace", "ö"], Shell(environment=BARE), (0,), "ö/trace-rank-0.json"),
+    "verify, a fault that is none, bare": (["verify", "--fault", "ö"], Shell(environment=BARE), (2,), ""),
+}
+LONG_USES: dict[str, tuple[list[str], Shell, tuple[int, ...], str]] = {
+    "export, reader gone": (["export", RUNS, "out"], Shell("| true"), (0, 141), "out/model.safetensors"),
+    "export, disk full": (["export", RUNS, "out"], Shell(">/dev/full"), (1,), "out/model.safetensors"),
+    "import, closed": (["import", EXPORTED, "run.name=it"], Shell(">&-"), (0,), "runs/it/config.yaml"),
+    "import, bare": (
+        ["import", EXPORTED, "run.name=it", "run.dir=ö"],
+        Shell(environment=BARE),
+        (0,),
+        "ö/it/config.yaml",
+    ),
+    "report, reader gone": (["report", RUNS, "--out", "page.html"], Shell("| true"), (0, 141), "page.html"),
+    "bench, closed": (BENCH, Shell(">&-"), (0,), ""),
+    "bench, JSON, reader gone": ([*BENCH, "--json"], Shell("| true"), (141,), ""),
+    "verify, reader gone": (["verify"], Shell("| true"), (141,), ""),
+    "verify, bare": (["verify"], Shell(environment=BARE), (0,), ""),
+}
+
+
+@pytest.mark.parametrize("case", [*USES, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_USES)])
+def test_verbs_that_take_a_run_or_a_config_end_well(workplace: Workplace, made: Path, case: str) -> None:
+    words, shell, codes, written = (USES | LONG_USES)[case]
+    done = started(workplace, shell, command(*(word.format(made=made) for word in words)))
+    assert done.returncode in codes, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if written:
+        assert (workplace.folder / written).stat().st_size > 0
 
 
 def test_a_deleted_working_directory_is_named(workplace: Workplace) -> None:

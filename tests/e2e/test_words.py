@@ -7,12 +7,16 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import chdir
+from typing import Any
 
 import pytest
 from workplace import Workplace, wait_for_rows
 
 from megatrain.cli.main import main
 from megatrain.runtime import packages
+from megatrain.train import loop
+from megatrain.train.state import TrainState
+from megatrain.train.step import StepStats, train_step
 
 ADVICE = re.compile(r"^  (megatrain .+)$", re.MULTILINE)
 Say = Callable[..., str]
@@ -63,6 +67,10 @@ def test_a_finished_run_says_all_and_every_command_works(workplace: Workplace, s
     assert f"{best['eval/loss']:.4f} ({best['eval/bits_per_byte']:.4f} bits per byte)" in printed
     assert (run / "report.html").stat().st_mode & 0o044
 
+    sample = printed.partition("A sample of text from the model:\n\n")[2]
+    prompt = shlex.split(next(line for line in ADVICE.findall(printed) if "generate" in line))[3]
+    assert prompt in sample[:20]  # one's own text: the words that the samples begin with
+
     outputs = {shlex.split(line)[1]: say(line) for line in ADVICE.findall(printed)}
     assert outputs.keys() == {"generate", "report", "export", "train"}
     assert "Finished: all 24 steps are done." in outputs["train"]
@@ -102,6 +110,8 @@ def test_a_signal_is_named(workplace: Workplace) -> None:
     assert process.returncode == 75
     assert re.search(r"Stopped by SIGTERM at step [\d,]+ of 100,000; everything is saved", printed)
     assert len(ADVICE.findall(printed)) == 1
+    page = (workplace.folder / "runs" / "default" / "report.html").read_text()
+    assert "stopped, with everything saved, by SIGTERM" in page
 
 
 def test_a_run_that_diverges_ends_without_a_traceback(workplace: Workplace, say: Say) -> None:
@@ -115,7 +125,35 @@ def test_a_run_that_diverges_ends_without_a_traceback(workplace: Workplace, say:
     printed = say(tiny(workplace, *wild), 1)
     assert "the run diverged at step" in printed
     assert "Traceback" not in printed
-    say(re.findall(r"Its curves: (megatrain report .*)", printed)[0])
+    page = workplace.folder / re.findall(r"Its curves are in (.*)\.$", printed, re.MULTILINE)[0]
+    assert "failed: DivergedError: the run diverged at step" in page.read_text()
+
+
+def test_a_run_that_fails_leaves_its_report(
+    workplace: Workplace, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(state: TrainState, *args: Any, **options: Any) -> StepStats:
+        if state.step == 3:
+            raise RuntimeError("the <device> is gone")
+        return train_step(state, *args, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loop, "train_step", fails)
+        with pytest.raises(RuntimeError, match="is gone"):
+            say(tiny(workplace))
+    page = (workplace.folder / "runs" / "default" / "report.html").read_text()
+    assert "failed: RuntimeError: the &lt;device&gt; is gone" in page
+    say(tiny(workplace))  # the same command goes on, and its report says so
+    page = (workplace.folder / "runs" / "default" / "report.html").read_text()
+    assert "<span class='badge good'>finished</span>" in page
+
+
+def test_a_refused_run_leaves_the_report_as_it_was(workplace: Workplace, say: Say) -> None:
+    say(tiny(workplace))
+    page = workplace.folder / "runs" / "default" / "report.html"
+    before = page.read_bytes(), page.stat().st_mtime_ns
+    say(tiny(workplace, "model.n_layers=3"), 2)
+    assert (page.read_bytes(), page.stat().st_mtime_ns) == before
 
 
 def test_random_tokens_are_called_so(workplace: Workplace, say: Say) -> None:

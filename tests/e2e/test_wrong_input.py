@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from workplace import TINY, Workplace, command
 
+from megatrain.cli.main import main
+
 
 def text_file(folder: Path, content: bytes, name: str = "wrong.txt") -> str:
     path = folder / name
@@ -90,6 +92,27 @@ def small_disk(workplace: Workplace) -> Iterator[Callable[[str], Path]]:
     yield mount
     for target in mounted:
         subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "run.dir={long}", "train.stepz=1"],
+        ["train", "run.name={long}"],
+        ["generate", "{long}"],
+        ["report", "{long}"],
+        ["export", "{long}", "out"],
+        ["import", "{long}", "run.name=x"],
+        ["bench", "--trace", "{long}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_name_too_long_for_a_file_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.format(long="x" * 300) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert "x" * 300 in said
+    assert ("255 bytes" if words[0] == "train" else "too long") in said
+    assert ("stepz" in said) == (len(words) == 3 and words[0] == "train")
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")

@@ -23,6 +23,8 @@ from megatrain.observe.report.events import resumed_at
 from megatrain.observe.report.record import Record, read_record
 
 REPORT_FILE = "report.html"
+METRICS_BYTES = 32 << 20
+"""A larger metrics.jsonl is not made into a page at the end of a run: that would take more than half a second."""
 
 
 def report(directories: Sequence[Path], out: Path | None = None) -> Path:
@@ -38,6 +40,17 @@ def report(directories: Sequence[Path], out: Path | None = None) -> Path:
     target = out or (directories[0] if len(directories) == 1 else Path()) / REPORT_FILE
     _write(target, render(records))
     return target
+
+
+def report_at_end(directory: Path) -> bool:
+    """Write the page of a run that has just ended, and tell whether that was done: nothing changes how a run ends."""
+    try:
+        if (directory / "metrics.jsonl").stat().st_size > METRICS_BYTES:
+            return False
+        report([directory])
+    except Exception:
+        return False
+    return True
 
 
 def render(records: Sequence[Record]) -> str:

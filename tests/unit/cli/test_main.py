@@ -108,6 +108,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
         "experiment",
         "log",
         "model",
+        "moe",
         "optim",
         "parallel",
         "recipe",

@@ -222,7 +222,7 @@ def test_dispatch_can_be_replaced() -> None:
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 def test_backends_agree(backend: str) -> None:
     tokens, models = draw_tokens(), (make(), make())
-    use_experts_backend(models[1], backend)
+    use_experts_backend(models[1], backend, torch.float64)
     for model in models:
         model(tokens, targets=tokens).backward()
     for name, expected in gradients(models[0]).items():
@@ -235,7 +235,7 @@ def test_backends_agree(backend: str) -> None:
 )
 def test_a_backend_that_cannot_run_here_is_refused(backend: str, need: str) -> None:
     with pytest.raises(UserError, match=f"moe.backend={backend} needs {need}"):
-        use_experts_backend(make(), backend)
+        use_experts_backend(make(), backend, torch.bfloat16)
 
 
 def test_bf16_keeps_the_choice_in_float32() -> None:

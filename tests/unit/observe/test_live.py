@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import select
 import struct
 import subprocess
 import sys
@@ -47,7 +48,25 @@ FIGURES = (
 )  # fmt: skip
 
 
-def show(width: int, *arguments: str, resize: int | None = None) -> str:
+class WrappingScreen(pyte.Screen):
+    """A terminal as most are now: on a resize, lines that have become too long go on in another row."""
+
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
+        if columns is None:  # the first size
+            return super().resize(lines, columns)
+        texts = [line.rstrip() for line in self.display[: self.cursor.y + 1]]
+        rows = [text[at : at + columns] for text in texts for at in range(0, max(len(text), 1), columns)]
+        super().resize(lines, columns)
+        self.erase_in_display(2)
+        for number, row in enumerate(rows[-HEIGHT:], 1):
+            self.cursor_position(number, 1)
+            self.draw(row)
+        return None
+
+
+def show(
+    width: int, *arguments: str, resize: int | None = None, kind: type[pyte.Screen] = pyte.Screen
+) -> str:
     """The last screen of the program on a terminal of `width` columns, which is resized in the middle."""
     ours, theirs = pty.openpty()
     set_width(theirs, width)
@@ -59,16 +78,20 @@ def show(width: int, *arguments: str, resize: int | None = None) -> str:
         stderr=subprocess.PIPE,
         env=environment | {"TERM": "xterm"},
     )
-    screen = pyte.Screen(width, HEIGHT)
+    screen = kind(width, HEIGHT)
     stream = pyte.ByteStream(screen)
-    reader = threading.Thread(target=feed, args=(ours, stream))
+    reading = threading.Lock()
+    reader = threading.Thread(target=feed, args=(ours, stream, reading))
     reader.start()
     assert process.stdin is not None
     assert process.stderr is not None
     assert process.stderr.readline() == b"READY\n"
     if resize is not None:
-        set_width(theirs, resize)
-        screen.resize(columns=resize)
+        with reading:
+            while select.select([ours], [], [], 0)[0]:  # what was drawn before
+                stream.feed(os.read(ours, 65536))
+            set_width(theirs, resize)
+            screen.resize(columns=resize)
     process.stdin.write(b"\n")
     process.stdin.close()
     assert process.wait(60) == 0, process.stderr.read()
@@ -83,14 +106,18 @@ def set_width(terminal: int, width: int) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, width, 0, 0))
 
 
-def feed(terminal: int, stream: pyte.ByteStream) -> None:
+def feed(terminal: int, stream: pyte.ByteStream, reading: threading.Lock) -> None:
     """Pass on what the program draws, until it has ended."""
     while True:
-        try:
-            piece = os.read(terminal, 65536)
-        except OSError:  # the other end is closed
-            return
-        stream.feed(piece)
+        select.select([terminal], [], [])
+        with reading:
+            if not select.select([terminal], [], [], 0)[0]:
+                continue
+            try:
+                piece = os.read(terminal, 65536)
+            except OSError:  # the other end is closed
+                return
+            stream.feed(piece)
 
 
 def words(screen: str) -> str:
@@ -110,12 +137,16 @@ def test_no_value_is_cut_at_any_width(width: int) -> None:
     assert "…" in screen  # of the sample, not more than a few lines
 
 
+@pytest.mark.parametrize("kind", [pyte.Screen, WrappingScreen])
 @pytest.mark.parametrize(("before", "after"), [(120, 50), (50, 120)])
-def test_a_terminal_that_is_resized(before: int, after: int) -> None:
-    screen = show(before, resize=after)
-    last = screen[screen.rindex("step 40/40") :]
+def test_a_terminal_that_is_resized(before: int, after: int, kind: type[pyte.Screen]) -> None:
+    """Nothing of the drawing before is left, wherever the terminal has put it."""
+    screen = show(before, resize=after, kind=kind)
     for figure in FIGURES:
-        assert figure in words(last), f"{figure} is not in\n{screen}"
+        assert figure in words(screen), f"{figure} is not in\n{screen}"
+    assert words(screen).startswith("the title Data: a corpus of many many")
+    for part in ("the title", "/40", "elapsed", "training loss", "tokens/s"):
+        assert screen.count(part) == 1, f"{part} is left of an earlier drawing in\n{screen}"
 
 
 def test_the_curve_goes_on_after_a_resume(tmp_path: Path) -> None:

@@ -41,8 +41,6 @@ def test_sizes() -> None:
         ({"pp": 4, "pp_schedule": "interleaved_1f1b"}, "parallel.pp", (3,)),
         ({"pp": 2, "pp_split": (3, 4)}, "parallel.pp_split", ()),
         ({"pp_split": (3,)}, "parallel.pp_split", ((),)),
-        ({"pp": 2, "pp_schedule": "zbv"}, "parallel.zero_stage", (1, 2)),
-        ({"pp": 2, "pp_schedule": "zbv", "zero_stage": 2, "tp": 2}, "parallel.tp", (1,)),
         ({"pp": 3, "pp_schedule": "dualpipe_v", "zero_stage": 2}, "parallel.pp_schedule", ("1f1b", "gpipe")),
         ({"dp_shard": 2, "ep": 2}, "parallel.ep", (1,)),  # no experts
     ],
@@ -58,6 +56,7 @@ def test_legal_layouts_break_nothing() -> None:
         {},
         {"tp": 4, "cp": 2},
         {"pp": 2, "pp_schedule": "zbv", "zero_stage": 1},
+        {"pp": 2, "pp_schedule": "zbv", "tp": 2, "activation_checkpointing": "selective"},
         {"pp": 3, "pp_split": (1, 5)},
     ):
         assert not broken(**layout)  # type: ignore[arg-type]

@@ -10,11 +10,13 @@ from megatrain.config.errors import UserError
 from megatrain.observe.profile import OPTIMIZER, OUTSIDE, Breakdown
 from megatrain.parallel.shards import local_tensor
 from megatrain.runtime.device import Peak
+from megatrain.runtime.processes import Processes
+from megatrain.train.bench import Request, bench
 from megatrain.train.bench_facts import debug_flags
 from megatrain.train.bench_notes import Circumstances, notes
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
-from megatrain.train.estimate import GIB, describe, estimate, require_memory
+from megatrain.train.estimate import GIB, describe, estimate, require_room
 
 QUIET = Circumstances(
     times=[1.0, 1.01, 1.02, 1.03, 1.04],
@@ -70,8 +72,20 @@ def test_a_step_takes_its_flops_over_the_peak_and_a_long_one_names_a_shorter_one
 def test_what_cannot_fit_is_refused_with_what_to_do() -> None:
     found = estimate(small("seq_len=64"), peak=None, memory=GIB, on_cpu=True)
     with pytest.raises(UserError, match=r"parallel\.dp_shard.*--force"):
-        require_memory(found)
-    require_memory(dataclasses.replace(found, memory_gib=64.0))
+        require_room(found)
+    require_room(dataclasses.replace(found, memory_gib=64.0))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_weights_that_cannot_fit_are_refused_before_anything_is_measured(force: bool) -> None:
+    """As `train` refuses them: weights and gradients are known exactly, so `--force` does not help."""
+    cfg = compose(["data=synthetic", "model=llama3_405b", "train.precision=fp32", "micro_batch_size=1"])
+
+    def never(*args: object) -> None:
+        raise AssertionError(args)
+
+    with pytest.raises(UserError, match=r"weights and gradients take [\d,]+\.\d GiB"):
+        bench(cfg, Processes(), Request(steps=1, force=force), progress=never, say=never)
 
 
 def test_nothing_is_said_of_a_sound_measurement() -> None:
