@@ -92,13 +92,22 @@ class Corpus:
         reader = Reader(self.row_text, self.encoding, left_out, self.is_single_file)
         for part in parts or map(Part, range(len(self.files))):
             file = self.files[part.file]
-            if self.is_stdlib:
-                yield from read_python(file, left_out)
-            elif part.end:
+            if part.end:
                 yield from _read_part(file, part, reader)
-            else:
-                with open_bytes(file) as stream, accessible(file.path):
-                    yield from self._read(stream, file, reader)
+                continue
+            before, found = left_out.total(), 0
+            for document in self._read_file(file, reader):
+                found += 1
+                yield document
+            if not found and left_out.total() == before:
+                left_out.add_file(file.name, "empty", file.size)  # a shard without rows
+
+    def _read_file(self, file: SourceFile, reader: Reader) -> Iterator[Document]:
+        if self.is_stdlib:
+            yield from read_python(file, reader.left_out)
+        else:
+            with open_bytes(file) as stream, accessible(file.path):
+                yield from self._read(stream, file, reader)
 
     def _read(self, stream: BinaryIO, file: SourceFile, reader: Reader) -> Iterator[Document]:
         """Yield the documents of a file, or of a file in an archive, from its decompressed content."""

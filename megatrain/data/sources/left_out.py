@@ -60,6 +60,10 @@ class LeftOut:
         else:
             known.merge(group)
 
+    def total(self) -> int:
+        """Return how many files, rows and documents were left out."""
+        return sum(group.count for group in self)
+
     def __iter__(self) -> Any:
         return iter(self._groups.values())
 
