@@ -55,7 +55,7 @@ def rows(name: str, texts: list[object]) -> None:
 
 def test_duplicates_near_duplicates_and_contaminated_documents(folder: Path) -> None:
     originals = [paragraph(seed) for seed in range(30)]
-    near = [text.replace(text.split()[60], "changed") for text in originals[:5]]  # one word of 120
+    near = [" ".join([*text.split()[:-1], "changed"]) for text in originals[:5]]  # one word of 120
     question = "which of these seven wizards was the first to cross the old stone bridge at night"
     contaminated = [f"{paragraph(100)} {question} {paragraph(101)}", f"{question.upper()}!"]
     rows("a.jsonl", originals)
