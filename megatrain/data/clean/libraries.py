@@ -17,6 +17,8 @@ NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 HTML = re.compile(r"<!doctype html|<(?:html|head|body|div|p|article|table|span)[\s>]", re.IGNORECASE)
 HTML_WITHIN = 4096
 """Characters at the beginning of a document in which an HTML page has one of these tags."""
+MAX_PAGE = 1 << 20
+"""Characters of the largest page that is read, as in Common Crawl: trafilatura's time is quadratic beyond."""
 STRETCH, STRETCHES = 2000, 3
 """A longer document's language is judged by stretches of this many characters: its beginning, middle and end."""
 
@@ -60,6 +62,8 @@ def html_extractor(step: HtmlStep) -> Callable[[str], str | Refusal]:
     def extract(text: str) -> str | Refusal:
         if not HTML.search(text[:HTML_WITHIN]):
             return text
+        if len(text) > MAX_PAGE:
+            return Refusal(f"a page of more than {MAX_PAGE:,} characters", excerpt(text))
         found = trafilatura.extract(
             NOT_TEXT.sub("\ufffd", text),  # the parser takes neither
             favor_precision=step.favor == "precision",

@@ -79,6 +79,12 @@ def test_a_page_without_text_is_removed() -> None:
     assert found.reason == "no main text was found"
 
 
+def test_a_page_that_is_too_large_is_removed() -> None:
+    found = html_extractor(HtmlStep())("<html><body><p>" + "word " * 210_000)
+    assert isinstance(found, Refusal)
+    assert found.reason == "a page of more than 1,048,576 characters"
+
+
 ENGLISH = "The ship left the harbour early in the morning, and nobody knew when it would come back."
 GERMAN = "Das Schiff verließ den Hafen früh am Morgen, und niemand wusste, wann es zurückkommen würde."
 
