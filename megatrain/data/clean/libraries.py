@@ -11,8 +11,8 @@ from megatrain.data.clean.config import FixTextStep, HtmlStep, LanguageStep
 from megatrain.data.clean.outcome import Refusal, excerpt, percent
 from megatrain.data.clean.packages import library
 
-NEEDS_FIX = re.compile(r"[&\x00-\x08\x0b\x0e-\x1f\x7f]")
-"""What ftfy changes in ASCII text: entities, control characters and escape sequences of terminals."""
+SUSPECT_LINE = re.compile(r"^[^\n]*[&\x00-\x08\x0b\x0e-\x1f\x7f-\U0010ffff][^\n]*", re.MULTILINE)
+"""What ftfy may change: lines with entities, control characters, escape sequences or characters beyond ASCII."""
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 HTML = re.compile(r"<!doctype html|<(?:html|head|body|div|p|article|table|span)[\s>]", re.IGNORECASE)
 HTML_WITHIN = 4096
@@ -43,9 +43,15 @@ def text_fixer(step: FixTextStep) -> Callable[[str], str]:
     )
 
     def fix(text: str) -> str:
-        if not plain and text.isascii() and not NEEDS_FIX.search(text):
-            return text  # as ftfy would return it, a hundred times faster
-        return str(ftfy.fix_text(text, config))
+        if plain:
+            return str(ftfy.fix_text(text, config))
+        # ftfy treats each line by itself, but for the first <, after which it leaves entities alone. To pass it only
+        # the lines that it may change is many times faster.
+        tag = text.find("<") if "<" in text else len(text)
+        beyond = config._replace(unescape_html=False)
+        return SUSPECT_LINE.sub(
+            lambda line: str(ftfy.fix_text(line[0], config if line.start() < tag else beyond)), text
+        )
 
     return fix
 
