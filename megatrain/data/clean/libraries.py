@@ -6,6 +6,8 @@ own has its reason here.
 
 import re
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from megatrain.data.clean.config import FixTextStep, HtmlStep, LanguageStep
 from megatrain.data.clean.outcome import Refusal, excerpt, percent
@@ -89,10 +91,7 @@ def language_filter(step: LanguageStep) -> Callable[[str], Refusal | None]:
     Raises:
         UserError: py3langid is not installed.
     """
-    with library("py3langid", "language"):
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier = _language_identifier()
 
     def refuse(text: str) -> Refusal | None:
         language, probability = identifier.classify(_sample(text).encode("utf-8", "replace"))
@@ -103,6 +102,15 @@ def language_filter(step: LanguageStep) -> Callable[[str], Refusal | None]:
         return None
 
     return refuse
+
+
+@cache
+def _language_identifier() -> Any:
+    """Return py3langid's model, which takes seconds to read, once in a process."""
+    with library("py3langid", "language"):
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _sample(text: str) -> str:
