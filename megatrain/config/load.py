@@ -281,7 +281,11 @@ class _Walk:
             return None
         union = get_args(hint)[0]
         found = tuple(self.value(union, item, f"{path}[{n}]", None) for n, item in enumerate(value))
-        return None if any(item is None for item in found) else found
+        if None not in found:
+            return found
+        for n, item in enumerate(found):  # their rules are not asked once the list is given up
+            self.broken += rule_problems(item, f"{path}[{n}].") if item is not None else ()
+        return None
 
     def expanded(self, value: Any, path: str) -> Any:
         """Expand `~` in a path or in each of several; None, with a problem reported, if that is impossible."""

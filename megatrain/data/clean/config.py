@@ -143,7 +143,7 @@ class FineWebRules:
     BY_NAME: ClassVar = True
     kind: Literal["fineweb"] = "fineweb"
     min_punctuated_lines: Fraction = 0.12
-    """Fraction of lines that end with punctuation, at or below which a document is removed."""
+    """Fraction of lines that end with a sentence's punctuation, at or below which a document is removed."""
     max_duplicate_characters: Fraction = 0.1
     """Fraction of characters in duplicated lines, at or above which a document is removed."""
     max_short_lines: Fraction = 0.67

@@ -6,17 +6,21 @@ own has its reason here.
 
 import re
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from megatrain.data.clean.config import FixTextStep, HtmlStep, LanguageStep
 from megatrain.data.clean.outcome import Refusal, excerpt, percent
 from megatrain.data.clean.packages import library
 
-NEEDS_FIX = re.compile(r"[&\x00-\x08\x0b\x0e-\x1f\x7f]")
-"""What ftfy changes in ASCII text: entities, control characters and escape sequences of terminals."""
+SUSPECT_LINE = re.compile(r"^[^\n]*[&\x00-\x08\x0b\x0e-\x1f\x7f-\U0010ffff][^\n]*", re.MULTILINE)
+"""What ftfy may change: lines with entities, control characters, escape sequences or characters beyond ASCII."""
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 HTML = re.compile(r"<!doctype html|<(?:html|head|body|div|p|article|table|span)[\s>]", re.IGNORECASE)
 HTML_WITHIN = 4096
 """Characters at the beginning of a document in which an HTML page has one of these tags."""
+MAX_PAGE = 1 << 20
+"""Characters of the largest page that is read, as in Common Crawl: trafilatura's time is quadratic beyond."""
 STRETCH, STRETCHES = 2000, 3
 """A longer document's language is judged by stretches of this many characters: its beginning, middle and end."""
 
@@ -41,9 +45,15 @@ def text_fixer(step: FixTextStep) -> Callable[[str], str]:
     )
 
     def fix(text: str) -> str:
-        if not plain and text.isascii() and not NEEDS_FIX.search(text):
-            return text  # as ftfy would return it, a hundred times faster
-        return str(ftfy.fix_text(text, config))
+        if plain:
+            return str(ftfy.fix_text(text, config))
+        # ftfy treats each line by itself, but for the first <, after which it leaves entities alone. To pass it only
+        # the lines that it may change is many times faster.
+        tag = text.find("<") if "<" in text else len(text)
+        beyond = config._replace(unescape_html=False)
+        return SUSPECT_LINE.sub(
+            lambda line: str(ftfy.fix_text(line[0], config if line.start() < tag else beyond)), text
+        )
 
     return fix
 
@@ -60,6 +70,8 @@ def html_extractor(step: HtmlStep) -> Callable[[str], str | Refusal]:
     def extract(text: str) -> str | Refusal:
         if not HTML.search(text[:HTML_WITHIN]):
             return text
+        if len(text) > MAX_PAGE:
+            return Refusal(f"a page of more than {MAX_PAGE:,} characters", excerpt(text))
         found = trafilatura.extract(
             NOT_TEXT.sub("\ufffd", text),  # the parser takes neither
             favor_precision=step.favor == "precision",
@@ -79,10 +91,7 @@ def language_filter(step: LanguageStep) -> Callable[[str], Refusal | None]:
     Raises:
         UserError: py3langid is not installed.
     """
-    with library("py3langid", "language"):
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier = _language_identifier()
 
     def refuse(text: str) -> Refusal | None:
         language, probability = identifier.classify(_sample(text).encode("utf-8", "replace"))
@@ -93,6 +102,15 @@ def language_filter(step: LanguageStep) -> Callable[[str], Refusal | None]:
         return None
 
     return refuse
+
+
+@cache
+def _language_identifier() -> Any:
+    """Return py3langid's model, which takes seconds to read, once in a process."""
+    with library("py3langid", "language"):
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _sample(text: str) -> str:

@@ -107,16 +107,17 @@ class CleaningReport:
             counts.bytes_before += total
             total -= lost
             counts.bytes_after += total
-            what = "a copy" if counts.kind == "exact_duplicates" else "similar to an earlier document"
+            how = "equal" if counts.kind == "exact_duplicates" else "similar"
+            what = f"{how} to an earlier document"
             if len(gone):
                 counts.removed[what] += len(gone)
             for document, kept in zip(gone[:SAMPLES], removed.kept[chosen][:SAMPLES], strict=True):
                 if len(counts.removed_samples) < SAMPLES:
                     texts = text_of(int(document)), text_of(int(kept))
-                    at = first_difference(*texts) % min(
-                        map(len, texts)
-                    )  # from the beginning if they are equal
+                    at = first_difference(*texts)
                     shown = [printable(excerpt(text, at)) for text in texts]
+                    if texts[0] == texts[1]:
+                        shown = [printable(excerpt(texts[0]))]
                     what_of = f"{what}; {ids[kept]} is kept"
                     counts.removed_samples.append(Sample(ids[document], what_of, *shown))
             self.documents_out -= len(gone)

@@ -101,7 +101,15 @@ def test_mistakes_are_named(steps: Any, said: str) -> None:
 
 
 def test_all_mistakes_are_named_at_once() -> None:
-    assert len(refusals([{"kind": "pii", "mask": []}, "nothing", {"kind": "normalize", "form": "NFX"}])) >= 2
+    said = refusals(
+        [{"kind": "pii", "mask": []}, "nothing", {"kind": "normalize", "form": "NFX"}, "language"]
+    )
+    assert [each.partition("=")[0] for each in said] == [
+        "clean[1].kind",
+        "clean[2].form",
+        "clean[0].mask",
+        "clean[3].keep",
+    ]
 
 
 def test_synthetic_data_is_not_cleaned() -> None:

@@ -41,7 +41,7 @@ def test_plain_typography() -> None:
     assert text_fixer(FixTextStep(plain_typography=True))("“curly” ﬁne ＡＢ\r\n") == '"curly" fine AB\n'
 
 
-def test_the_short_cut_of_ascii_is_what_ftfy_does() -> None:
+def test_the_short_cut_is_what_ftfy_does() -> None:
     rng, fix = random.Random(1), text_fixer(FixTextStep())
     config = ftfy.TextFixerConfig(
         uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, fix_line_breaks=False,
@@ -49,8 +49,24 @@ def test_the_short_cut_of_ascii_is_what_ftfy_does() -> None:
     )  # fmt: skip
     every = [chr(code) for code in range(128)]
     assert [fix(f"a{char}b") for char in every] == [ftfy.fix_text(f"a{char}b", config) for char in every]
-    for _ in range(500):
-        text = "".join(rng.choices(string.printable, k=30))
+    pieces = [
+        *string.printable,
+        "\n",
+        "\n",
+        "&amp;",
+        "&lt;b&gt;",
+        "<",
+        "Ã¶",
+        "é",
+        "â€œ",
+        "\x1b[1m",
+        "\x00",
+        "\u2028",
+        "\x85",
+        "plain",
+    ]
+    for _ in range(1000):
+        text = "".join(rng.choices(pieces, k=30))
         assert fix(text) == ftfy.fix_text(text, config)
 
 
@@ -77,6 +93,12 @@ def test_a_page_without_text_is_removed() -> None:
     found = html_extractor(HtmlStep())("<html><body><script>1</script></body></html>")
     assert isinstance(found, Refusal)
     assert found.reason == "no main text was found"
+
+
+def test_a_page_that_is_too_large_is_removed() -> None:
+    found = html_extractor(HtmlStep())("<html><body><p>" + "word " * 210_000)
+    assert isinstance(found, Refusal)
+    assert found.reason == "a page of more than 1,048,576 characters"
 
 
 ENGLISH = "The ship left the harbour early in the morning, and nobody knew when it would come back."
