@@ -42,8 +42,13 @@ from megatrain.config.errors import UserError
 
 PIECE_CHARS = 1 << 20
 """Length of a piece in characters: large enough to keep a core busy, small enough for all cores' pieces in memory."""
-LONGEST_CHARS = 32 << 20
-"""Length of the longest piece in characters."""
+LONGEST_CHARS = 24_000_000
+"""Length of the longest piece in characters.
+
+The library `tokenizers` takes 115 to 140 bytes of memory a character of text, and up to 330 where every character is a
+word (`benchmarks/results/long_documents.json`), so this is about 3 GB, and 8 GB at worst. Times are proportional to the
+length, but runs of white space of some millions of characters make the libraries give up (`explained_panics`).
+"""
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_OLD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -151,8 +156,8 @@ def explained_panics() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise UserError(
-            f"the tokenizer's library gave up on a document: {error}. Very long runs of one kind of character do that; "
-            "leave such documents out, or break the runs."
+            f"the tokenizer's library gave up on a document: {error}. White space without anything else for a million "
+            "characters or more does that: shorten such runs, or leave the document out."
         ) from None
 
 
