@@ -121,7 +121,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._rule = cuts.cut_rule(inner)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with cuts.explained_panics():
+        with cuts.explained_failures():
             encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
             found = [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
             return [self._plain.checked(text, ids) for text, ids in zip(texts, found, strict=True)]
@@ -181,7 +181,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encode = partial(self._inner.encode_to_numpy, disallowed_special=())
-        with cuts.explained_panics(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with cuts.explained_failures(), ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(encode, texts))
 
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
