@@ -263,8 +263,9 @@ def _directory(words: list[str], *, as_json: bool) -> tuple[Path, "Config | None
 
 def _prepared(cfg: "Config", display: "Display") -> "Prepared":
     from megatrain.data.prepare import prepare
+    from megatrain.train.auto import resolve_data
 
-    return prepare(cfg.data, progress=display.phase, vocab_size=cfg.model.vocab_size)
+    return prepare(resolve_data(cfg), progress=display.phase, vocab_size=cfg.model.vocab_size)
 
 
 @contextlib.contextmanager

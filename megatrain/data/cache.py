@@ -146,7 +146,7 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
 
 def _why_not_needed(cache: Cache, unused_days: float | None) -> str | None:
     if cache.state == "unfinished":
-        return "its builder has ended"
+        return None if cache.in_use else "its builder was ended"
     if cache.state == "other format":
         return "of another version of this program"
     if cache.state == "damaged":

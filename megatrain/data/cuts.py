@@ -42,8 +42,14 @@ from megatrain.config.errors import UserError
 
 PIECE_CHARS = 1 << 20
 """Length of a piece in characters: large enough to keep a core busy, small enough for all cores' pieces in memory."""
-LONGEST_CHARS = 32 << 20
-"""Length of the longest piece in characters."""
+LONGEST_CHARS = 24_000_000
+"""Length of the longest piece in characters.
+
+The library `tokenizers` takes 115 to 140 bytes of memory a character of text, and up to 330 where every character is a
+word (`benchmarks/results/long_documents.json`), so this is about 3 GB, and 8 GB at worst. Times are proportional to the
+length. In runs of white space the libraries' matchers give up: tiktoken's after one million characters, that of
+tokenizers after some millions (`explained_failures`).
+"""
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_OLD = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -139,8 +145,8 @@ def _short_enough(piece: str, rule: re.Pattern[str] | None) -> str:
 
 
 @contextmanager
-def explained_panics() -> Iterator[None]:
-    """Turn a panic of a tokenizer library, which is no Exception, into a UserError.
+def explained_failures() -> Iterator[None]:
+    """Turn a failure of a tokenizer library, in Rust a panic, which is no Exception here, into a UserError.
 
     Raises:
         UserError: the library gave up, say at a run of white space of millions of characters.
@@ -148,11 +154,11 @@ def explained_panics() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
-            f"the tokenizer's library gave up on a document: {error}. Very long runs of one kind of character do that; "
-            "leave such documents out, or break the runs."
+            f"the tokenizer's library gave up on a document: {error}. White space without anything else for a million "
+            "characters or more does that: shorten such runs, or leave the document out"
         ) from None
 
 

@@ -11,8 +11,12 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +25,7 @@ import numpy as np
 from megatrain.config.errors import UserError
 from megatrain.data import cuts
 from megatrain.data.config import TokenizerConfig
-from megatrain.data.plain import PlainText
+from megatrain.data.plain import BYTE, PlainText
 from megatrain.runtime.packages import how_to_install
 
 EOS = "<|endoftext|>"
@@ -67,8 +71,7 @@ class Tokenizer(ABC):
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
         """Yield `text` in pieces of about `size` characters whose tokens, joined, are exactly those of the whole text.
 
-        A piece is longer where there is no such cut nearby: in a word of many megabytes, or throughout with a tokenizer
-        that no cut is proven for.
+        It is longer where no cut is proven (`cuts.py`): in a very long word, or throughout for some tokenizers.
 
         Raises:
             UserError: a piece is too long to be encoded in a bounded amount of memory (`LONGEST_CHARS`).
@@ -122,9 +125,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._rule = cuts.cut_rule(inner)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with cuts.explained_panics():
+        with cuts.explained_failures():
             encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-            found = [np.array(e.ids, dtype=np.uint32) for e in encodings]
+            found = [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
             return [self._plain.checked(text, ids) for text, ids in zip(texts, found, strict=True)]
 
     def encode_markup(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -149,7 +152,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 sizes[i] = 0 if added[i].special or i == self.eos_id else len(added[i].content.encode())
             elif "ByteLevel" in decoders:
                 sizes[i] = len(token)  # in this alphabet a character is a byte
-            elif "ByteFallback" in decoders and _is_byte_token(token):
+            elif "ByteFallback" in decoders and BYTE.fullmatch(token):
                 sizes[i] = 1
             elif decoders & {"Metaspace", "Replace"}:
                 sizes[i] = len(token.replace("\u2581", " ").encode())
@@ -188,8 +191,9 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size = max(eos_id, max(self._bytes)) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with cuts.explained_panics():
-            return [np.array(ids, dtype=np.uint32) for ids in self._inner.encode_ordinary_batch(list(texts))]
+        encode = partial(self._inner.encode_to_numpy, disallowed_special=())
+        with cuts.explained_failures(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(encode, texts))
 
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
         return cuts.cut(text, cuts.BETWEEN_WORDS, size)
@@ -386,10 +390,6 @@ def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
     return {decoder["type"]}.union(*(_decoder_types(d) for d in decoder.get("decoders", ())))
-
-
-def _is_byte_token(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _write_meta(directory: Path, *, kind: str, eos_id: int) -> None:

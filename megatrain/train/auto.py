@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatrain.config.errors import UserError
+from megatrain.data.config import DataConfig
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
 from megatrain.train.micro_batch import largest_fitting, micro_batch_choices, state_bytes
@@ -18,18 +19,23 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
         before: the config of the run that is resumed. Its micro-batch size is kept if the layout and the memory allow
             it, so that results are bit-identical, and always if fp8 scales depend on it.
     """
-    tokenizer = cfg.data.tokenizer
-    if tokenizer.vocab_size == "auto":
-        tokenizer = dataclasses.replace(tokenizer, vocab_size=cfg.model.vocab_size)
     steps = cfg.schedule.resolved_warmup(cfg.train.steps)
     resolved = dataclasses.replace(
         cfg,
-        data=dataclasses.replace(cfg.data, tokenizer=tokenizer),
+        data=resolve_data(cfg),
         schedule=dataclasses.replace(cfg.schedule, warmup_steps=steps),
     )
     if cfg.micro_batch_size != "auto":
         return resolved
     return dataclasses.replace(resolved, micro_batch_size=_micro_batch(cfg, memory, before))
+
+
+def resolve_data(cfg: Config) -> DataConfig:
+    """Return the data of `cfg` with the size of a tokenizer that is trained as a number."""
+    tokenizer = cfg.data.tokenizer
+    if tokenizer.vocab_size == "auto":
+        tokenizer = dataclasses.replace(tokenizer, vocab_size=cfg.model.vocab_size)
+    return dataclasses.replace(cfg.data, tokenizer=tokenizer)
 
 
 def require_memory(cfg: Config, memory: int) -> None:

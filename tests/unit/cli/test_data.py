@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatrain.cli.completion import candidates
+from megatrain.cli.compose import compose
 from megatrain.cli.main import main
 from megatrain.data import cache
+from megatrain.data.prepare import prepare
 from megatrain.data.store import FORMAT_VERSION, INDEX_FILE
+from megatrain.train.auto import resolve_auto
 
 BYTES = "data.tokenizer.kind=bytes"
 
@@ -66,6 +69,13 @@ def test_prepare_makes_what_train_reads(folder: Path, data: object) -> None:
     code, _, err = data("prepare", "data.path=docs.jsonl", BYTES, "model.vocab_size=256")
     assert code == 2
     assert "must be at least the tokenizer's 257 tokens" in err
+    words = ("data.path=docs.jsonl", "model.vocab_size=300")
+    code, out, _ = data("prepare", "--json", *words)
+    assert code == 0
+    cfg = resolve_auto(compose([*words]), memory=1 << 40)
+    prepared = prepare(cfg.data, progress=lambda name, share: None, vocab_size=300)
+    assert str(prepared.directory) == json.loads(out)["directory"]
+    assert 257 < prepared.tokenizer.vocab_size <= 300
     code, out, _ = data("prepare", "data=synthetic")
     assert code == 0
     assert out.startswith("Data: random tokens")
