@@ -27,8 +27,9 @@ from megatrain.data.sources.corpus import Corpus, Part
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.listing import TEXT_HINT
 from megatrain.data.store import UnfinishedError
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
-from megatrain.data.units import Encoding, Spool, encode_unit, join_splits, open_spool, read_unit
+from megatrain.data.tokenizer import Tokenizer, train_bpe
+from megatrain.data.tokenizer_files import load_tokenizer, read_tokenizer
+from megatrain.data.units import Encoding, Spool, cleaner_of, encode_unit, join_splits, open_spool, read_unit
 
 Progress = Callable[[str, float], None]
 """Progress callback: the name of a phase and its completed fraction, 0 to 1."""
@@ -61,6 +62,7 @@ def build(
         UserError: the corpus holds too little text, or text that can't be read.
         UnfinishedError: a process that worked on it died.
     """
+    cleaner_of.cache_clear()
     work = directory / "work"
     work.mkdir(exist_ok=True)
     crew = _Crew(cfg, sum(size for _, size in units))

@@ -32,7 +32,8 @@ from megatrain.data.store import (
     read_index,
     write_index,
 )
-from megatrain.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_files
+from megatrain.data.tokenizer import ByteTokenizer, Tokenizer
+from megatrain.data.tokenizer_files import load_tokenizer, tokenizer_files
 
 RECIPE_VERSION = 2  # part of every cache key: increment it when the same input would give other tokens
 HASHING_THREADS = 4

@@ -11,7 +11,8 @@ import numpy as np
 from megatrain.config.errors import UserError
 from megatrain.data.order import sample_ids
 from megatrain.data.store import TokenStore, open_split, read_index
-from megatrain.data.tokenizer import META_FILE, load_tokenizer
+from megatrain.data.tokenizer import META_FILE
+from megatrain.data.tokenizer_files import load_tokenizer
 
 MOST_BARS = 12
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def read_unit(
         UserError: a file cannot be read, or does not contain text where it should.
     """
     left_out = LeftOut()
-    cleaner, report = Cleaner(steps), CleaningReport(steps)
+    cleaner, report = cleaner_of(steps), CleaningReport(steps)
     fingerprints: list[bytes] = []
     facts: list[tuple[int, int, bytes, bool]] = []
     names: list[str] = []
@@ -125,6 +126,15 @@ def read_unit(
         (folder / "report.pickle").write_bytes(pickle.dumps(report))
         described = {"names": names, "files": sorted(files), "left_out": left_out.as_json()}
         (folder / "described.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def cleaner_of(steps: tuple[CleanStep, ...]) -> Cleaner:
+    """Return the cleaner of `steps`, one for all units of a process: models and files are read once.
+
+    Whoever begins another preparation clears this cache, since the files may have changed.
+    """
+    return Cleaner(steps)
 
 
 def _as_facts(rows: list[tuple[int, int, bytes, bool]]) -> np.ndarray:

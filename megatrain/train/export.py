@@ -16,7 +16,8 @@ from torch import Tensor
 from megatrain.checkpoint.reader import CheckedReader, read_tensors
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
-from megatrain.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from megatrain.data.tokenizer import HuggingFaceTokenizer
+from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import WeightMap
 from megatrain.train.files import read_config

@@ -20,7 +20,8 @@ from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import dump, load
 from megatrain.data.config import DataConfig, TokenizerConfig
-from megatrain.data.tokenizer import HuggingFaceTokenizer, read_tokenizer
+from megatrain.data.tokenizer import HuggingFaceTokenizer
+from megatrain.data.tokenizer_files import read_tokenizer
 from megatrain.models.config import ModelConfig
 from megatrain.models.registry import config_from_hf, get_spec
 from megatrain.models.spec import WeightMap

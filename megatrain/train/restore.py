@@ -7,7 +7,8 @@ from torch import nn
 
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.train.config import Config
 from megatrain.train.files import read_config

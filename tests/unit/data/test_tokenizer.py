@@ -12,19 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatrain.config.errors import UserError
-from megatrain.data import tokenizer as module
+from megatrain.data import tokenizer_files as module
 from megatrain.data.config import TokenizerConfig
 from megatrain.data.sources.corpus import find_corpus
-from megatrain.data.tokenizer import (
-    EOS,
-    ByteTokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-    tokenizer_files,
-    train_bpe,
-)
+from megatrain.data.tokenizer import EOS, ByteTokenizer, HuggingFaceTokenizer, Tokenizer, train_bpe
+from megatrain.data.tokenizer_files import load_tokenizer, read_tokenizer, tokenizer_files
 
 CL100K_LIKE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
