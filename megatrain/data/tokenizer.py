@@ -131,7 +131,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return [self._plain.checked(text, ids) for text, ids in zip(texts, found, strict=True)]
 
     def encode_markup(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with cuts.explained_panics():
+        with cuts.explained_failures():
             marked = type(self._inner).from_str(self._inner.to_str())
             marked.encode_special_tokens = False
             encodings = marked.encode_batch_fast(list(texts), add_special_tokens=False)
