@@ -143,7 +143,7 @@ class LiveDisplay:
             self._console.print(Text(fact, style="dim"))
 
     def _begin_screen(self) -> None:
-        """Go on at the top of an empty screen: what was on it scrolls up.
+        """Begin again at the top of an empty screen: what was on it scrolls up.
 
         Most terminals wrap lines anew that have become too long for them, some cut them, and none says how many rows
         the last drawing takes now, so it can't be drawn over.
