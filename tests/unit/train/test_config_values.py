@@ -76,7 +76,7 @@ TEXTS = (
     "~",
     "~nobody/x",
     "a/b",
-    "/nowhere/at/all",
+    "/proc/nowhere/at/all",  # no user can make it
     "x" * 300,
     "\udcff",
     "null",
