@@ -156,7 +156,7 @@ USES: dict[str, tuple[list[str], Shell, tuple[int, ...], str]] = {
 }
 LONG_USES: dict[str, tuple[list[str], Shell, tuple[int, ...], str]] = {
     "export, reader gone": (["export", RUNS, "out"], Shell("| true"), (0, 141), "out/model.safetensors"),
-    "export, disk full": (["export", RUNS, "out"], Shell(">/dev/full"), (1,), "out/model.safetensors"),
+    "export, disk full": (["export", RUNS, "out"], Shell(">/dev/full"), (0,), "out/model.safetensors"),
     "import, closed": (["import", EXPORTED, "run.name=it"], Shell(">&-"), (0,), "runs/it/config.yaml"),
     "import, bare": (
         ["import", EXPORTED, "run.name=it", "run.dir=ö"],
