@@ -65,7 +65,7 @@ def test_fields_of_events_are_those_documented(run: Path) -> None:
         name = str(event["event"])
         assert fields == set(re.findall(r"`(\w+)`", table[name].split("|")[0])), name
         seen.add(name)
-    assert seen == {"start", "resume", "sample", "save", "stop"}
+    assert seen == {"start", "data", "resume", "sample", "save", "stop"}
 
 
 def events_in_source() -> set[str]:
