@@ -5,6 +5,7 @@ that one message names every mistake in the overrides, the files and the values.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -36,7 +37,8 @@ from megatrain.train.files import CONFIG_FILE, IMPORT_FILE, read_config, run_dir
 
 RECIPE = ("lr", "warmup_fraction", "decay_fraction", "final_ratio", "steps", "seq_len", "global_batch_size")
 """Keys of a recipe (`conf/recipe/`): what files of other groups take from it as `${oc.select:recipe.KEY,DEFAULT}`."""
-QUOTE = str.maketrans({"\\": "\\\\", "'": "\\'"})
+TO_ESCAPE = re.compile(r"(\\*)('|$)")
+"""In Hydra's quotes a backslash is an escape only in front of a quote."""
 
 
 class RequiredError(InterpolationResolutionError):
@@ -280,4 +282,5 @@ def _parse_one(text: str, parser: OverridesParser) -> Override:
 
 
 def _quoted(text: str) -> str:
-    return f"'{text.translate(QUOTE)}'"
+    escaped = TO_ESCAPE.sub(lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"

@@ -276,7 +276,7 @@ class _Walk:
     def items(self, classes: tuple[type, ...], hint: Any, value: Any, path: str) -> Any:
         """Return a list of configs; None, with problems reported, if the list or one of them is illegal."""
         if not isinstance(value, list | tuple):
-            legal = ([value],) if isinstance(value, str) and value in map(kind_of, classes) else ()
+            legal = ((value,),) if isinstance(value, str) and value in map(kind_of, classes) else ()
             self.report(path, value, f"must be {expected(hint)}", legal)
             return None
         union = get_args(hint)[0]

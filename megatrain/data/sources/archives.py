@@ -52,6 +52,11 @@ def read_tar(stream: BinaryIO, file: SourceFile, left_out: LeftOut, read: ReadMe
                 else:
                     held.append((inner, content.read()))
             yield from _flush(held, read)
+            while rest := archive.fileobj.read(CHUNK):
+                if rest.strip(b"\0"):
+                    raise UserError(
+                        f"{file.path} goes on after its archive ends, as joined archives do; keep them apart"
+                    )
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{file.path} is not a readable tar archive: {error}") from None
 

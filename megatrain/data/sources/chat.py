@@ -17,8 +17,12 @@ ROLES = {
     "model": "assistant",
 }
 """ShareGPT's names of the roles, and others that are seen, by the usual ones."""
-Message = dict[str, str]
-"""A message: its `role` and its `content`."""
+Message = dict[str, Any]
+"""A message: its `role`, its `content` as text, and further entries such as `tool_calls` as they are."""
+
+
+class NotTextError(ValueError):
+    """A conversation has parts that are not text, such as images."""
 
 
 class Conversation:
@@ -36,7 +40,7 @@ class Conversation:
             UserError: the template fails, or refuses these messages.
         """
         if self.source is None:
-            return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            return "\n\n".join(f"{message['role']}: {_with_calls(message)}" for message in messages)
         if self._render is None:
             self._render = _compiled(self.source)
         try:
@@ -53,6 +57,9 @@ def conversation_of(value: Any) -> list[Message] | None:
     """Return the messages of a conversation as chat files hold it; None if `value` is none.
 
     Read are OpenAI's form (`role`, `content`, the latter a text or a list of parts) and ShareGPT's (`from`, `value`).
+
+    Raises:
+        NotTextError: one of the parts is not text.
     """
     if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
         return None
@@ -61,12 +68,30 @@ def conversation_of(value: Any) -> list[Message] | None:
         role = each.get("role", each.get("from"))
         content = each.get("content", each.get("value"))
         if isinstance(content, list):
-            texts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(text for text in texts if isinstance(text, str))
+            content = "".join(map(_text_of, content))
         if not isinstance(role, str) or not isinstance(content, str | None):
             return None
-        messages.append({"role": ROLES.get(role, role), "content": content or ""})
+        others = {
+            key: entry for key, entry in each.items() if key not in ("from", "value") and entry is not None
+        }
+        messages.append(others | {"role": ROLES.get(role, role), "content": content or ""})
     return messages
+
+
+def _text_of(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise NotTextError
+    return text
+
+
+def _with_calls(message: Message) -> str:
+    """Return the content of a message, and the calls of tools in it as JSON."""
+    calls = message.get("tool_calls") or message.get("function_call")
+    if not calls:
+        return str(message["content"])
+    written = json.dumps(calls, ensure_ascii=False, default=str)
+    return f"{message['content']}\n{written}" if message["content"] else written
 
 
 def read_conversation(cfg: TokenizerConfig) -> Conversation:

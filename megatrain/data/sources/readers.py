@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from megatrain.config.errors import UserError
+from megatrain.data.sources.chat import NotTextError
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.rows import RowText, no_field, unicode_text
 from megatrain.data.sources.streams import decode, lines
@@ -45,7 +46,11 @@ class Reader(NamedTuple):
         if isinstance(value, str):
             text: str | None = unicode_text(value, self.row_text.field, where)
         elif isinstance(value, Mapping):
-            text = self.row_text(value, where)
+            try:
+                text = self.row_text(value, where)
+            except NotTextError:
+                self.left_out.add_row(name, "conversation with parts that are not text")
+                return
         else:
             raise UserError(f"{where} is not a JSON object with a field {self.row_text.field!r}")
         if text:

@@ -30,8 +30,15 @@ class RowText:
         """Return those of the columns `names` that the text is made from.
 
         Raises:
-            KeyError: they lack a field that is needed.
+            KeyError: they lack a field that is needed, or have it twice.
         """
+        found = self._wanted(names)
+        for name in found:
+            if names.count(name) > 1:
+                raise KeyError(name)
+        return found
+
+    def _wanted(self, names: list[str]) -> list[str]:
         if self.columns is not None:
             for name in self.columns:
                 if name not in names:
@@ -49,13 +56,14 @@ class RowText:
 
         Raises:
             UserError: a field is missing or holds no text; names the place `where` and the row's fields.
+            NotTextError: it is a conversation with parts that are not text.
         """
         try:
             names = self.wanted(list(row))
         except KeyError as missing:
             raise no_field(where, missing.args[0], list(row)) from None
         if self._parts is None:
-            return self._value(row[names[0]], names[0], where)
+            return self._value(row[names[0]], names[0], where, system=row.get("system"))
         return "".join(
             literal + ("" if name is None else self._value(row[name], name, where, number_too=True) or "")
             for literal, name in self._parts
@@ -67,7 +75,9 @@ class RowText:
             return False
         return not isinstance(row[self.wanted(list(row))[0]], str)
 
-    def _value(self, value: Any, field: str, where: str, *, number_too: bool = False) -> str | None:
+    def _value(
+        self, value: Any, field: str, where: str, *, number_too: bool = False, system: Any = None
+    ) -> str | None:
         if value is None:
             return None
         if isinstance(value, str):
@@ -76,6 +86,8 @@ class RowText:
             return str(value)
         messages = conversation_of(value)
         if messages is not None:
+            if isinstance(system, str) and system and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": system})
             return unicode_text(self._conversation.render(messages, where), field, where)
         kind = type(value).__name__
         raise UserError(
@@ -99,6 +111,10 @@ def unicode_text(text: str, field: str, where: str) -> str:
 def no_field(where: str, field: str, names: list[str]) -> UserError:
     """Return the error that a row or file has no such field, with the names that it has."""
     fields = ", ".join(map(repr, names)) or "none"
+    if names.count(field) > 1:
+        return UserError(
+            f"{where} has {names.count(field)} fields of the name {field!r} (its fields: {fields}); rename one"
+        )
     advice = "set data.text_field"
     if len(names) > 1:
         shown = json.dumps("".join(f"{{{name}}}\\n" for name in names[:3])).strip('"').replace("\\\\", "\\")

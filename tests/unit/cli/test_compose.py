@@ -204,3 +204,8 @@ def test_missing_directory_or_config_is_a_users_mistake(tmp_path: Path) -> None:
         compose([], Source(str(tmp_path / "none")))
     with pytest.raises(UserError, match="Cannot find primary config 'nope'"):
         compose([], Source(None, "nope"))
+
+
+@pytest.mark.parametrize("text", ["{a}\\t{b}\\n", "it's", "\\'", "end\\", "a\\\\b", "'", "\\\\'x"])
+def test_text_arrives_as_it_is_written(text: str) -> None:
+    assert compose([f"data.cache_dir={{{text}"]).data.cache_dir == f"{{{text}"

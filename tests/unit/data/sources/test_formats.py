@@ -173,6 +173,43 @@ def test_special_tokens_of_a_chat_template_become_their_ids_as_transformers_has_
     assert found.tokenizer.decode(second) == plain
 
 
+def test_conversations_lose_nothing(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "square", "arguments": '{"n": 2}'}}
+    image = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": "x.png"}]
+    rows = [
+        {"system": "Answer.", "conversations": [{"from": "human", "value": "hi"}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": image}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+            ]
+        },
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = find_corpus(str(tmp_path / "a.jsonl"))
+    assert texts(corpus) == [
+        "system: Answer.\n\nuser: hi",
+        f"assistant: {json.dumps([call])}",
+        "user: ab",
+    ]
+    assert left_out(corpus) == {"conversation with parts that are not text": 1}
+
+
+def test_a_column_that_stands_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    assert "a.csv has 2 fields of the name 'text'" in refusal(tmp_path / "a.csv")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet has 2 fields of the name 'text'" in refusal(tmp_path / "a.parquet")
+
+
+def test_joined_archives(tmp_path: Path) -> None:
+    content = (CORPORA / "shard-000000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content + content)
+    assert "goes on after its archive ends" in refusal(tmp_path / "a.tar")
+
+
 def test_a_folder_of_everything_says_what_it_left_out(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("read me")
     for name in ("c4.json.gz", "articles.parquet", "utf16.txt"):
