@@ -127,7 +127,8 @@ def _choose(
                 f"{corpus.origin}: data.clean removed every document.\n  " + "\n  ".join(cleaning.lines())
             )
         raise UserError(
-            f"{corpus.origin} contains no text (left out: {left_out.details() or 'nothing'}). {TEXT_HINT}"
+            f"{corpus.origin} contains no text (left out: {left_out.details() or 'nothing'}). {TEXT_HINT} Of rows, "
+            "data.text_field says which field holds the text."
         )
     held = sum(int((each.keep & each.held_out).sum()) for each in found)
     if cfg.val_fraction > 0 and held in (0, documents):

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,9 @@ def _find_or_build(
     progress("reading", 0.0)
     tokenizer = [_content_digest(file) for file in tokenizer_files(cfg.tokenizer)]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing leaves the interpreter to others
-        scans = list(pool.map(lambda number: scan(corpus, number), range(len(corpus.files))))
+        numbers = range(len(corpus.files))
+        list(pool.map(corpus.check, numbers))
+        scans = list(pool.map(partial(scan, corpus), numbers))
     content = [corpus.content_digest([each.digest for each in scans]), corpus.unlisted]
     directory = root / _key(cfg, conversation, content, tokenizer)
     build_once(

@@ -102,6 +102,19 @@ class Corpus:
             if not found and left_out.total() == before:
                 left_out.add_file(file.name, "empty", file.size)  # a shard without rows
 
+    def check(self, number: int) -> None:
+        """Read the first row of a file of rows, so that a wrong field is named before hours of work and not after.
+
+        Raises:
+            UserError: the file is damaged at its beginning, or its rows lack the field.
+        """
+        file = self.files[number]
+        if not self.is_stdlib and format_of(file.name) in ("jsonl", "csv", "tsv", "parquet", "arrow"):
+            next(
+                self._read_file(file, Reader(self.row_text, self.encoding, LeftOut(), self.is_single_file)),
+                None,
+            )
+
     def _read_file(self, file: SourceFile, reader: Reader) -> Iterator[Document]:
         if self.is_stdlib:
             yield from read_python(file, reader.left_out)

@@ -195,6 +195,11 @@ def read_csv(
         try:
             reader.row_text.wanted(columns)
         except KeyError as missing:
+            if not reader.is_single_file and missing.args[0] not in columns:
+                reader.left_out.add_file(
+                    name, f"CSV without the field {missing.args[0]}", sum(map(len, first[1]))
+                )
+                return
             raise no_field(path, missing.args[0], columns) from None
         for number, values in enumerate(table, 1):
             if not values:

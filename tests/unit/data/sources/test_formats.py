@@ -204,6 +204,27 @@ def test_a_column_that_stands_twice(tmp_path: Path) -> None:
     assert "a.parquet has 2 fields of the name 'text'" in refusal(tmp_path / "a.parquet")
 
 
+def test_tables_without_the_field_are_left_out_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "sizes.csv").write_text("chip,size\na,1\n")
+    (tmp_path / "a.md").write_text("a text")
+    corpus = find_corpus(str(tmp_path))
+    assert texts(corpus) == ["a text"]
+    assert left_out(corpus) == {"CSV without the field text": 1}
+
+
+def test_a_wrong_field_is_named_before_the_work(tmp_path: Path) -> None:
+    for n in range(30):
+        (tmp_path / f"a{n:02}.txt").write_text("text")
+    (tmp_path / "z.jsonl").write_text('{"body": "x"}\n')
+    cfg = DataConfig(
+        path=str(tmp_path), cache_dir=str(tmp_path / "c"), tokenizer=TokenizerConfig(kind="bytes")
+    )
+    phases: list[tuple[str, float]] = []
+    with pytest.raises(UserError, match=r"z.jsonl:1 has no field 'text' \(its fields: 'body'\)"):
+        prepare(cfg, progress=lambda *told: phases.append(told))
+    assert phases == [("reading", 0.0)]
+
+
 def test_joined_archives(tmp_path: Path) -> None:
     content = (CORPORA / "shard-000000.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content + content)
