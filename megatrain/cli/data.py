@@ -110,7 +110,7 @@ def _show(argv: list[str]) -> int:
 
 def _verify(argv: list[str]) -> int:
     flags, words = _flags(argv, "--json", "--all")
-    from megatrain.data.cache import list_caches
+    from megatrain.data.cache import list_caches, put_aside
     from megatrain.data.verify import verify
 
     if flags.all:
@@ -126,6 +126,9 @@ def _verify(argv: list[str]) -> int:
             found[directory] = verify(
                 directory, progress=partial(display.phase, f"checking {directory.name}")
             )
+    for directory, damages in found.items():
+        if damages:
+            put_aside(directory)
     if flags.json:
         print(
             json.dumps(
@@ -140,7 +143,7 @@ def _verify(argv: list[str]) -> int:
                 print(f"  {damage.file}{place}: {damage.what}")
         if any(found.values()):
             print(
-                "Remove what is damaged with `megatrain data prune`, or its directory; it is built again when needed."
+                "What is damaged is not read any more, and built again when needed; `megatrain data prune` removes it."
             )
         elif not found:
             print("There are no token caches.")

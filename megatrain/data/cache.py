@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from megatrain.config.errors import UserError
 from megatrain.data.sources.remote import is_url
-from megatrain.data.store import FORMAT_VERSION, INDEX_FILE, SOURCES_FILE, read_index
+from megatrain.data.store import DAMAGED_FILE, FORMAT_VERSION, INDEX_FILE, SOURCES_FILE, read_index
 
 USED_FILE = ".last-used"
 DAY_S = 86400.0
@@ -86,6 +86,22 @@ def mark_used(directory: Path) -> None:
             os.close(previous)
     with suppress(OSError):
         (directory / USED_FILE).touch()
+
+
+def put_aside(directory: Path) -> None:
+    """Mark the cache `directory` as damaged, so that the next run builds it again and `prune` removes it.
+
+    Raises:
+        UserError: the directory can't be written.
+    """
+    try:
+        (directory / INDEX_FILE).rename(directory / DAMAGED_FILE)
+    except FileNotFoundError:  # marked before, or without an index, which is damage as well
+        return
+    except OSError as error:
+        raise UserError(
+            f"{directory} is damaged and can't be marked as such: {error.strerror}; remove it"
+        ) from None
 
 
 def list_caches(root: Path) -> list[Cache]:
@@ -207,10 +223,11 @@ def _files(directory: Path) -> Iterator[str]:
 
 def _read_any_index(directory: Path) -> dict[str, Any]:
     """Return an index of any version; empty if there is none."""
-    with suppress(OSError, ValueError):
-        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-        if isinstance(index, dict):
-            return index
+    for name in (INDEX_FILE, DAMAGED_FILE):
+        with suppress(OSError, ValueError):
+            index = json.loads((directory / name).read_text(encoding="utf-8"))
+            if isinstance(index, dict):
+                return index
     return {}
 
 

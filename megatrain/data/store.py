@@ -26,6 +26,8 @@ from megatrain.data.order import keys_of, mix64
 from megatrain.runtime.paths import cache_dir
 
 INDEX_FILE = "index.json"
+DAMAGED_FILE = "index.damaged.json"
+"""The index of a data set in which a check found damage: nothing reads it any more, and it is built again."""
 SOURCES_FILE = "sources.json"
 """What a data set was made from: path, name, size and SHA-256 of each file."""
 FORMAT_VERSION = 1

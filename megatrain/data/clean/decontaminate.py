@@ -7,7 +7,7 @@ question is often its answer.
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from megatrain.config.errors import UserError
 from megatrain.data.clean.config import DecontaminateStep
 from megatrain.data.clean.outcome import Refusal, excerpt
 from megatrain.data.clean.words import WORD, WordHashes, ngram_hashes, words_of
+from megatrain.data.sources.formats import format_of
+from megatrain.data.sources.left_out import LeftOut
+from megatrain.data.sources.listing import SourceFile, list_path
+from megatrain.data.sources.streams import decode, open_bytes
 
 
 class Benchmarks:
@@ -28,14 +32,14 @@ class Benchmarks:
             UserError: a file cannot be read, or has no text of `step.ngram` words.
         """
         self.n, self.hashes = step.ngram, hashes
-        self.ngrams = np.unique(np.concatenate([self._of_file(path) for path in step.against]))
+        self.ngrams = np.unique(np.concatenate([self._of_file(file) for file in _files(step.against)]))
 
-    def _of_file(self, path: str) -> np.ndarray:
-        found = [self._ngrams(text) for text in _texts(path)]
+    def _of_file(self, file: SourceFile) -> np.ndarray:
+        found = [self._ngrams(text) for text in _texts(file)]
         if not sum(map(len, found)):
             raise UserError(
-                f"{path}: no text has as many as {self.n} words, so nothing could be found; set a smaller ngram in "
-                "data.clean's step decontaminate, or leave the file out"
+                f"{file.path}: no text has as many as {self.n} words, so nothing could be found; set a smaller ngram "
+                "in data.clean's step decontaminate, or leave the file out"
             )
         return np.concatenate(found)
 
@@ -59,7 +63,11 @@ def digests(step: DecontaminateStep) -> list[str]:
     Raises:
         UserError: a file cannot be read.
     """
-    return sorted(hashlib.sha256(_read(path)).hexdigest() for path in step.against)
+    found = []
+    for file in _files(step.against):
+        with file.open() as stream:
+            found.append(hashlib.file_digest(stream, "sha256").hexdigest())  # type: ignore[arg-type]
+    return sorted(found)
 
 
 def _offset_of_word(text: str, index: int) -> int:
@@ -70,25 +78,33 @@ def _offset_of_word(text: str, index: int) -> int:
     return 0
 
 
-def _texts(path: str) -> Iterator[str]:
-    """Yield each text of a file: all strings of a JSONL file, or the whole of any other."""
-    try:
-        text = _read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+def _files(paths: tuple[str, ...]) -> list[SourceFile]:
+    """Return the files that `paths` name, as `data.path` does."""
+    return [file for path in paths for file in list_path(path, LeftOut())[0]]
+
+
+def _texts(file: SourceFile) -> Iterator[str]:
+    """Yield each text of a file: all strings of JSON, or the whole of any other."""
+    kind = format_of(file.name)
+    if kind in ("parquet", "arrow", "tar", "zip"):
         raise UserError(
-            f"{path} is not UTF-8: the byte at offset {error.start}. Convert it, e.g. with iconv."
-        ) from None
-    if not path.lower().endswith((".jsonl", ".ndjson")):
+            f"data.clean's step decontaminate reads text and JSON, and {file.path} is {kind}; convert it"
+        )
+    with open_bytes(file) as stream:
+        text = decode(stream.read(), file.path, "auto")
+    if kind not in ("jsonl", "json"):
         yield text
         return
-    for number, line in enumerate(text.split("\n"), 1):
+    if kind == "json":
+        with suppress(ValueError, RecursionError):
+            yield from _strings(json.loads(text))
+            return
+    for number, line in enumerate(text.split("\n"), 1):  # a .json file may hold lines, too
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number} is not JSON: {error}. A .jsonl file contains one JSON object per line."
-                ) from None
+                raise UserError(f"{file.path}:{number} is not JSON: {error}") from None
             yield from _strings(row)
 
 
@@ -103,11 +119,3 @@ def _strings(value: Any) -> Iterator[str]:
             left += value.values()
         elif isinstance(value, list):
             left += value
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"data.clean's step decontaminate cannot read {path}: {said}") from None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from megatrain.config.errors import UserError
@@ -64,6 +65,8 @@ class RowText:
             raise no_field(where, missing.args[0], list(row)) from None
         if self._parts is None:
             return self._value(row[names[0]], names[0], where, system=row.get("system"))
+        if all(row[name] is None for name in names):
+            return None
         return "".join(
             literal + ("" if name is None else self._value(row[name], name, where, number_too=True) or "")
             for literal, name in self._parts
@@ -80,6 +83,11 @@ class RowText:
     ) -> str | None:
         if value is None:
             return None
+        if value == []:
+            return ""
+        if isinstance(value, str) and field in CHAT_FIELDS and value.startswith("["):
+            with suppress(ValueError, RecursionError):  # chat files in CSV hold conversations as JSON
+                value = json.loads(value)
         if isinstance(value, str):
             return unicode_text(value, field, where)
         if number_too and isinstance(value, int | float):

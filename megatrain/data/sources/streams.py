@@ -46,7 +46,14 @@ class Bounded(io.RawIOBase):
         try:
             data = self._inner.read(len(buffer))
         except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
-            raise UserError(f"{self._file.path} is damaged and can't be decompressed: {error}") from None
+            if "too much memory" in str(error):
+                raise UserError(
+                    f"{self._file.path} was compressed with a window of more than 128 MB (zstd --long), which is not "
+                    "read; compress it without, or decompress it first"
+                ) from None
+            raise UserError(
+                f"{self._file.path} can't be decompressed: {error}. It is damaged, or not what its name says."
+            ) from None
         self._read += len(data)
         if self._read > self._limit:
             raise UserError(

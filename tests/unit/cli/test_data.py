@@ -13,7 +13,7 @@ from megatrain.cli.compose import compose
 from megatrain.cli.main import main
 from megatrain.data import cache
 from megatrain.data.prepare import prepare
-from megatrain.data.store import FORMAT_VERSION, INDEX_FILE
+from megatrain.data.store import DAMAGED_FILE, FORMAT_VERSION, INDEX_FILE
 from megatrain.train.auto import resolve_auto
 
 BYTES = "data.tokenizer.kind=bytes"
@@ -123,13 +123,19 @@ def test_verify(folder: Path, data: object) -> None:
         assert f"checking {cache.name}" in err
     content = (cache / "train.tokens").read_bytes()
     (cache / "train.tokens").write_bytes(b"\xff\xff" + content[2:])
+    code, out, _ = data("verify", cache.name, "--json")
+    assert code == 2
+    assert [damage["offset"] for damage in json.loads(out)[str(cache)]] == [None, 0]
+    (cache / DAMAGED_FILE).rename(cache / INDEX_FILE)
     code, out, _ = data("verify", "data.path=docs.jsonl", BYTES)
     assert code == 2
     assert "  train.tokens: has the right size and other content" in out
     assert "  train.tokens, byte 0: has token id 65,535, and the vocabulary has 257 tokens" in out
-    code, out, _ = data("verify", "--all", "--json")
-    assert code == 2
-    assert [damage["offset"] for damage in json.loads(out)[str(cache)]] == [None, 0]
+    assert json.loads(data("ls", "--json")[1])[0]["state"] == "damaged"
+    assert data("verify", "--all")[0] == 2
+    assert data("prepare", "data.path=docs.jsonl", BYTES)[0] == 0
+    assert data("verify", "--all")[0] == 0
+    assert (cache / "train.tokens").read_bytes() == content
 
 
 def test_ls_and_prune(folder: Path, data: object) -> None:

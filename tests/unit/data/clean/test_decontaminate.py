@@ -1,5 +1,6 @@
 """Decontamination against sets of strings, and the files that it reads."""
 
+import gzip
 import json
 import random
 import re
@@ -68,14 +69,23 @@ def test_a_text_file_is_one_text(tmp_path: Path) -> None:
     assert benchmarks(tmp_path, ngram=3, eval_txt="one two\nthree four").hit("Two three four") is not None
 
 
+@pytest.mark.parametrize("name", ["eval.json", "eval.jsonl.gz", "eval.json.gz"])
+def test_json_is_read_as_data_path_reads_it(tmp_path: Path, name: str) -> None:
+    text = "größer als\neins zwei drei"
+    content = json.dumps([{"q": text}] if "jsonl" not in name else {"q": text}).encode()  # with escapes
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    step = DecontaminateStep(against=(str(tmp_path / name),), ngram=5)
+    assert Benchmarks(step, WordHashes()).hit(f"sie ist {text}") is not None
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("eval.jsonl", b'{"a": 1}\n{"a"\n', ":2 is not JSON"),
         ("eval.jsonl", b"", "no text has as many as 13 words"),
         ("eval.txt", b"a few words", "no text has as many as 13 words"),
-        ("eval.txt", b"\xff", "is not UTF-8: the byte at offset 0"),
-        ("eval.txt", None, "cannot read"),
+        ("eval.txt", b"\xff", "is not UTF-8: byte 0xff at offset 0"),
+        ("eval.txt", None, "there is no such file"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:

@@ -225,6 +225,19 @@ def test_a_wrong_field_is_named_before_the_work(tmp_path: Path) -> None:
     assert phases == [("reading", 0.0)]
 
 
+def test_rows_of_nulls_and_conversations_in_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": null, "b": null}\n{"a": "x", "b": null}\n')
+    corpus = find_corpus(str(tmp_path / "a.jsonl"), template="{a}: {b}")
+    assert texts(corpus) == ["x: "]
+    assert left_out(corpus) == {"null": 1}
+    (tmp_path / "c.jsonl").write_text('{"messages": []}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    corpus = find_corpus(str(tmp_path / "c.jsonl"))
+    assert texts(corpus) == ["user: hi"]
+    assert left_out(corpus) == {"empty": 1}
+    (tmp_path / "c.csv").write_text('messages\n"[{""role"": ""user"", ""content"": ""hi""}]"\n')
+    assert texts(find_corpus(str(tmp_path / "c.csv"))) == ["user: hi"]
+
+
 def test_joined_archives(tmp_path: Path) -> None:
     content = (CORPORA / "shard-000000.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content + content)
