@@ -228,10 +228,15 @@ def test_a_signal_to_the_whole_group_saves(workplace: Workplace, name: str, over
     process = subprocess.Popen(
         workplace.tiny("train.steps=100000", "checkpoint.every=0", "log.display=off", *overrides),
         cwd=workplace.folder, env=workplace.environment, start_new_session=True, text=True, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # where the tests run under nohup
     )  # fmt: skip
-    assert wait_for_rows(process, workplace.folder / "runs" / "default" / "metrics.jsonl", 2)
-    os.killpg(process.pid, signal.Signals[name])
-    _, error = process.communicate(timeout=120)
+    try:
+        assert wait_for_rows(process, workplace.folder / "runs" / "default" / "metrics.jsonl", 2)
+        os.killpg(process.pid, signal.Signals[name])
+        _, error = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:  # or it would train on for hours
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 75, error
     status = json.loads((workplace.folder / "runs" / "default" / "status.json").read_text())
     assert (status["state"], status["reason"], status["exit_code"]) == ("stopped", name, 75)

@@ -96,9 +96,8 @@ def _json_lines(
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            said = str(error).partition(";")[
-                0
-            ]  # a number of too many digits is answered with advice about Python
+            # A number of too many digits is answered with advice about Python, after a semicolon.
+            said = str(error).partition(";")[0]
             raise UserError(
                 f"{where} is not JSON: {said}. A .jsonl file contains one JSON object per line."
             ) from None

@@ -76,18 +76,17 @@ class RowText:
         """Return whether the text of `row` comes from a chat template, whose special tokens are meant as such."""
         if self._conversation.source is None or self._parts is not None:
             return False
-        return not isinstance(row[self.wanted(list(row))[0]], str)
+        field = self.wanted(list(row))[0]
+        return not isinstance(_parsed(row[field], field), str)
 
     def _value(
         self, value: Any, field: str, where: str, *, number_too: bool = False, system: Any = None
     ) -> str | None:
+        value = _parsed(value, field)
         if value is None:
             return None
         if value == []:
             return ""
-        if isinstance(value, str) and field in CHAT_FIELDS and value.startswith("["):
-            with suppress(ValueError, RecursionError):  # chat files in CSV hold conversations as JSON
-                value = json.loads(value)
         if isinstance(value, str):
             return unicode_text(value, field, where)
         if number_too and isinstance(value, int | float):
@@ -101,6 +100,14 @@ class RowText:
         raise UserError(
             f"{where}: field {field!r} holds {kind}, not text; set data.text_field, or data.template"
         )
+
+
+def _parsed(value: Any, field: str) -> Any:
+    """Return the value of a row's field; a conversation that is written as JSON, as in CSV, is parsed."""
+    if isinstance(value, str) and field in CHAT_FIELDS and value.startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def unicode_text(text: str, field: str, where: str) -> str:

@@ -97,7 +97,8 @@ def _data(event: Event) -> str:
     """Say what was read, and what was left out."""
     groups = [group for group in event.get("left_out") or () if isinstance(group, dict)]
     left_out = ", ".join(
-        f"{group.get('count')} {group.get('unit')}s ({group.get('reason')})" for group in groups
+        f"{group.get('count')} {group.get('unit')}{'s' * (group.get('count') != 1)} ({group.get('reason')})"
+        for group in groups
     )
     said = f"Read {event.get('documents')} documents of {event.get('origin')}"
     return f"{said}; left out: {left_out}" if left_out else said

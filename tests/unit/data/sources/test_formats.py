@@ -155,10 +155,10 @@ def test_special_tokens_of_a_chat_template_become_their_ids_as_transformers_has_
     reference.chat_template = f"{{% for m in messages %}}{{{{ {message} }}}}{{% endfor %}}"
     reference.save_pretrained(tmp_path / "tok")
     messages = [{"role": "user", "content": "Square 2."}, {"role": "assistant", "content": "It is 4."}]
+    rows = [{"messages": messages}, {"messages": json.dumps(messages)}]
     plain = "a <|im_end|> in a text"
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"messages": messages}) + "\n" + json.dumps({"text": plain}) + "\n"
-    )
+    lines = [json.dumps(row) + "\n" for row in (*rows, {"text": plain})]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     cfg = DataConfig(
         path=str(tmp_path / "a.jsonl"),
         cache_dir=str(tmp_path / "cache"),
@@ -166,9 +166,9 @@ def test_special_tokens_of_a_chat_template_become_their_ids_as_transformers_has_
         tokenizer=TokenizerConfig(kind="huggingface", path=str(tmp_path / "tok")),
     )
     found = prepare(cfg, progress=lambda *_: None)
-    first, second = np.split(np.asarray(found.train.tokens), found.train.document_starts[1:])
+    first, written, second = np.split(np.asarray(found.train.tokens), found.train.document_starts[1:])
     expected = reference.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert first[:-1].tolist() == expected
+    assert first[:-1].tolist() == written[:-1].tolist() == expected
     assert reference.convert_tokens_to_ids("<|im_end|>") in first
     assert found.tokenizer.decode(second) == plain
 
