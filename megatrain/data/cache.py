@@ -162,7 +162,9 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
 
 def _why_not_needed(cache: Cache, unused_days: float | None) -> str | None:
     if cache.state == "unfinished":
-        return None if cache.in_use else "its builder was ended"
+        # The next preparation goes on with it, but not with what earlier versions left, whose names end in a number.
+        can_go_on = cache.directory.name == f".partial-{cache.name}" and time.time() - cache.last_used < DAY_S
+        return None if cache.in_use or can_go_on else "its builder was ended"
     if cache.state == "other format":
         return "of another version of this program"
     if cache.state == "damaged":
@@ -187,6 +189,8 @@ def _describe(directory: Path) -> Cache | None:
         state = "damaged"
     try:
         changed = directory.stat().st_mtime
+        if (directory / "work").exists():
+            changed = (directory / "work").stat().st_mtime
         sizes = [os.lstat(file).st_size for file in _files(directory)]
     except OSError:
         return None

@@ -178,6 +178,9 @@ def test_what_may_go(root: Path, tmp_path: Path) -> None:
     (caches["cut"] / "train.tokens").write_bytes(b"")
     (root / f".partial-{'0' * 32}-77").mkdir()
     (root / f".partial-{'0' * 32}-77" / "train.tokens").write_bytes(b"1234")
+    for name in ("2" * 32, "3" * 32):  # the next preparation goes on with the fresh one
+        (root / f".partial-{name}" / "work" / "read-000000").mkdir(parents=True)
+    os.utime(root / f".partial-{'3' * 32}" / "work", (OLD, OLD))
     (root / "somebody's folder").mkdir()
     (root / "shortcuts").mkdir(exist_ok=True)
     for name, directory in caches.items():
@@ -187,6 +190,7 @@ def test_what_may_go(root: Path, tmp_path: Path) -> None:
         caches["gone"].name: ("its source files have changed", None),
         caches["cut"].name: ("damaged", None),
         f".partial-{'0' * 32}-77": ("its builder was ended", None),
+        f".partial-{'3' * 32}": ("its builder was ended", None),
     }
     before = sorted(root.rglob("*"))
     assert reasons(root, dry_run=True) == expected
@@ -195,7 +199,8 @@ def test_what_may_go(root: Path, tmp_path: Path) -> None:
     ]
     assert reasons(root) == expected
     left = {p.name for p in root.iterdir() if not p.name.startswith(".lock")}
-    assert left == {caches["kept"].name, caches["new"].name, "shortcuts", "somebody's folder"}
+    unfinished = f".partial-{'2' * 32}"
+    assert left == {caches["kept"].name, caches["new"].name, unfinished, "shortcuts", "somebody's folder"}
     assert {p.read_text() for p in (root / "shortcuts").iterdir()} == {
         caches["kept"].name,
         caches["new"].name,
