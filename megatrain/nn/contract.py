@@ -52,6 +52,8 @@ class Weight:
     """The config key that counts these units, for messages."""
     active: int = 1
     """Number of matrices of a stack that one token is multiplied with."""
+    serves: int = 1
+    """Query heads that each unit of a weight of keys or values serves."""
 
     @property
     def is_stacked(self) -> bool:
@@ -127,9 +129,14 @@ class Plan:
         return {**self.ends, **blocks}
 
     @cached_property
+    def weight_of(self) -> dict[str, Weight]:
+        """Canonical parameter name -> the weight that it belongs to."""
+        return {name: weight for at, weight in self.weights.items() for name, _ in weight.parameters(at)}
+
+    @cached_property
     def roles(self) -> dict[str, Role]:
         """Canonical parameter name -> role."""
-        return {name: weight.role for at, weight in self.weights.items() for name, _ in weight.parameters(at)}
+        return {name: weight.role for name, weight in self.weight_of.items()}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

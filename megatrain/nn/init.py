@@ -24,7 +24,7 @@ class Shard(NamedTuple):
     """Index in the full parameter at which `values` begins."""
 
 
-def unsharded(parameter: Tensor) -> Shard:
+def unsharded(name: str, parameter: Tensor) -> Shard:
     """Return the full parameter as its own shard."""
     return Shard(parameter.data, parameter.shape, (0,) * parameter.ndim)
 
@@ -38,13 +38,13 @@ def initial_std(role: Role, cfg: DecoderConfig) -> float:
 
 @torch.no_grad()
 def init_weights(
-    model: Decoder, plan: Plan, *, seed: int, shard_of: Callable[[Tensor], Shard] = unsharded
+    model: Decoder, plan: Plan, *, seed: int, shard_of: Callable[[str, Tensor], Shard] = unsharded
 ) -> None:
     """Fill all of `model`, each part on the device where it is: matrices normal, norms 1, biases and buffers 0.
 
     Args:
         plan: plan of the full model, of which `model` may be a stage.
-        shard_of: returns the shard of a parameter that this rank holds; default: all of it.
+        shard_of: returns the shard of a parameter, given its name too, that this rank holds; default: all of it.
 
     Raises:
         KeyError: the plan has no parameter of a name that the model has.
@@ -52,7 +52,7 @@ def init_weights(
     for buffer in model.buffers():
         buffer.zero_()
     for name, parameter in model.named_parameters():
-        values, shape, offsets = shard_of(parameter)
+        values, shape, offsets = shard_of(name, parameter)
         role = plan.roles[name]
         if name.endswith("bias"):
             values.zero_()

@@ -50,11 +50,11 @@ def attention_weights(cfg: DecoderConfig) -> Weights:
         return _mla_weights(cfg, cfg.mla)
     hidden, dim = cfg.hidden_size, cfg.qk_head_dim
     q_size, kv_size = cfg.n_heads * dim, cfg.kv_heads * dim
-    bias = cfg.attention_bias
+    bias, serves = cfg.attention_bias, cfg.n_heads // cfg.kv_heads
     found = {
         "wq": Weight((q_size, hidden), Role.COLUMN, bias, dim, "model.n_heads"),
-        "wk": Weight((kv_size, hidden), Role.COLUMN, bias, dim, "model.n_kv_heads"),
-        "wv": Weight((kv_size, hidden), Role.COLUMN, bias, dim, "model.n_kv_heads"),
+        "wk": Weight((kv_size, hidden), Role.COLUMN, bias, dim, "model.n_kv_heads", serves=serves),
+        "wv": Weight((kv_size, hidden), Role.COLUMN, bias, dim, "model.n_kv_heads", serves=serves),
         "wo": Weight((hidden, q_size), Role.ROW | Role.BRANCH_OUTPUT, cfg.output_bias, dim, "model.n_heads"),
     }
     if cfg.qk_norm:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from megatrain.optim import adamw
 from megatrain.optim.config import MuonConfig
 from megatrain.optim.rule import OptimizerRule
+from megatrain.parallel.sharding import Split
 from megatrain.parallel.shards import full_tensor, local_tensor, shard_like, sharding_of
 from megatrain_kernels import orthogonalize
 
@@ -50,18 +51,22 @@ class Muon(Optimizer):
             if not group["use_muon"]:
                 adamw.update(self, group, self.cfg)
                 continue
-            held = [p for p in group["params"] if p.grad is not None]
-            for alike in _of_one_shape(held):
-                self._muon(alike, lr=group["lr"], decay=group["weight_decay"])
+            held = [
+                (p, split)
+                for p, split in zip(group["params"], group["splits"], strict=True)
+                if p.grad is not None
+            ]
+            for split, alike in _of_one_shape(held):
+                self._muon(alike, split, lr=group["lr"], decay=group["weight_decay"])
 
-    def _muon(self, alike: list[nn.Parameter], *, lr: float, decay: float) -> None:
+    def _muon(self, alike: list[nn.Parameter], split: Split | None, *, lr: float, decay: float) -> None:
         wanted = [self._momentum(parameter) for parameter in alike]
         stacked = alike[0].ndim - 2  # a matrix must be full, a stack may stay sharded
-        full = torch.stack([full_tensor(update, first=stacked) for update in wanted])
+        full = torch.stack([full_tensor(update, split, first=stacked) for update in wanted])
         made = orthogonalize(full, steps=self.cfg.ns_steps)
         weights = [local_tensor(parameter) for parameter in alike]
         directions = [
-            shard_like(full, update, first=stacked) for full, update in zip(made, wanted, strict=True)
+            shard_like(full, update, split, first=stacked) for full, update in zip(made, wanted, strict=True)
         ]
         torch._foreach_mul_(weights, 1 - lr * decay)
         torch._foreach_add_(weights, directions, alpha=-lr * update_scale(alike[0].shape, self.cfg.scaling))
@@ -74,14 +79,21 @@ class Muon(Optimizer):
         return gradient.lerp(buffer, self.cfg.momentum) if self.cfg.nesterov else buffer
 
 
-def _of_one_shape(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _of_one_shape(
+    parameters: list[tuple[nn.Parameter, Split | None]],
+) -> Iterator[tuple[Split | None, list[nn.Parameter]]]:
     """Group `parameters` by shape and sharding, in the same order on all ranks, up to `TOGETHER` elements a group."""
-    alike: dict[tuple[torch.Size, Hashable], list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        alike[parameter.shape, sharding_of(parameter)].append(parameter)
-    for (shape, _), found in alike.items():
+    alike: dict[tuple[torch.Size, Hashable, Hashable], list[tuple[nn.Parameter, Split | None]]] = defaultdict(
+        list
+    )
+    for parameter, split in parameters:
+        # Not `split` itself: two parameters may be split alike on one rank and not on another.
+        uneven = None if split is None else (split.dim, split.unit)
+        alike[parameter.shape, sharding_of(parameter), uneven].append((parameter, split))
+    for (shape, _, _), found in alike.items():
         count = max(1, TOGETHER // max(1, shape.numel()))
-        yield from (found[start : start + count] for start in range(0, len(found), count))
+        for start in range(0, len(found), count):
+            yield found[start][1], [parameter for parameter, _ in found[start : start + count]]
 
 
 def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: MuonConfig) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from megatrain.parallel.float8 import Scaling, float8_linears
 from megatrain.parallel.fsdp import fully_shard_blocks
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import Pipeline, own_stages, stage_layers
+from megatrain.parallel.sharding import Split, uneven_splits
 from megatrain.parallel.shards import local_tensor
 from megatrain.parallel.tensor import tensor_parallel
 
@@ -45,6 +47,11 @@ class ParallelModel:
             for name, parameter in model.named_parameters():
                 found.setdefault(name, parameter)
         return found
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """This rank's part of the parameters that an axis splits unevenly, by canonical name."""
+        return uneven_splits(self.plan, self.mesh, self.cfg)
 
     def shard_batch(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Return this rank's positions of `(rows, seq)` tensors; doc_ids stay full, since keys come from all ranks."""

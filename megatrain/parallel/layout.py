@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from megatrain.config.errors import UserError
-from megatrain.config.schema import Problem, nearest_divisors
-from megatrain.nn.contract import Plan, Role
+from megatrain.config.schema import Problem, divisors, nearest_divisors
+from megatrain.nn.contract import Plan, Role, Weight
 from megatrain.parallel.config import MULTI_STAGE, V_SHAPED, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -70,6 +70,33 @@ def stage_rank(stage: int, cfg: ParallelConfig) -> int:
     return stage % cfg.pp
 
 
+def share_of(units: int, ranks: int, rank: int) -> range:
+    """Return which of `units` a rank holds: they are distributed over `ranks` in order, as evenly as they can be."""
+    start = rank * (units // ranks) + min(rank, units % ranks)
+    return range(start, start + units // ranks + (rank < units % ranks))
+
+
+def shards_heads(weight: Weight, ranks: int) -> bool:
+    """Tell whether a column-parallel weight is sharded over `ranks` tensor-parallel ranks.
+
+    Key and value heads that several query heads share are not where `ranks` does not divide them, nor where there are
+    fewer of them than ranks: then each rank holds them all, and computes those that its query heads need.
+    """
+    return weight.serves == 1 or weight.units % ranks == 0
+
+
+def needed_heads(weight: Weight, ranks: int, rank: int) -> list[int]:
+    """Return which key and value heads of a replicated `weight` the query heads of `rank` need, one for each group.
+
+    Attention wants every key head to serve equally many query heads: where the rank's groups differ, each query head
+    gets its own copy.
+    """
+    queries = share_of(weight.units * weight.serves, ranks, rank)
+    served = [query // weight.serves for query in queries]
+    heads = sorted(set(served))
+    return heads if all(served.count(head) * len(heads) == len(served) for head in heads) else served
+
+
 def problems(cfg: ParallelConfig, plan: Plan, seq_len: int, rows: int, micro_batch: int) -> Iterator[Problem]:
     """Yield the problems of a layout for a model on sequences of `seq_len` tokens.
 
@@ -88,25 +115,38 @@ def problems(cfg: ParallelConfig, plan: Plan, seq_len: int, rows: int, micro_bat
 
 
 def _divisions(cfg: ParallelConfig, plan: Plan, seq_len: int) -> Iterator[Problem]:
-    """Check the sizes that an axis must divide."""
-    sharded = [w for w in plan.weights.values() if w.size_key and not (cfg.ep > 1 and w.role & Role.EXPERT)]
-    heads = {w.size_key: w.units for name, w in plan.weights.items() if w.size_key and ".attn." in name}
-    sizes = {"tp": {w.size_key: w.units for w in sharded}}
+    """Check the sizes that an axis must divide, or not exceed."""
+    parts = {"seq_len / 2": seq_len // 2 if seq_len % 2 == 0 else 1}
     if cfg.cp_kind == "ulysses":
-        sizes["cp"] = {f"{name} / tp": size // cfg.tp for name, size in heads.items()}
-        sizes["cp"]["seq_len / 2"] = seq_len // 2
-    else:
-        sizes["cp"] = {"seq_len / 2": seq_len // 2 if seq_len % 2 == 0 else 1}
-    for axis, parts in sizes.items():
-        degree = getattr(cfg, axis)
-        broken = [f"{name} ({size})" for name, size in parts.items() if size % degree]
-        if broken:
-            legal = nearest_divisors(math.gcd(*parts.values()), degree)
-            yield Problem(f"parallel.{axis}", degree, f"must divide {' and '.join(broken)}", legal)
+        parts |= _heads_of_ranks(cfg, plan)
+    broken = [f"{name} ({size})" for name, size in parts.items() if size % cfg.cp]
+    if broken:
+        legal = nearest_divisors(math.gcd(*parts.values()), cfg.cp)
+        yield Problem("parallel.cp", cfg.cp, f"must divide {' and '.join(broken)}", legal)
+    sharded = [w for w in plan.weights.values() if w.size_key and not (cfg.ep > 1 and w.role & Role.EXPERT)]
+    units = {w.size_key: w.units for w in sharded if shards_heads(w, cfg.tp)}
     tokens = seq_len // cfg.cp
-    if tokens % cfg.tp:
+    broken = [f"{name} ({size})" for name, size in units.items() if size < cfg.tp]
+    legal = tuple(degree for degree in divisors(tokens) if degree <= min(units.values(), default=1))[-1:]
+    if broken:
+        yield Problem("parallel.tp", cfg.tp, f"must be at most {' and '.join(broken)}", legal)
+    elif tokens % cfg.tp:
         rule = f"must divide a rank's {tokens} tokens per sequence, which sequence parallelism shards"
         yield Problem("parallel.tp", cfg.tp, rule, nearest_divisors(tokens, cfg.tp))
+
+
+def _heads_of_ranks(cfg: ParallelConfig, plan: Plan) -> dict[str, int]:
+    """Return the greatest number that divides the query, and the key and value heads of every tensor-parallel rank."""
+    found: dict[str, int] = {}
+    for name, weight in plan.weights.items():
+        if not weight.size_key or ".attn." not in name or (weight.units < cfg.tp and weight.serves == 1):
+            continue  # the latter is a problem of its own
+        for rank in range(cfg.tp):
+            sharded = shards_heads(weight, cfg.tp)
+            heads = share_of(weight.units, cfg.tp, rank) if sharded else needed_heads(weight, cfg.tp, rank)
+            key = f"a tp rank's share of {weight.size_key}"
+            found[key] = math.gcd(found.get(key, 0), len(heads))
+    return found
 
 
 def _experts(cfg: ParallelConfig, plan: Plan) -> Iterator[Problem]:
@@ -116,16 +156,14 @@ def _experts(cfg: ParallelConfig, plan: Plan) -> Iterator[Problem]:
         yield Problem("parallel.ep", cfg.ep, "requires a model with experts (model.experts)", (1,))
         return
     ranks = cfg.dp_shard * cfg.cp * cfg.tp
-    parts = {"parallel.dp_shard · cp · tp": ranks, "model.experts.n_experts": stacks[0].shape[0]}
-    broken = [f"{name} ({size})" for name, size in parts.items() if size % cfg.ep]
+    experts = stacks[0].shape[0]
+    broken = [f"must divide parallel.dp_shard · cp · tp ({ranks})"] if ranks % cfg.ep else []
+    broken += [f"must be at most model.experts.n_experts ({experts})"] if cfg.ep > experts else []
     if broken:
-        legal = nearest_divisors(math.gcd(*parts.values()), cfg.ep)
-        yield Problem("parallel.ep", cfg.ep, f"must divide {' and '.join(broken)}", legal)
-    if cfg.activation_checkpointing == "selective":
-        rule = "selective activation checkpointing is not supported with expert parallelism (ep > 1)"
-        yield Problem(
-            "parallel.activation_checkpointing", cfg.activation_checkpointing, rule, ("none", "full")
+        legal = sorted(
+            sorted(degree for degree in divisors(ranks) if degree <= experts), key=lambda n: abs(n - cfg.ep)
         )
+        yield Problem("parallel.ep", cfg.ep, " and ".join(broken), tuple(sorted(legal[:2])))
 
 
 def _pipeline(cfg: ParallelConfig, n_layers: int, micro_batches: int) -> Iterator[Problem]:

@@ -12,18 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from megatrain.nn.block import Block
-from megatrain.nn.contract import Plan, Role
+from megatrain.nn.contract import Plan, Role, Weight
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.embed import lookup
-from megatrain.nn.layer import Layer, replace_seam
+from megatrain.nn.layer import Layer, ParameterView, replace_seam
 from megatrain.parallel.collectives import Group, gather_from, gather_shared, own_part, scatter_sum
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import sum_sequences_over
+from megatrain.parallel.layout import needed_heads, shards_heads, share_of
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.sharding import local_view, local_view_without_bias, shard_parameter, tensor_placement
+from megatrain.parallel.sharding import (
+    local_view,
+    local_view_without_bias,
+    shard_parameter,
+    tensor_placement,
+    view_of_heads,
+)
 from megatrain_kernels import linear_cross_entropy
 
 SEQ = 1  # dimension of activations `(batch, seq, hidden)`
@@ -37,21 +44,33 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
     group = mesh.tp.get_group()
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, DTensor):
-            shard_parameter(model, name, mesh.tp, tensor_placement(plan.roles[name], parameter.ndim))
+            weight = plan.weight_of[name]
+            placement = tensor_placement(weight, parameter.ndim, group.size())
+            shard_parameter(model, name, mesh.tp, placement, unit=weight.unit)
     for name, layer in model.named_modules():
         if isinstance(layer, Layer):
-            is_row = name in plan.weights and bool(plan.weights[name].role & Role.ROW)
-            view = local_view_without_bias if is_row and group.rank() > 0 else local_view
-            replace_seam(layer, "parameter_view", view)
+            replace_seam(layer, "parameter_view", _view(plan.weights.get(name), group))
     for _, block in model.blocks():
         for part in _parts_on_full_sequence(block, cfg, group):
             part.register_forward_pre_hook(partial(_gather_sequence, group))
             part.register_forward_hook(partial(_scatter_sequence, group))
+    tokens = plan.ends["embed"].shape[0]
     if model.embed is not None:
-        replace_seam(model.embed, "lookup", partial(_vocabulary_parallel_lookup, group))
+        replace_seam(model.embed, "lookup", partial(_vocabulary_parallel_lookup, group, tokens))
     if model.pos_embed is not None:
         replace_seam(model.pos_embed, "lookup", partial(_sequence_parallel_lookup, group))
-    replace_seam(model, "loss_head", VocabularyParallelLossHead(model.cfg.logit_softcap, group))
+    replace_seam(model, "loss_head", VocabularyParallelLossHead(model.cfg.logit_softcap, group, tokens))
+
+
+def _view(weight: Weight | None, group: Group) -> ParameterView:
+    """Return what a layer with `weight` computes with on this rank; None: several weights, or the experts' stacks."""
+    if weight is None:
+        return local_view
+    if weight.role & Role.ROW and group.rank() > 0:
+        return local_view_without_bias
+    if weight.role & Role.COLUMN and not shards_heads(weight, group.size()):
+        return partial(view_of_heads, needed_heads(weight, group.size(), group.rank()), weight.unit)
+    return local_view
 
 
 def _parts_on_full_sequence(block: Block, cfg: ParallelConfig, group: Group) -> Iterator[nn.Module]:
@@ -77,14 +96,14 @@ def _scatter_sequence(group: Group, module: nn.Module, args: tuple[Any, ...], ou
     return scatter_sum(output, SEQ, group)
 
 
-def _vocabulary_parallel_lookup(group: Group, index: Tensor, weight: Tensor) -> Tensor:
+def _vocabulary_parallel_lookup(group: Group, tokens: int, index: Tensor, weight: Tensor) -> Tensor:
     """Look up the tokens in this rank's rows of the embedding; rows of other ranks contribute zero to its partial sum.
 
-    index `(batch, seq)`, weight `(vocab / tp, hidden)`; returns `(batch, seq / tp, hidden)`.
+    index `(batch, seq)`, weight `(this rank's share of all tokens, hidden)`; returns `(batch, seq / tp, hidden)`.
     """
-    rows = weight.shape[0]
-    local = index - group.rank() * rows
-    is_here = (local >= 0) & (local < rows)
+    rows = share_of(tokens, group.size(), group.rank())
+    local = index - rows.start
+    is_here = (local >= 0) & (local < len(rows))
     found = lookup(local.where(is_here, 0), weight) * is_here.unsqueeze(-1)
     return scatter_sum(found, SEQ, group)
 
@@ -97,14 +116,15 @@ def _sequence_parallel_lookup(group: Group, index: Tensor, weight: Tensor) -> Te
 class VocabularyParallelLossHead(nn.Module):
     """An `nn.loss.LossHead` with a sharded vocabulary; logits are gathered only if requested."""
 
-    def __init__(self, softcap: float | None, group: Group) -> None:
+    def __init__(self, softcap: float | None, group: Group, tokens: int) -> None:
         super().__init__()
         self.softcap, self.group = softcap, group
+        self.shares = [share_of(tokens, group.size(), rank) for rank in range(group.size())]
 
     def forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
     ) -> Tensor:
-        """Return what `LossHead` does, from hidden `(batch, seq / tp, hidden)` and weight `(vocab / tp, hidden)`."""
+        """Return what `LossHead` does, from hidden `(batch, seq / tp, hidden)` and this rank's rows of the weight."""
         hidden = gather_shared(hidden, SEQ, self.group)
         if targets is not None:
             return linear_cross_entropy(
@@ -115,6 +135,16 @@ class VocabularyParallelLossHead(nn.Module):
                 softcap=self.softcap,
                 reduction="sum",
                 tp_group=self.group,
+                vocab_size=self.shares[-1].stop,
             )
-        logits = gather_shared(linear(hidden, weight), hidden.ndim - 1, self.group)
+        logits = self._gather_columns(linear(hidden, weight))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _gather_columns(self, logits: Tensor) -> Tensor:
+        """Gather the columns of all ranks, of which the first ones may have one more than the others."""
+        widest = len(self.shares[0])
+        columns = gather_shared(pad(logits, (0, widest - logits.shape[-1])), logits.ndim - 1, self.group)
+        parts = columns.split(widest, -1)
+        return torch.cat(
+            [part[..., : len(share)] for part, share in zip(parts, self.shares, strict=True)], -1
+        )

@@ -76,11 +76,13 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     )
     for model in parallel.models:
         model.to_empty(device=device)
-        init_weights(model, plan, seed=cfg.train.seed, shard_of=shard_of)
+        init_weights(
+            model, plan, seed=cfg.train.seed, shard_of=lambda name, p: shard_of(p, parallel.splits.get(name))
+        )
         use_experts_backend(model, cfg.moe.backend, compute_dtype)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles)
+    optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
     average = None if decay is None else WeightAverage(weights.parameters, decay)
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)

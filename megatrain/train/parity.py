@@ -12,6 +12,7 @@ from megatrain.data.loader import StepBatch, ignored_batch, validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
+from megatrain.parallel.sharding import Split
 from megatrain.parallel.shards import full_tensor
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
@@ -48,10 +49,11 @@ def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None)
     device = torch.device("cpu")
     mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
     state = build_state(cfg, device, mesh)
-    initial = full_arrays(state.weights.parameters, mesh)
+    splits = state.parallel.splits
+    initial = full_arrays(state.weights.parameters, mesh, splits)
     loader = build_loader(cfg, store, mesh)
     accumulate_gradients(state, _broken(loader.step_batch(0), fault, mesh), cfg)
-    gradients = full_arrays(_gradients(state), mesh)
+    gradients = full_arrays(_gradients(state), mesh, splits)
     state.weights.zero_gradients()
     losses, norms, digests = [], [], []
     for step in range(steps):
@@ -60,7 +62,7 @@ def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None)
         losses.append(stats.loss.item())
         norms.append(stats.grad_norm.item())
         digests.append(batch.digest)
-    final = full_arrays(state.weights.parameters, mesh)
+    final = full_arrays(state.weights.parameters, mesh, splits)
     return Trace(losses, norms, digests, initial, gradients, final, _validate(state, cfg, store))
 
 
@@ -90,9 +92,9 @@ def _gradients(state: TrainState) -> dict[str, Tensor]:
     return {name: p.grad for name, p in state.weights.parameters.items() if p.grad is not None}
 
 
-def full_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None) -> Arrays:
+def full_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None, splits: Mapping[str, Split]) -> Arrays:
     """Return `tensors` in full (float64) on the first rank of each pipeline stage; nothing on the others."""
-    full = {name: full_tensor(t) for name, t in tensors.items()}
+    full = {name: full_tensor(t, splits.get(name)) for name, t in tensors.items()}
     if mesh is not None and any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
         return {}
     return {name: t.detach().to(torch.float64).numpy().copy() for name, t in full.items()}

@@ -13,6 +13,7 @@ from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import reshard
+from megatrain.parallel.shards import tell_place
 
 
 @dataclass
@@ -40,15 +41,19 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of a checkpoint by its key (no copies: loading writes into them)."""
-        found: dict[str, Tensor] = {
-            f"model.{name}": p.detach() for name, p in self.weights.parameters.items()
-        }
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.weights.parameters.items():
+            own = {f"model.{name}": parameter.detach()}
+            states = optimizer_tensors(self.optimizer, {name: parameter})
+            own |= {f"optim.{key}": value for key, value in states.items()}
+            if self.average is not None:
+                own[f"ema.{name}"] = self.average.averages[name]
+            split = self.parallel.splits.get(name)
+            found |= {
+                key: t if split is None or t.ndim == 0 else tell_place(t, split) for key, t in own.items()
+            }
         for model in self.parallel.models:
             found |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
-        for key, value in optimizer_tensors(self.optimizer, self.weights.parameters).items():
-            found[f"optim.{key}"] = value
-        if self.average is not None:
-            found |= {f"ema.{name}": value for name, value in self.average.averages.items()}
         return found
 
     def metadata(self) -> dict[str, Any]:

@@ -49,6 +49,9 @@ LATENT = replace(
         experts=replace(MOE, routing="sigmoid", n_groups=2, top_groups=1),
     ),
 )
+UNEVEN = replace(CFG, model=replace(CFG.model, n_heads=6, n_kv_heads=2, ffn_size=49, vocab_size=67))
+"""Sizes that no number of ranks divides: with more than two, they hold parts of grouped heads."""
+UNEVEN_EXPERTS = replace(UNEVEN, model=replace(UNEVEN.model, experts=replace(MOE, n_experts=6, ffn_size=25)))
 RUNS = {
     "untied": CFG,
     "tied": TIED,
@@ -58,6 +61,22 @@ RUNS = {
     "muon": MUON,
     "muon_experts": replace(EXPERTS, optim=MUON.optim),
     "sgd_experts": replace(EXPERTS, optim=SGDConfig(lr=1e-2, clip_norm=0.5)),
+    "uneven": UNEVEN,
+    "uneven_tied": replace(UNEVEN, model=replace(UNEVEN.model, n_kv_heads=3, tie_embeddings=True)),
+    "uneven_gpt2": replace(
+        GPT2, model=replace(GPT2.model, n_heads=5, head_dim=8, ffn_size=49, vocab_size=65)
+    ),
+    "uneven_experts": UNEVEN_EXPERTS,
+    "uneven_latent": replace(
+        LATENT,
+        model=replace(
+            LATENT.model, n_heads=5, vocab_size=67, experts=replace(LATENT.model.experts, n_experts=6)
+        ),
+    ),
+    "uneven_muon": replace(UNEVEN_EXPERTS, optim=MUON.optim),
+    "gpt2_vocabulary": replace(
+        GPT2, model=replace(GPT2.model, n_layers=2, n_heads=12, head_dim=4, vocab_size=50257)
+    ),
 }
 
 

@@ -83,6 +83,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("muon_experts", {"dp_shard": 2, "tp": 2}),
     # an optimizer that needs whole matrices
     *[("muon", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})],
+    # sizes that the axes do not divide: heads, key heads fewer than ranks, widths, vocabularies, experts
+    *[("uneven", layout) for layout in ({"tp": 2}, {"tp": 4}, {"tp": 4, "cp": 2, "cp_kind": "ring"})],
+    ("uneven_tied", {"tp": 4, "dp_shard": 2}),
+    ("uneven_tied", {"tp": 4, "pp": 2}),
+    ("uneven_gpt2", {"tp": 2, "dp_shard": 4, "zero_stage": 2}),
+    ("uneven_experts", {"tp": 4, "dp_shard": 2}),
+    ("uneven_experts", {"dp_shard": 4, "tp": 2, "ep": 4}),
+    ("uneven_latent", {"tp": 2, "dp_shard": 2, "ep": 4}),
+    ("uneven_muon", {"tp": 4, "dp_shard": 2}),
+    ("uneven_muon", {"dp_shard": 4, "tp": 2, "ep": 4}),
+    *[("gpt2_vocabulary", {"tp": ranks}) for ranks in (2, 8)],
+    # operators that are kept, and an FSDP group of experts inside of the recomputed block
+    ("experts", {"dp_shard": 2, "ep": 2, "activation_checkpointing": "selective"}),
+    (
+        "latent",
+        {"pp": 2, "dp_shard": 2, "ep": 2, "activation_checkpointing": "selective", "pp_schedule": "zbv"},
+    ),
     # triples on eight ranks
     ("tied", {"pp": 2, "dp_shard": 2, "tp": 2}),
     ("untied", {"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),

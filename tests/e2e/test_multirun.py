@@ -37,5 +37,5 @@ def test_measurements_are_compared_and_a_refused_one_is_a_row(tmp_path: Path) ->
     assert json.loads((tmp_path / "traces" / "0" / "trace-rank-0.json").read_text())["traceEvents"]
     assert (second["exit_code"], second["result"]) == (2, None)
     assert second["differs"] == {"parallel.tp": "3"}
-    assert "must divide model.vocab_size" in second["reason"]
+    assert "must divide a rank's 16 tokens" in second["reason"]
     assert [each.name for each in tmp_path.iterdir()] == ["traces"]

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatrain_kernels.linear_xent import cases as linear_cases
 from megatrain_kernels.xent import cases
 
 TOKENS, VOCAB, HIDDEN, WORLD = 23, 38, 16, 2
+CHUNK = 8 * 22  # 8 rows of the smaller half of 45 tokens, but 7 of the larger one
 OPTIONS = [(0.0, None), (0.1, None), (0.0, 2.0), (0.1, 2.0)]
 
 
@@ -91,15 +93,17 @@ def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) ->
     assert (mine.double() - true).abs().max() <= 5e-3 * true.abs().max()  # one bf16 rounding is 4e-3
 
 
-def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None) -> None:
+def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None, vocab: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
     module = importlib.import_module("megatrain_kernels.linear_xent.op")
-    module.CHUNK_ELEMENTS, module.MIN_CHUNK_ROWS = {"cpu": 5 * VOCAB}, 1  # type: ignore[attr-defined]
-    x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, VOCAB, HIDDEN), draw_targets()
-    columns = slice(rank * VOCAB // WORLD, (rank + 1) * VOCAB // WORLD)
+    module.CHUNK_ELEMENTS, module.MIN_CHUNK_ROWS = {"cpu": CHUNK}, 1  # type: ignore[attr-defined]
+    x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, vocab, HIDDEN), draw_targets()
+    cut = (vocab + 1) // 2
+    columns = (slice(0, cut), slice(cut, vocab))[rank]
+    options: dict[str, Any] = {"tp_group": group, "vocab_size": None if vocab % WORLD == 0 else vocab}
     shard = weight.detach()[columns].clone().requires_grad_()
-    got = linear_cross_entropy(x, shard, targets, z_loss=z_loss, softcap=softcap, tp_group=group)
+    got = linear_cross_entropy(x, shard, targets, z_loss=z_loss, softcap=softcap, **options)
     losses = true_losses(x @ weight.T, targets, z_loss, softcap)
     truth = losses.sum() / (targets != -100).sum()
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
@@ -108,13 +112,14 @@ def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None)
     torch.testing.assert_close(grads[1], true[1][columns], rtol=1e-12, atol=1e-12)
     # Logits so far apart that only the true maximum over all shards keeps exp within range.
     logits = (1e4 * (x @ weight.T)).detach()
-    got = cross_entropy(logits[:, columns], targets, z_loss=z_loss, reduction="none", tp_group=group)
+    got = cross_entropy(logits[:, columns], targets, z_loss=z_loss, reduction="none", **options)
     torch.testing.assert_close(got, true_losses(logits, targets, z_loss, None), rtol=1e-12, atol=1e-12)
     dist.destroy_process_group()
 
 
-def test_vocabulary_sharded_over_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_sharded_worker, (str(tmp_path / "store"), 0.1, 2.0), nprocs=WORLD)
+@pytest.mark.parametrize("vocab", [VOCAB, 45])
+def test_vocabulary_sharded_over_two_processes(tmp_path: Path, vocab: int) -> None:
+    mp.spawn(_sharded_worker, (str(tmp_path / "store"), 0.1, 2.0, vocab), nprocs=WORLD)
 
 
 def test_a_sharded_vocabulary_has_no_reference() -> None:
@@ -124,6 +129,8 @@ def test_a_sharded_vocabulary_has_no_reference() -> None:
         linear_cross_entropy(x, weight, targets, tp_group=group, reduction="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sharded over tp_group"):
         cross_entropy(x @ weight.T, targets, tp_group=group, backend="reference")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="and no tp_group that shards them"):
+        linear_cross_entropy(x, weight, targets, vocab_size=VOCAB + 1)
 
 
 def test_the_factor_of_the_loss_is_not_rounded_to_bf16() -> None:

@@ -11,15 +11,24 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
 from megatrain_kernels.kernel import Kernel, register, require, require_floating, select, wrong_dtype
 from megatrain_kernels.linear_xent.cases import SUITE
 from megatrain_kernels.linear_xent.reference import linear_cross_entropy_reference
-from megatrain_kernels.xent.op import check_targets, cross_entropy, named_group, row_losses
+from megatrain_kernels.xent.op import (
+    check_targets,
+    cross_entropy,
+    group_arguments,
+    row_losses,
+    sharded_options,
+)
 from megatrain_kernels.xent.reference import LossOptions, reduce_loss
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}  # logits held at once; on a CPU a chunk stays in its cache
+ALIGNED = 8  # elements: 16 bytes in bf16, what a GPU loads at a time
+PADDED = 128  # rows of a tile of the product
 MIN_CHUNK_ROWS = 512  # each chunk adds to the whole weight gradient, which fewer rows would not pay for
 
 
@@ -32,14 +41,18 @@ def linear_cross_entropy_op(
     z_loss: float,
     softcap: float | None,
     group: str | None,
+    vocab_size: int,
     wants_x: bool,
     wants_weight: bool,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of losses over the valid tokens of x `(tokens, hidden)`, and the gradients that are wanted."""
-    options = LossOptions(ignore_index, z_loss, softcap, named_group(group))
+    options = sharded_options(LossOptions(ignore_index, z_loss, softcap), group, vocab_size)
     compute = torch.promote_types(x.dtype, torch.float32)
-    rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 1 << 28) // weight.shape[0])
+    columns, weight = weight.shape[0], _aligned(weight)
+    # The ranks of a group must cut the same chunks, whichever of them has a row more.
+    widest = -(-vocab_size // (1 if options.group is None else options.group.size()))
+    rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 1 << 28) // widest)
     buffer = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
     grad_x = x.new_empty(x.shape if wants_x else 0)
     # Chunks are added in float32: sums of many bf16 terms would lose the small ones.
@@ -48,8 +61,9 @@ def linear_cross_entropy_op(
     for start in range(0, x.shape[0], rows):
         part, wanted = x[start : start + rows], targets[start : start + rows]
         logits = torch.mm(part, weight.T, out=buffer[: part.shape[0]])
-        gradient = logits if wants_x or wants_weight else None
-        total += row_losses(logits, wanted, options, gradient=gradient, path=path).sum()
+        real = logits[:, :columns]  # those of the padding stay zero, and add nothing to the gradients
+        gradient = real if wants_x or wants_weight else None
+        total += row_losses(real, wanted, options, gradient=gradient, path=path).sum()
         if wants_x:
             torch.mm(logits, weight, out=grad_x[start : start + rows])
         if not wants_weight:
@@ -60,7 +74,18 @@ def linear_cross_entropy_op(
             grad_weight += logits.T @ part
     if wants_x and options.group is not None:  # each rank has the part of its own columns
         dist.all_reduce(grad_x, group=options.group)
-    return total, grad_x, grad_weight.to(weight.dtype)
+    return total, grad_x, (grad_weight[:columns] if wants_weight else grad_weight).to(weight.dtype)
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """Return `weight` with rows of zeros below, so that each row of the logits starts at an aligned address.
+
+    With a vocabulary such as GPT-2's 50,257, rows of bf16 logits start at odd addresses, and all three products load
+    two bytes at a time.
+    """
+    if weight.shape[0] % ALIGNED == 0:
+        return weight
+    return pad(weight, (0, 0, 0, -weight.shape[0] % PADDED))
 
 
 @linear_cross_entropy_op.register_fake
@@ -72,6 +97,7 @@ def _fake(
     z_loss: float,
     softcap: float | None,
     group: str | None,
+    vocab_size: int,
     wants_x: bool,
     wants_weight: bool,
     path: str,
@@ -120,6 +146,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the cross entropy of logits x weightᵀ, float32 at least.
@@ -129,8 +156,9 @@ def linear_cross_entropy(
         z_loss: factor on the squared log-sum-exp of the logits, added to each token's loss.
         softcap: c: logits become c·tanh(logits / c).
         reduction: "mean" and "sum" are over valid tokens; "none" gives each token's loss and holds all logits.
-        tp_group: its rank r holds the r-th of equal slices of the vocabulary as `weight`; x and targets are the
-            same on all of its ranks, and so are the loss and x's gradient (summed over the group here).
+        tp_group: its rank r holds the r-th slice of the vocabulary as `weight`; x and targets are the same on all
+            of its ranks, and so are the loss and x's gradient (summed over the group here).
+        vocab_size: rows of all slices, of which the first `vocab_size % ranks` have one more; None: slices are equal.
         backend: "auto" takes Triton's kernel for the rows of logits on a GPU; the products are PyTorch's.
 
     Raises:
@@ -159,7 +187,7 @@ def linear_cross_entropy(
             reduction=reduction,
             backend=backend,
         )
-    options = (ignore_index, z_loss, softcap, None if tp_group is None else tp_group.group_name, path)
+    options = (ignore_index, z_loss, softcap, *group_arguments(tp_group, vocab_size, weight.shape[0]), path)
     total = _ChunkedLoss.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *options)
     return reduce_loss(total, valid, reduction)
 

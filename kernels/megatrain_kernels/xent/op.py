@@ -53,10 +53,44 @@ def row_losses(
     return plain.losses(logits, targets, options, **both) if made is None else made
 
 
-def named_group(name: str | None) -> dist.ProcessGroup | None:
-    """Return the process group of that name, since an operator takes no group as its argument."""
-    resolve: Any = distributed_c10d._resolve_process_group
-    return None if name is None else resolve(name)
+def slice_of(vocab_size: int, ranks: int, rank: int) -> range:
+    """Return the tokens that `rank` holds: slices are in order and as even as they can be, the first ones longer."""
+    start = rank * (vocab_size // ranks) + min(rank, vocab_size % ranks)
+    return range(start, start + vocab_size // ranks + (rank < vocab_size % ranks))
+
+
+def group_arguments(
+    group: dist.ProcessGroup | None, vocab_size: int | None, columns: int
+) -> tuple[str | None, int]:
+    """Return an operator's arguments for a vocabulary that may be sharded: the group's name and all tokens' number.
+
+    Raises:
+        ValueError: this rank's slice of `vocab_size` has another number of columns, or there is no group.
+    """
+    if group is None:
+        if vocab_size not in (None, columns):
+            raise ValueError(
+                f"vocab_size={vocab_size}: there are {columns} columns, and no tp_group that shards them"
+            )
+        return None, columns
+    if vocab_size is None:
+        return group.group_name, columns * group.size()
+    own = slice_of(vocab_size, group.size(), group.rank())
+    if len(own) != columns:
+        raise ValueError(
+            f"rank {group.rank()} of {group.size()} must hold {len(own)} of {vocab_size} tokens, and holds {columns}"
+        )
+    return group.group_name, vocab_size
+
+
+def sharded_options(options: LossOptions, group: str | None, vocab_size: int) -> LossOptions:
+    """Return `options` with the group of that name, and the first token of this rank's slice."""
+    if group is None:
+        return options
+    resolve: Any = distributed_c10d._resolve_process_group  # an operator takes no group as its argument
+    found: dist.ProcessGroup = resolve(group)
+    first = slice_of(vocab_size, found.size(), found.rank()).start
+    return options._replace(group=found, first_token=first)
 
 
 @torch.library.custom_op("megatrain::cross_entropy", mutates_args=())
@@ -67,11 +101,12 @@ def cross_entropy_op(
     z_loss: float,
     softcap: float | None,
     group: str | None,
+    vocab_size: int,
     wants_gradient: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
     """Return losses `(rows,)` of logits `(rows, columns)`, and the gradient of their sum if it is wanted."""
-    options = LossOptions(ignore_index, z_loss, softcap, named_group(group))
+    options = sharded_options(LossOptions(ignore_index, z_loss, softcap), group, vocab_size)
     gradient = logits.new_empty(logits.shape if wants_gradient else 0)
     losses = row_losses(logits, targets, options, gradient=gradient if wants_gradient else None, path=path)
     return losses, gradient
@@ -85,6 +120,7 @@ def _fake(
     z_loss: float,
     softcap: float | None,
     group: str | None,
+    vocab_size: int,
     wants_gradient: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
@@ -122,6 +158,7 @@ def cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the cross entropy of logits with targets, float32 at least.
@@ -129,7 +166,7 @@ def cross_entropy(
     Args:
         logits: `(..., vocab)`; with `tp_group` this rank's columns of it.
         targets: `(...)` int64.
-        ignore_index, z_loss, softcap, reduction, tp_group: as for `linear_cross_entropy`.
+        ignore_index, z_loss, softcap, reduction, tp_group, vocab_size: as for `linear_cross_entropy`.
 
     Raises:
         ValueError: shapes, types or devices that do not fit, no reduction or backend of that name, or the reference of
@@ -152,7 +189,7 @@ def cross_entropy(
             logits, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap
         )
     else:
-        options = (ignore_index, z_loss, softcap, None if tp_group is None else tp_group.group_name)
+        options = (ignore_index, z_loss, softcap, *group_arguments(tp_group, vocab_size, logits.shape[-1]))
         flat = logits.reshape(-1, logits.shape[-1])
         losses = _CrossEntropy.apply(flat, targets.reshape(-1), options, path).view(targets.shape)
     return reduce_loss(losses, valid, reduction)

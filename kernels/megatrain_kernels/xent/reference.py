@@ -14,11 +14,9 @@ class LossOptions(NamedTuple):
     z_loss: float = 0.0
     softcap: float | None = None
     group: dist.ProcessGroup | None = None
-    """Rank r of the group holds the r-th of equal slices of the vocabulary."""
-
-    def first(self, columns: int) -> int:
-        """Return the token of the first of this rank's columns."""
-        return 0 if self.group is None else dist.get_rank(self.group) * columns
+    """Each of its ranks holds a slice of the vocabulary."""
+    first_token: int = 0
+    """The token of the first of this rank's columns."""
 
 
 def cross_entropy_reference(

@@ -25,7 +25,7 @@ class _Targets(NamedTuple):
 
 def _locate(targets: Tensor, columns: int, options: LossOptions) -> _Targets:
     valid = targets != options.ignore_index
-    first = options.first(columns)
+    first = options.first_token
     here = valid if options.group is None else valid & (targets >= first) & (targets < first + columns)
     return _Targets((targets - first).where(here, 0).unsqueeze(-1), here, valid)
 

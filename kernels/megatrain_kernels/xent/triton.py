@@ -165,7 +165,7 @@ def partials(logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
     """Return what `torch.partials` returns."""
     logits, (rows, size) = _rows(logits), logits.shape
     out = logits.new_empty(3, rows, dtype=torch.float32)
-    numbers = (logits.stride(0), size, options.first(size), rows, *_numbers(options))
+    numbers = (logits.stride(0), size, options.first_token, rows, *_numbers(options))
     if rows:
         partials_kernel[(rows,)](logits, targets.contiguous(), out, *numbers, **_constants(options, size))
     return out
@@ -187,7 +187,7 @@ def losses(
     )
     steps = (logits.stride(0), 0 if gradient is None else gradient.stride(0))
     flags = {"SHARED": whole is not None, "GRADIENT": gradient is not None, **_constants(options, size)}
-    numbers = (size, options.first(size), rows, options.ignore_index, options.z_loss, *_numbers(options))
+    numbers = (size, options.first_token, rows, options.ignore_index, options.z_loss, *_numbers(options))
     if rows:
         losses_kernel[(rows,)](*tensors, *steps, *numbers, **flags)
     return made

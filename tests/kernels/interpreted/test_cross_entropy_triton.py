@@ -314,7 +314,7 @@ def test_a_broken_kernel_is_noticed(breaks: Any, monkeypatch: pytest.MonkeyPatch
 def test_operators_keep_their_contract(backend: str, wanted: bool) -> None:
     """Schema, and fake shapes and strides, as torch checks them."""
     operation = import_module("megatrain_kernels.xent.op")
-    targets, options = draw_targets(5, 70), (-100, 0.1, 2.0, None)
+    targets, options = draw_targets(5, 70), (-100, 0.1, 2.0, None, 70)
     logits = draw(1, 5, 70, dtype=torch.float16).detach()
     torch.library.opcheck(operation.cross_entropy_op, (logits, targets, *options, wanted, backend))
     linear = import_module("megatrain_kernels.linear_xent.op").linear_cross_entropy_op

@@ -120,7 +120,7 @@ def test_four_mistakes_in_one_message() -> None:
         ("+train.steps=3", "+train.steps", "exists already; write train.steps=VALUE"),
         ("train.steps=1e3", "train.steps", "must be an integer. Nearest legal: 1000"),
         ("train.precision=fp61", "train.precision", "one of auto, fp32, bf16, fp8, fp64"),
-        ("parallel.tp=3", "parallel.tp", "must divide"),
+        ("parallel.tp=3", "parallel.tp", "must divide a rank"),
         ("log.project='x'", "log.project", "this key is called log.wandb_project"),
         ("data=text", "data.path", "must be given; write data.path=VALUE"),
         ("data.text_field=${data.nope}", "data.text_field", "'data.nope' not found"),

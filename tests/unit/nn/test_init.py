@@ -109,7 +109,7 @@ def test_two_halves_are_the_whole(dim: int) -> None:
     halves = []
     for half in (0, 1):
 
-        def shard_of(parameter: torch.Tensor, half: int = half) -> Shard:
+        def shard_of(name: str, parameter: torch.Tensor, half: int = half) -> Shard:
             cut = min(dim, parameter.ndim - 1)
             size = parameter.shape[cut] // 2
             offsets = [0] * parameter.ndim
