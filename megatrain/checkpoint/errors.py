@@ -11,5 +11,9 @@ class CheckpointMismatchError(UserError):
     """A checkpoint is intact, but its tensors differ from those requested."""
 
 
+class UnknownFormatError(UserError):
+    """A checkpoint has its right hashes, but a form that this version does not read; nothing is moved."""
+
+
 class CorruptCheckpointError(Exception):
     """A checkpoint is incomplete or was modified; it is quarantined, and an older one is loaded."""

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.errors import CheckpointSaveError, CorruptCheckpointError
+from megatrain.checkpoint.errors import CheckpointSaveError, CorruptCheckpointError, UnknownFormatError
 from megatrain.checkpoint.files import free_bytes, make_directory, sync_directory, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -81,10 +81,25 @@ class Checkpointer:
     shards of the tensors; the first process names, commits and deletes checkpoints.
     """
 
-    def __init__(self, directory: Path, cfg: CheckpointConfig, processes: Processes | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        cfg: CheckpointConfig,
+        processes: Processes | None = None,
+        *,
+        moves_damaged: bool = True,
+    ) -> None:
+        """Take up the checkpoints in `directory`, which need not exist.
+
+        Args:
+            moves_damaged: move damaged checkpoints to `quarantine/`; only the run's own processes may.
+        """
         self.directory = directory
         self.cfg = cfg
         self.processes = processes or Processes()
+        self.require_owner: Callable[[], None] = lambda: None
+        """Called immediately before a commit; raises if the run directory belongs to another process."""
+        self._moves_damaged = moves_damaged
         self._parent: str | None = None
 
     def steps(self) -> list[int]:
@@ -191,9 +206,11 @@ class Checkpointer:
         return self._open(step)[1]
 
     def load(
-        self, tensors: dict[str, Tensor], *, only: str | tuple[str, ...] = ""
+        self, tensors: dict[str, Tensor], *, only: str | tuple[str, ...] = "", step: int | None = None
     ) -> VerifiedCheckpoint | None:
         """Read the newest intact checkpoint into `tensors`, in place; return None if there never was one.
+
+        `step` asks for the checkpoint of that step.
 
         Names, shapes and dtypes must match the saved ones exactly; `only` restricts the saved ones to names that
         start with it, or with one of them. After an error the values in `tensors` are undefined.
@@ -203,7 +220,7 @@ class Checkpointer:
             CheckpointMismatchError: the checkpoint is intact, but its tensors are others.
         """
         specs = self._global_specs(tensors)
-        found = self._newest_intact(lambda step: self._read(step, tensors, specs, only))
+        found = self._newest_intact(lambda step: self._read(step, tensors, specs, only), step)
         if found is not None:
             self._parent = found.path.name
         return found
@@ -213,6 +230,7 @@ class Checkpointer:
         target = self.directory / step_name(manifest.step)
         if os.path.lexists(target) and self._is_identical(manifest):
             return target
+        self.require_owner()
         os.rename(staging, target)  # fails if the name has appeared since
         sync_directory(self.directory)
         return target
@@ -238,11 +256,13 @@ class Checkpointer:
             )
         return True
 
-    def _newest_intact(self, read: Callable[[int], VerifiedCheckpoint]) -> VerifiedCheckpoint | None:
+    def _newest_intact(
+        self, read: Callable[[int], VerifiedCheckpoint], only_step: int | None = None
+    ) -> VerifiedCheckpoint | None:
         """Apply `read` to the newest checkpoint, and to older ones while it raises; quarantine the damaged ones."""
         damaged: list[str] = []
         tried: set[int] = set()
-        while (step := self.processes.from_first(lambda: self._newest_untried(tried))) is not None:
+        while (step := self.processes.from_first(lambda: self._newest_untried(tried, only_step))) is not None:
             tried.add(step)
             try:
                 return replace(self.processes.agree(partial(read, step)), warnings=tuple(damaged))
@@ -251,8 +271,9 @@ class Checkpointer:
         self.processes.from_first(lambda: self._require_none(damaged))
         return None
 
-    def _newest_untried(self, tried: set[int]) -> int | None:
-        return max((step for step in self.steps() if step not in tried), default=None)
+    def _newest_untried(self, tried: set[int], only_step: int | None) -> int | None:
+        steps = self.steps() if only_step is None else [step for step in self.steps() if step == only_step]
+        return max((step for step in steps if step not in tried), default=None)
 
     def _require_none(self, damaged: list[str]) -> None:
         if damaged or self.has_damaged():
@@ -275,6 +296,8 @@ class Checkpointer:
         if isinstance(error, OSError) and error.errno != EIO:  # for example, no read permission
             raise UserError(f"{path} cannot be read: {error}") from error
         message = f"Checkpoint {step_name(step)} is damaged ({error})"
+        if not self._moves_damaged:
+            return [f"{message}. It was skipped; the run itself moves it away when it is resumed."]
         try:
             place = quarantine(self.directory, step, str(error))
         except OSError as failure:
@@ -316,7 +339,13 @@ class Checkpointer:
         manifest = read_manifest(path)
         check_sizes(path, manifest)
         metadata = read_listed(path / METADATA_FILE, manifest, limit=MAX_METADATA_BYTES)
-        checked = read_metadata(metadata, manifest.files)
+        try:
+            checked = read_metadata(metadata, manifest.files)
+        except CorruptCheckpointError as error:  # its hash is right: it was written so
+            raise UnknownFormatError(
+                f"{path} is not damaged, but of a form that this version does not read: {error}. It was written by "
+                f"{manifest.versions}. Read it with these versions, or update megatrain."
+            ) from None
         state = parse_json(read_listed(path / STATE_FILE, manifest, limit=MAX_JSON_BYTES), STATE_FILE)
         if not isinstance(state, dict):
             raise CorruptCheckpointError(f"{STATE_FILE} is not a JSON object")

@@ -1,7 +1,7 @@
 """The run's own record: metrics.jsonl (one row per step), events.jsonl (what happened) and status.json (its state).
 
-Nothing here ends a run: a failure to write is reported once, on standard error, and training continues. A number
-that JSON does not have (nan, inf) is written as null.
+A failure to write does not end a run: it is reported once, on standard error, and training continues. What does end it
+is another owner of the run directory. A number that JSON does not have (nan, inf) is written as null.
 """
 
 import contextlib
@@ -14,12 +14,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatrain.runtime.ownership import StaleOwnerError
+
 
 class RunLog:
     """The three files of one run directory, which exists."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, run_id: str = "", require_owner: Callable[[], None] = lambda: None
+    ) -> None:
+        """Continue the files in `directory`.
+
+        Args:
+            run_id: identity of the run, in every row and event.
+            require_owner: called immediately before each write; raises if the directory belongs to another process.
+        """
         self.directory = directory
+        self.run_id = run_id
+        self._whose = {"run_id": run_id} if run_id else {}
+        self._require_owner = require_owner
+        self._is_stale = False
         self.first_step = 0
         """Steps that were done when this attempt began."""
         self._metrics = directory / "metrics.jsonl"
@@ -39,11 +53,11 @@ class RunLog:
 
     def row(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        self._attempted(lambda: _append(self._metrics, row))
+        self._attempted(lambda: _append(self._metrics, row | self._whose))
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
-        stamped = {"time": _now(), "event": event, "attempt": self._attempt, **facts}
+        stamped = {"time": _now(), "event": event, "attempt": self._attempt, **self._whose, **facts}
         self._attempted(lambda: _append(self._events, stamped))
 
     def status(self, state: str, *, step: int, reason: str, exit_code: int | None = None) -> None:
@@ -54,14 +68,21 @@ class RunLog:
             "reason": reason,
             "exit_code": exit_code,
             "attempt": self._attempt,
+            **self._whose,
             "pid": os.getpid(),
             "time": _now(),
         }
         self._attempted(lambda: _replace(self._status, [json.dumps(facts, indent=1) + "\n"]))
 
     def _attempted(self, write: Callable[[], None]) -> None:
+        if self._is_stale:
+            return
         try:
+            self._require_owner()
             write()
+        except StaleOwnerError:
+            self._is_stale = True
+            raise
         except OSError as error:
             if not self._warned:
                 self._warned = True

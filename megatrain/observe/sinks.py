@@ -1,6 +1,5 @@
 """Sinks of a step's row: metrics.jsonl, the display, Weights & Biases, TensorBoard."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -90,11 +89,10 @@ class Observer:
             raise RuntimeError(
                 f"the package is not installed ({how_to_install('wandb')}), or set log.wandb=off"
             ) from None
-        run_id = _run_id(run_dir / "wandb_id")
         settings = wandb.Settings(silent=True, console="off", init_timeout=30)
         run = wandb.init(
             project=project,
-            id=run_id,
+            id=self._log.run_id or None,  # the same after every resume
             name=run_dir.name,
             dir=str(run_dir),
             mode=mode,
@@ -118,12 +116,3 @@ class Observer:
 
         self._sinks["TensorBoard"] = write
         self._closers.append(writer.close)
-
-
-def _run_id(file: Path) -> str:
-    """Return the run's id at Weights & Biases, the same after every resume."""
-    if file.exists():
-        return file.read_text().strip()
-    run_id = os.urandom(4).hex()
-    file.write_text(run_id + "\n")
-    return run_id

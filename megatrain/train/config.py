@@ -36,6 +36,9 @@ class RunConfig:
     """Name of the run; its directory is `dir`/`name`. Starting with the same name resumes the run."""
     dir: PathText = "runs"
     """Parent of the run directories."""
+    id: str = ""
+    """Identity of the run, which its checkpoints, records and Weights & Biases carry; empty: drawn when it starts, and
+    kept when it is resumed."""
 
     def problems(self) -> Iterator[Problem]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,/-]*", self.name) or ".." in self.name:
@@ -44,6 +47,8 @@ class RunConfig:
                 self.name,
                 "must consist of letters, digits and . _ - = , / and start with a letter or digit",
             )
+        if not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", self.id):
+            yield Problem("id", self.id, "must consist of at most 64 letters, digits, - and _")
         for field, path in (("name", self.name), ("dir", self.dir)):
             if any(len(part.encode(errors="replace")) > LONGEST_NAME for part in path.split("/")):
                 yield Problem(field, path, f"must not have a part of more than {LONGEST_NAME} bytes")

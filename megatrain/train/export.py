@@ -20,7 +20,7 @@ from megatrain.data.tokenizer import HuggingFaceTokenizer
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import WeightMap
-from megatrain.train.files import read_config
+from megatrain.train.files import read_config, require_unchanged
 from megatrain.train.restore import AVERAGE, WEIGHTS, takes_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,10 +60,11 @@ def export(
     prefix = AVERAGE if takes_average(run, cfg, average) else WEIGHTS
     spec = get_spec(cfg.model.kind)
     mapping, config = spec.weights(cfg.model), spec.hf_config(cfg.model)
-    checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint)
+    checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint, moves_damaged=False)
     found = checkpointer.latest()
     if found is None:
         raise UserError(f"{run} has no checkpoint yet")
+    require_unchanged(run, cfg, found.manifest.info, found.path)
     partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
     try:
         partial.mkdir(parents=True)

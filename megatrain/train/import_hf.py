@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatrain.checkpoint.errors import CheckpointSaveError
-from megatrain.checkpoint.store import Checkpointer
+from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import dump, load
 from megatrain.data.config import DataConfig, TokenizerConfig
@@ -27,7 +27,7 @@ from megatrain.models.registry import config_from_hf, get_spec
 from megatrain.models.spec import WeightMap
 from megatrain.observe.rundir import RunLog
 from megatrain.train.config import Config, RunConfig
-from megatrain.train.files import IMPORT_FILE, write_config
+from megatrain.train.files import IMPORT_FILE, new_run_id, tokenizer_digest, write_config
 from megatrain.train.restore import WEIGHTS
 from megatrain.train.state import TrainState
 
@@ -62,6 +62,7 @@ def import_hf(source: Path, run: RunConfig, *, progress: Callable[[str, float], 
         run=run, model=model, data=DataConfig(tokenizer=described), seq_len=min(SEQ_LEN, model.max_seq_len)
     )
     cfg = load(Config, dump(plain))
+    cfg = replace(cfg, run=replace(cfg.run, id=new_run_id()))
     partial = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:12]}"
     try:
         (partial / "tensors").mkdir(parents=True)
@@ -69,19 +70,20 @@ def import_hf(source: Path, run: RunConfig, *, progress: Callable[[str, float], 
             files = _open_all(source, stack)
             tensors = _read_tensors(files, model, partial / "tensors", progress)
         progress("writing the checkpoint", 0.0)
-        state = {"step": 0, "tokens": 0, "watch": {}}
-        Checkpointer(partial / "checkpoints", cfg.checkpoint).save(0, tensors, state)
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        del tensors
-        shutil.rmtree(partial / "tensors")
         tokenizer.save(partial / "tokenizer")
         tokenizer.save_pretrained(
             partial / "tokenizer"
         )  # names the end-of-text token for data.tokenizer.path
+        state = {"step": 0, "tokens": 0, "watch": {}}
+        info = {"run_id": cfg.run.id, "config": dump(cfg), "tokenizer_sha256": tokenizer_digest(partial)}
+        Checkpointer(partial / "checkpoints", cfg.checkpoint).save(0, tensors, state, info)
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        del tensors
+        shutil.rmtree(partial / "tensors")
         write_config(partial, cfg)
         facts = {"source": str(source.resolve()), "model": model.kind, "parameters": parameters}
         (partial / IMPORT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-        RunLog(partial).event("import", **facts)
+        RunLog(partial, cfg.run.id).event("import", **facts)
         if directory.exists():
             directory.rmdir()
         os.rename(partial, directory)
@@ -118,20 +120,24 @@ def require_imported_weights(directory: Path, checkpointer: Checkpointer) -> Non
         )
 
 
-def take_up_weights(checkpointer: Checkpointer, state: TrainState) -> tuple[str, ...]:
-    """Load only the weights of an imported run into `state`; return the warnings of loading.
+def take_up_weights(
+    checkpointer: Checkpointer, state: TrainState, *, step: int | None = None
+) -> VerifiedCheckpoint:
+    """Load only the weights of an imported or adopted run into `state`: those of `step`, or the newest.
 
     Raises:
+        UserError: there is no checkpoint, or the model has other tensors.
         DamagedCheckpointError: the checkpoint is damaged.
     """
     weights = {name: tensor for name, tensor in state.tensors().items() if name.startswith(WEIGHTS)}
-    found = checkpointer.load(weights, only=WEIGHTS)
-    assert found is not None, "the caller has seen a checkpoint"
+    found = checkpointer.load(weights, only=WEIGHTS, step=step)
+    if found is None:
+        raise UserError(f"{checkpointer.directory} has no checkpoint")
     state.sync_model_weights()
     if state.average is not None:
         for name, average in state.average.averages.items():
             average.copy_(state.weights.parameters[name].detach())
-    return found.warnings
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatrain.checkpoint.errors import UnknownFormatError
 from megatrain.checkpoint.manifest import installed_versions
+from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
@@ -24,11 +25,20 @@ from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
+from megatrain.runtime.ownership import Ownership, StaleOwnerError, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
-from megatrain.train.files import read_config, run_directory, write_config
+from megatrain.train.files import (
+    CONFIG_FILE,
+    new_run_id,
+    read_config,
+    require_own_checkpoint,
+    run_directory,
+    saved_config,
+    write_config,
+)
 from megatrain.train.import_hf import is_untrained_import, require_imported_weights, take_up_weights
 from megatrain.train.loop import reason_to_stop, train_loop
 from megatrain.train.resume import check_same_data, check_same_run
@@ -49,7 +59,7 @@ def run(cfg: Config, processes: Processes) -> Outcome:
     directory = run_directory(cfg)
     device = pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
-    cfg, changes = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
+    cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
         data = processes.agree(
@@ -59,7 +69,8 @@ def run(cfg: Config, processes: Processes) -> Outcome:
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
         loader = build_loader(cfg, data.train, mesh)
         state = build_state(cfg, device, mesh)
-        with _owned(directory, checkpointer, state):
+        with _owned(directory, checkpointer, state, cfg.run.id) as require_owner:
+            log = RunLog if processes.is_first else NoLog
             return _train(
                 Run(
                     cfg=cfg,
@@ -71,8 +82,7 @@ def run(cfg: Config, processes: Processes) -> Outcome:
                     eval_batches=build_eval_batches(cfg, data.val),
                     checkpointer=checkpointer,
                     display=display,
-                    log=RunLog(directory) if processes.is_first else NoLog(directory),
-                    changes=changes,
+                    log=log(directory, cfg.run.id, require_owner),
                 )
             )
     finally:
@@ -87,10 +97,11 @@ def _require_same(fingerprints: list[str]) -> None:
         )
 
 
-def _settle(
-    cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device
-) -> tuple[Config, dict[str, Any]]:
-    """Resolve every `auto` of `cfg` and compare it with the saved config of the run; return the differences too.
+def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device) -> Config:
+    """Resolve every `auto` of `cfg`, give the run its id, and compare it with the config in its directory.
+
+    This spares a long preparation of data that would end in a refusal; what counts is compared once more with the
+    checkpoint itself, when the directory is this process's own (`_resume`).
 
     A directory without a committed checkpoint has nothing to resume, so its config is not compared. One with only
     damaged checkpoints is refused on loading, when the directory is locked and status.json can record the failure.
@@ -107,6 +118,9 @@ def _settle(
             "or resume with train.resume=auto."
         )
     require_imported_weights(directory, checkpointer)
+    if cfg.checkpoint.adopt is not None and frozen is None:
+        _adopted(cfg, checkpointer)
+    cfg = _with_id(cfg, directory)
     if is_untrained_import(directory, checkpointer):
         frozen = None  # its config names the model only; the recipe and the data are free
     if cfg.train.precision == "auto":
@@ -117,21 +131,59 @@ def _settle(
     if frozen is not None:
         frozen = resolve_auto(frozen, memory=memory)
     cfg = resolve_auto(cfg, memory=memory, before=frozen)
-    return cfg, {} if frozen is None else check_same_run(frozen, cfg)
+    if frozen is not None:
+        check_same_run(frozen, cfg)
+    return cfg
+
+
+def _with_id(cfg: Config, directory: Path) -> Config:
+    """Return `cfg` with the id of the run in `directory`, or a new one.
+
+    Raises:
+        UserError: the directory is that of a run with another id than `cfg` has.
+    """
+    known = read_config(directory).run.id if (directory / CONFIG_FILE).is_file() else ""
+    if known and cfg.run.id not in ("", known):
+        raise UserError(
+            f"{directory} is the run {known}, not run.id={cfg.run.id}. Choose another run.name, or leave run.id out."
+        )
+    return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, id=known or cfg.run.id or new_run_id()))
+
+
+def _adopted(cfg: Config, checkpointer: Checkpointer) -> tuple[Checkpointer, int | None]:
+    """Return the checkpoints that checkpoint.adopt names, to be read only, and the step if it names one.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(str(cfg.checkpoint.adopt))
+    step = int(path.name.removeprefix("step-")) if STEP_NAME.fullmatch(path.name) else None
+    directory = path / "checkpoints" if step is None else path.parent
+    found = Checkpointer(directory, cfg.checkpoint, checkpointer.processes, moves_damaged=False)
+    steps = found.steps()
+    if not steps or (step is not None and step not in steps):
+        raise UserError(
+            f"checkpoint.adopt={path}: there is no checkpoint. It must be a run directory with checkpoints, or one of "
+            "its checkpoints/step-..."
+        )
+    return found, step
 
 
 @contextlib.contextmanager
-def _owned(directory: Path, checkpointer: Checkpointer, state: TrainState) -> Iterator[None]:
-    """Lock the run directory, and check that it is writable and has space for a checkpoint.
+def _owned(
+    directory: Path, checkpointer: Checkpointer, state: TrainState, run_id: str
+) -> Iterator[Callable[[], None]]:
+    """Own the run directory in the block, and check that it is writable and has space for a checkpoint.
 
-    Files created for these checks are removed if they fail.
+    Files created for these checks are removed if they fail. Yields the check that this process still owns it.
     """
+    owners: list[Ownership] = []
     processes = checkpointer.processes
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         try:
             checkpointer.preflight(state.tensors())
-            processes.from_first(lambda: _lock(directory, stack))
+            processes.from_first(lambda: owners.append(_taken(directory, stack, run_id)))
         except UserError:
             for path in (checkpointer.directory, *made):
                 with contextlib.suppress(OSError):  # not empty, so it stays
@@ -139,20 +191,21 @@ def _owned(directory: Path, checkpointer: Checkpointer, state: TrainState) -> It
             raise
         if not processes.is_first:
             redirect_output(directory / "logs" / f"rank-{processes.rank}.log")
-        yield
+            yield lambda: None
+            return
+        checkpointer.require_owner = owners[0].require
+        yield owners[0].require
 
 
-def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Keep other runs out of `directory` until `stack` is left."""
-    try:
-        lock = stack.enter_context((directory / ".lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _taken(directory: Path, stack: contextlib.ExitStack, run_id: str) -> Ownership:
+    """Become the owner of `directory`, unless it has become another run's since its config was compared."""
+    ownership = take(directory, stack)
+    if (directory / CONFIG_FILE).is_file() and (found := read_config(directory).run.id) not in ("", run_id):
         raise UserError(
-            f"Another process is training in {directory}. Wait for it, stop it, or choose another run.name."
-        ) from None
-    except OSError as error:
-        raise UserError(f"{directory} can't be written: {error}") from None
+            f"Another run ({found}) was started in {directory} while this one was being prepared. Start the command "
+            "again to resume that one, or choose another run.name."
+        )
+    return ownership
 
 
 def _train(run: Run) -> Outcome:
@@ -160,7 +213,7 @@ def _train(run: Run) -> Outcome:
     cfg, log, state = run.cfg, run.log, run.state
     try:
         warnings = _resume(run)
-    except DamagedCheckpointError as error:
+    except (DamagedCheckpointError, UnknownFormatError) as error:
         _record_failure(run, 0, error)
         raise
     is_first = run.processes.is_first
@@ -187,6 +240,8 @@ def _train(run: Run) -> Outcome:
 
 
 def _record_failure(run: Run, step: int, error: BaseException) -> None:
+    if isinstance(error, StaleOwnerError):
+        return  # the record is somebody else's
     text = f"{type(error).__name__}: {error}"
     run.log.event("failure", step=step, error=text)
     run.log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
@@ -195,17 +250,31 @@ def _record_failure(run: Run, step: int, error: BaseException) -> None:
 
 
 def _resume(run: Run) -> tuple[str, ...]:
-    """Load the newest checkpoint, if there is one, and open the run's files; returns warnings."""
+    """Load the newest checkpoint, if there is one, and open the run's files; returns warnings.
+
+    Raises:
+        UserError: the checkpoint is another run's, or was made with a config that must not change.
+    """
     cfg, state, log = run.cfg, run.state, run.log
     run.processes.from_first(run.checkpointer.remove_leftovers)
     found: VerifiedCheckpoint | None = None
-    warnings: tuple[str, ...] = ()
+    source: VerifiedCheckpoint | None = None
+    changes: dict[str, Any] = {}
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
-        warnings = take_up_weights(run.checkpointer, state)
+        source = take_up_weights(run.checkpointer, state)
+        require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)
     elif found := run.checkpointer.load(state.tensors()):
-        check_same_data(found.manifest.info["data_fingerprint"], run.data.fingerprint, cfg)
+        info = found.manifest.info
+        require_own_checkpoint(info, found.path, cfg.run.id)
+        if (saved := saved_config(info, found.path)) is not None:
+            changes = check_same_run(saved, cfg)
+        check_same_data(info["data_fingerprint"], run.data.fingerprint, cfg)
         state.restore(found.state)
-        warnings = found.warnings
+    elif cfg.checkpoint.adopt is not None:
+        other, step = _adopted(cfg, run.checkpointer)
+        source = take_up_weights(other, state, step=step)
+    loaded = found or source
+    warnings = () if loaded is None else loaded.warnings
     run.processes.from_first(lambda: _write_inputs(run))
     log.open(state.step)
     machine = {
@@ -213,8 +282,11 @@ def _resume(run: Run) -> tuple[str, ...]:
         "device": device_name(state.parallel.device),
         "processes": run.processes.size,
     }
-    fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": run.changes}
+    fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": changes}
     fields |= {"machine": machine, "versions": installed_versions()}
+    if source is not None:
+        facts = {"run_id": source.manifest.info.get("run_id"), "step": source.step}
+        fields["weights_from"] = {"checkpoint": str(source.path), **facts}
     log.event("start" if found is None else "resume", **fields)
     if run.data.contents is not None:
         log.event("data", **run.data.contents.as_json())

@@ -11,7 +11,7 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.train.config import Config
-from megatrain.train.files import read_config
+from megatrain.train.files import read_config, require_unchanged
 
 WEIGHTS = "model."
 """Prefix of the names of parameters and buffers in checkpoints."""
@@ -50,8 +50,9 @@ def restore_model(
     model = model.to(dtype).to_empty(device=device)
     tensors = {prefix + name: parameter.detach() for name, parameter in model.named_parameters()}
     buffers = {WEIGHTS + name: buffer for name, buffer in model.named_buffers()}  # these have no average
-    checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint)
+    checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, moves_damaged=False)
     found = checkpointer.load(tensors | buffers, only=(prefix, *buffers))
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
+    require_unchanged(directory, cfg, found.manifest.info, found.path)
     return model, load_tokenizer(directory / "tokenizer"), cfg, found.step

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.load import digest, dump
@@ -16,6 +15,7 @@ from megatrain.runtime.device import Peak, peak_flops
 from megatrain.runtime.processes import Processes
 from megatrain.train.build import COMPUTE_DTYPE
 from megatrain.train.config import Config
+from megatrain.train.files import tokenizer_digest
 from megatrain.train.state import TrainState
 
 
@@ -33,8 +33,6 @@ class Run:
     checkpointer: Checkpointer
     display: Display
     log: RunLog
-    changes: dict[str, Any]
-    """Allowed differences from the run's previous config: key -> (old, new)."""
 
     @cached_property
     def flops_full(self) -> float:
@@ -51,11 +49,19 @@ class Run:
         """Peak FLOP/s of one process's device; None if it is neither published nor measured."""
         return peak_flops(self.state.parallel.device, COMPUTE_DTYPE[self.cfg.train.precision])
 
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer beside the checkpoints."""
+        return tokenizer_digest(self.directory) if self.processes.is_first else ""
+
     def save(self) -> None:
         """Save a checkpoint of the present state; all processes call this together."""
         info = {
+            "run_id": self.cfg.run.id,
             "data_fingerprint": self.data.fingerprint,
             "config_digest": digest(self.cfg),
+            "config": dump(self.cfg),
+            "tokenizer_sha256": self.tokenizer_sha256,
             "layout": dump(self.cfg.parallel),
         }
         state = self.state

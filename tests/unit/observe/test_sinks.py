@@ -12,8 +12,8 @@ from megatrain.observe.rundir import RunLog
 from megatrain.observe.sinks import Observer
 
 
-def observe(directory: Path, cfg: LogConfig, rows: list[dict[str, object]]) -> None:
-    observer = Observer(directory, cfg, NoDisplay(), RunLog(directory), {"seed": 0})
+def observe(directory: Path, cfg: LogConfig, rows: list[dict[str, object]], run_id: str = "") -> None:
+    observer = Observer(directory, cfg, NoDisplay(), RunLog(directory, run_id), {"seed": 0})
     for row in rows:
         observer.step(row)
     observer.close()
@@ -73,11 +73,10 @@ def test_a_failing_sink_is_left_out_with_one_notice(tmp_path: Path, monkeypatch:
 
 
 def test_a_resumed_run_has_the_same_wandb_id(tmp_path: Path) -> None:
-    ids = []
     for step in (1, 2):
-        observe(tmp_path, LogConfig(wandb="offline"), [{"step": step, "train/loss": 1.0}])
-        ids.append((tmp_path / "wandb_id").read_text().strip())
-    assert ids[0] == ids[1]
+        observe(tmp_path, LogConfig(wandb="offline"), [{"step": step, "train/loss": 1.0}], "4f2a")
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert runs
-    assert all(ids[0] in name for name in runs)
+    assert all(name.endswith("-4f2a") for name in runs)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["run_id"] for row in rows} == {"4f2a"}
