@@ -1,5 +1,6 @@
 """Processes that compute as ranks of one process group, for checks of layouts on one machine."""
 
+import contextlib
 import os
 import tempfile
 import traceback
@@ -120,7 +121,10 @@ def _serve(
         result: tuple[bool, Any] = (True, function(*args))
     except BaseException:
         result = (False, traceback.format_exc())
-    pipe.send(result)
+    with contextlib.suppress(
+        BrokenPipeError
+    ):  # another rank's error was reported, and nobody waits for this one
+        pipe.send(result)
     # Only now: whoever waits for this rank in vain shall not be reported before the error that made it leave.
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -30,12 +30,6 @@ def _experts_sharing(layout: ParallelConfig) -> int:
     return layout.dp_replicate * layout.dp_shard * layout.cp * layout.tp // layout.ep
 
 
-def _is_gathered(layout: ParallelConfig) -> bool:
-    """Tell whether ranks hold shards of weights that FSDP gathers."""
-    shards_experts = layout.ep > 1 and _experts_sharing(layout) > layout.dp_replicate
-    return layout.zero_stage > 0 and (layout.dp_shard * layout.cp > 1 or shards_experts)
-
-
 FAULTS: dict[str, Fault] = {
     "dropped_gradient_sum": Fault(
         "the data-parallel ranks do not sum their gradients: each keeps its own",
@@ -79,8 +73,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "stale_gather": Fault(
         "gathered weights outlive the optimizer step, so that the next one computes with the old values",
-        "zero_stage > 0 and dp_shard · cp > 1, or ep > 1 and several ranks of dp_shard · cp · tp for each expert",
-        lambda model, layout: _is_gathered(layout),
+        "every layout: FSDP computes with a gathered copy even where nothing is sharded",
+        lambda model, layout: world_size(layout) > 1,
     ),
     "wrong_gather_order": Fault(
         "gathered parts are concatenated in the reverse order of ranks",

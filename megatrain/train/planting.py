@@ -5,7 +5,7 @@ technique runs as it is but for the error. All ranks make the same calls still: 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -55,32 +55,26 @@ def _without_sums(mesh: DeviceMesh) -> Iterator[None]:
     replicas, shards = (mesh.get_group(axis).group_name for axis in ("replicate", "shard"))
 
     def keep_part(original: Any) -> Any:
-        def reduce_scatter(
-            output: Tensor, input: Tensor, *args: Any, group: Any = None, **options: Any
-        ) -> Any:
+        def reduce_scatter(*args: Any, **options: Any) -> Any:
+            group = options.get("group")  # FSDP names it
             if group is None or group.group_name != shards:
-                return original(output, input, *args, group=group, **options)
-            return output.copy_(input.chunk(group.size())[group.rank()])
+                return original(*args, **options)
+            output, whole = args or (options["output"], options["input"])
+            return output.copy_(whole.chunk(group.size())[group.rank()])
 
         return reduce_scatter
 
     def keep(original: Any) -> Any:
-        def all_reduce(tensor: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
-            if group is None or group.group_name != replicas:
-                return original(tensor, *args, group=group, **options)
-            return None
+        def all_reduce(*args: Any, **options: Any) -> Any:
+            group = options.get("group")
+            is_ours = group is not None and group.group_name == replicas
+            return None if is_ours else original(*args, **options)
 
         return all_reduce
 
-    names = (
-        "reduce_scatter_single",
-        "reduce_scatter_tensor",
-    )  # torch 2.13 renamed it; FSDP calls one of them
-    with ExitStack() as stack:
-        for name in names:
-            if hasattr(dist, name):
-                stack.enter_context(_replaced(dist, name, keep_part))
-        stack.enter_context(_replaced(dist, "all_reduce", keep))
+    scatter = "reduce_scatter_single"  # so named since torch 2.13
+    scatter = scatter if hasattr(dist, scatter) else "reduce_scatter_tensor"
+    with _replaced(dist, scatter, keep_part), _replaced(dist, "all_reduce", keep):
         yield
 
 
