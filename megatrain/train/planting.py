@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatrain.data.loader import Loader, StepBatch
-from megatrain.parallel import apply, collectives, context, expert, fsdp, pipeline, stage, tensor
+from megatrain.parallel import apply, collectives, context, expert, fsdp, pipeline, tensor
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.layout import AXES, stage_rank
 from megatrain.parallel.mesh import Mesh
@@ -168,22 +168,17 @@ def _keep_old_shard(cfg: Config, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _keep_old_gather(cfg: Config, mesh: Mesh) -> Iterator[None]:
-    def without_reshard(original: Any) -> Any:
-        def before_micro_batch(model: Any, *, is_last: bool, zero_stage: int) -> None:
-            original(model, is_last=is_last, zero_stage=zero_stage)
-            if isinstance(model, fsdp.FSDPModule):
-                model.set_reshard_after_backward(False)
+def _keep_old_gather(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
+    def then_gather(original: Any) -> Any:
+        def accumulate_gradients(state: TrainState, *args: Any) -> Tensor:
+            loss: Tensor = original(state, *args)
+            for model in state.parallel.models:
+                fsdp.unshard(model)  # before the update, and nothing frees it until it is used
+            return loss
 
-        return before_micro_batch
+        return accumulate_gradients
 
-    with (
-        _replaced(step, "before_micro_batch", without_reshard),
-        _replaced(stage, "before_micro_batch", without_reshard),
-        _replaced(stage, "reshard", lambda original: lambda model: None),
-    ):
-        yield
+    return _replaced(step, "accumulate_gradients", then_gather)
 
 
 def _reverse_gather(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
