@@ -75,10 +75,6 @@ def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
         raise UserError(f"--fault {found.fault}: must be all or one of {', '.join(FAULTS)}.{hint}")
     if not found.processes.isdecimal() or int(found.processes) < 2:
         raise UserError(f"--processes {found.processes}: must be an integer of at least 2")
-    if found.layouts not in LISTS and not Path(found.layouts).exists():
-        raise UserError(
-            f"--layouts {found.layouts}: must be one of {', '.join(LISTS)}, or a file of layouts; there is no such file"
-        )
     if found.json not in (None, STDOUT):
         _require_writable(Path(found.json))
     return Flags(found.fault, found.layouts, int(found.processes), found.json), rest
@@ -150,6 +146,10 @@ def _layouts_of(path: Path, options: Options) -> list[ParallelConfig]:
     Raises:
         UserError: it can't be read, has no layout, or has wrong lines, all of which are named.
     """
+    if not path.exists():
+        raise UserError(
+            f"--layouts {path}: must be one of {', '.join(LISTS)}, or a file of layouts; there is no such file"
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

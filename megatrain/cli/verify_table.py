@@ -48,7 +48,7 @@ class Table:
         from megatrain.train.verify import BOUND, FACTOR
 
         print(
-            f"Errors are relative to one process in float64. equal: in fp64 at most {BOUND:g}; in another precision at "
+            f"Errors are relative to one process in float64. equal: at most {BOUND:g}; alike: in a lower precision, at "
             f"most {FACTOR:g} times those of one process in it."
         )
         if check.faults:
@@ -107,6 +107,8 @@ def _figures(verdict: "Verdict") -> str:
 def _words(verdict: "Verdict") -> str:
     """Return the verdict with its reason."""
     word = WORDS.get(verdict.outcome, verdict.outcome)
+    if word == "equal" and verdict.precision != "fp64":
+        word = "alike"
     reasons = [_last_line(verdict.reason), "" if verdict.fault else verdict.candidate.note]
     said = "; ".join(reason for reason in reasons if reason)
     return f"{word}: {said}" if said else word
@@ -153,7 +155,8 @@ def _summary(verdicts: Sequence["Verdict"], seconds: float) -> str:
     if faulty:
         caught = sum(each.outcome == "caught" for each in faulty)
         parts.append(f"{caught} of {len(faulty)} planted faults caught")
-    return f"{len(by_label)} layouts: {', '.join(parts)}. {seconds:.0f} s."
+    layouts = f"{len(by_label)} layout{'s' * (len(by_label) != 1)}"
+    return f"{layouts}: {', '.join(parts)}. {seconds:.0f} s."
 
 
 def as_json(check: "Check", verdicts: Sequence["Verdict"], *, exit_code: int, seconds: float) -> str:
