@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -39,7 +40,12 @@ class WorkerPool:
         mp.set_forkserver_preload([*TORCH, *preload])  # heeded by the first process that this one starts
 
     def __enter__(self) -> "WorkerPool":
-        forkserver.ensure_running()  # it imports in the background
+        # Ctrl-C reaches every process of a terminal. This one ends the others, so they need not hear it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()  # it imports in the background
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -182,6 +182,13 @@ def _error(found: np.ndarray | None, truth: np.ndarray) -> float:
     return error if math.isfinite(error) else math.inf
 
 
+def error_norm(found: Arrays, truth: Arrays) -> float:
+    """Return the 2-norm of all differences, relative to the 2-norm of all true values."""
+    error = math.fsum(float(np.square(found[name] - values).sum()) for name, values in truth.items())
+    size = math.fsum(float(np.square(values).sum()) for values in truth.values())
+    return math.sqrt(error / max(size, math.ulp(0.0)))
+
+
 def largest_relative_error(found: Sequence[float], truth: Sequence[float]) -> float:
     """Return the largest relative error of numbers; infinite if one is not a number."""
     errors = [abs(x - y) / max(abs(y), math.ulp(0.0)) for x, y in zip(found, truth, strict=True)]

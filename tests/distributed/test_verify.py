@@ -147,6 +147,14 @@ def test_a_run_that_diverges_alone_is_no_reference(
     assert "diverges in one process at optim.lr=0.5" in capsys.readouterr().err
 
 
+def test_a_fault_is_seen_in_a_lower_precision_too(workers: WorkerPool) -> None:
+    cfg = replace(CFG, train=replace(CFG.train, precision="bf16"), micro_batch_size=2)
+    bounds = verify.rounding_bounds(trace(cfg, STORE, STEPS), single("untied"), "bf16")
+    for fault, seen in ((None, False), ("doubled_tokens", True)):
+        found = workers.run(trace, 2, replace(cfg, parallel=ParallelConfig(dp_shard=2)), STORE, STEPS, fault)
+        assert compare(merged(found), single("untied")).within(bounds) != seen
+
+
 def test_values_that_are_not_numbers_are_wrong(ranks: list[Trace]) -> None:
     """Comparisons with them are all false, also those that ask for the largest error."""
     truth = single("untied")
