@@ -226,10 +226,9 @@ def _shift_targets(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
 
 def _send_to_next(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
     def shift(original: Any) -> Any:
-        def dispatch(group: Any, n_here: int, tokens: Tensor, indices: Tensor, *args: Any) -> Tensor:
-            found: Tensor = original(
-                group, n_here, tokens, (indices + n_here) % (n_here * group.size()), *args
-            )
+        def dispatch(group: Any, shares: list[range], tokens: Tensor, indices: Tensor, *args: Any) -> Tensor:
+            moved = (indices + len(shares[0])) % shares[-1].stop
+            found: Tensor = original(group, shares, tokens, moved, *args)
             return found
 
         return dispatch
@@ -240,9 +239,9 @@ def _send_to_next(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
 def _leave_unscaled(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
     def unscaled(original: Any) -> Any:
         def dispatch(
-            group: Any, n_here: int, tokens: Tensor, indices: Tensor, weights: Tensor, experts: Any
+            group: Any, shares: list[range], tokens: Tensor, indices: Tensor, weights: Tensor, experts: Any
         ) -> Tensor:
-            found: Tensor = original(group, n_here, tokens, indices, torch.ones_like(weights), experts)
+            found: Tensor = original(group, shares, tokens, indices, torch.ones_like(weights), experts)
             return found
 
         return dispatch
