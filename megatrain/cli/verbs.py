@@ -209,7 +209,7 @@ VERBS = (
             ),
             (
                 "--processes N",
-                f"try layouts of at most N processes, of about 0.4 GB each; default: {PROCESSES}",
+                f"try layouts of at most N processes, of about 0.1 GB each; default: {PROCESSES}",
             ),
             ("--json FILE", "write the result as JSON, too; -: to standard output, and the table to stderr"),
         ),

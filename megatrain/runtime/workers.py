@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ class WorkerPool:
 
     def __enter__(self) -> "WorkerPool":
         # Ctrl-C reaches every process of a terminal. This one ends the others, so they need not hear it.
+        resource_tracker.ensure_running()  # which unblocks it; the server starts this one, too
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()  # it imports in the background
