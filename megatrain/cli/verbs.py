@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from keyword import iskeyword
 
+from megatrain.train.candidates import PROCESSES
+from megatrain.train.faults import FAULTS
+
 
 @dataclass(frozen=True, slots=True)
 class Verb:
@@ -179,15 +182,37 @@ VERBS = (
         summary="check on the CPU that your layout, and a list of others, match a single process",
         usage="[group=option] [key=value] [flags]",
         examples=(
-            ("megatrain verify", "the default config, shrunk, in a list of layouts"),
             (
                 "megatrain verify model=llama3_70b parallel.tp=4 parallel.pp=2",
-                "your layout too, up to 8 processes",
+                "your layout, shrunk, in float64 and in its own precision, and a list of others",
             ),
-            ("megatrain verify --fault dropped_reduction", "inject an error to see that it is caught"),
+            (
+                "megatrain verify model=mixtral_8x7b parallel.dp_shard=4 parallel.ep=4 --layouts mine --fault all",
+                "your layout only, and every error that could be in it: is each one seen?",
+            ),
+            (
+                "megatrain verify --layouts layouts.txt --json result.json",
+                "layouts of a file, a line each (parallel.tp=2 parallel.dp_shard=2), with a result for programs",
+            ),
         ),
         takes_config=True,
-        flags=(("--fault NAME", "inject an error: dropped_reduction or doubled_tokens"),),
+        flags=(
+            (
+                "--layouts LIST",
+                "all: your layout and a list of others; axes: yours and one for each axis; mine: yours only; a file: "
+                "yours and a line for each layout, of overrides of parallel; default: all",
+            ),
+            (
+                "--fault NAME",
+                "plant an error, or all one after another, in each layout that it can reach: exit code 0 only if it is "
+                f"caught in every one. {', '.join(FAULTS)}",
+            ),
+            (
+                "--processes N",
+                f"try layouts of at most N processes, of about 0.1 GB each; default: {PROCESSES}",
+            ),
+            ("--json FILE", "write the result as JSON, too; -: to standard output, and the table to stderr"),
+        ),
     ),
     Verb(
         name="data",

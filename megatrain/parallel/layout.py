@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from megatrain.config.errors import UserError
-from megatrain.config.schema import Problem, divisors, nearest_divisors
+from megatrain.config.schema import Problem, divisors, nearest_divisors, shown
 from megatrain.nn.contract import Plan, Role, Weight
 from megatrain.parallel.config import MULTI_STAGE, V_SHAPED, ParallelConfig
 
@@ -27,12 +27,14 @@ def layout_summary(cfg: ParallelConfig, *, options: bool = False) -> str:
     """Return the degrees that are not 1, as a user writes them; empty if all are 1.
 
     Args:
-        options: include ZeRO stage, pipeline schedule and context parallelism where they are not the defaults.
+        options: include the other options, too, that are not the defaults.
     """
     plain = ParallelConfig()
-    names = (*AXES, "ep", *(("zero_stage", "pp_schedule", "cp_kind") if options else ()))
+    degrees = (*AXES, "ep")
+    others = (field.name for field in dataclasses.fields(cfg) if field.name not in degrees)
+    names = (*degrees, *(others if options else ()))
     changed = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(plain, name)}
-    return " ".join(f"{name}={value}" for name, value in changed.items())
+    return " ".join(f"{name}={shown(value)}" for name, value in changed.items())
 
 
 def require_processes(cfg: ParallelConfig, started: int) -> None:

@@ -1,14 +1,16 @@
 """A few training steps of a config in one layout, with everything that must be equal in all layouts."""
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
-from megatrain.data.loader import StepBatch, ignored_batch, validation_batches
+from megatrain.data.loader import validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
@@ -17,12 +19,17 @@ from megatrain.parallel.shards import full_tensor
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
+from megatrain.train.planting import planted
 from megatrain.train.state import TrainState
 from megatrain.train.step import accumulate_gradients, train_step
 
 Arrays = dict[str, np.ndarray]
-FAULTS = ("dropped_reduction", "doubled_tokens")
-"""Faults that can be injected to check that they are detected."""
+KINDS = ("initial", "gradients", "final", "averages")
+"""Fields of a `Trace` that hold arrays."""
+
+
+class DisagreementError(ValueError):
+    """Ranks that must agree do not."""
 
 
 @dataclass(frozen=True)
@@ -36,34 +43,59 @@ class Trace:
     gradients: Arrays
     """Gradients of the first step, before clipping."""
     final: Arrays
+    averages: Arrays
+    """Moving averages of the weights after the last step; empty if the config keeps none."""
     eval_loss: float
     """Validation loss after the last step, in nats per token."""
+    copies: dict[str, str]
+    """Hashes of the arrays of a rank that are copies of another rank's, by field and name."""
 
 
 def trace(cfg: Config, store: TokenSource, steps: int, fault: str | None = None) -> Trace:
     """Train `steps` steps of `cfg` on this rank of the default process group (or alone).
 
-    `fault`, one of `FAULTS`, injects an error in a run of several processes. The first rank of each pipeline stage
-    returns the arrays of that stage; other ranks return none.
+    The first rank of each pipeline stage returns the arrays of that stage; other ranks return hashes of theirs.
+
+    Args:
+        fault: name of an error to plant in a run of several processes (`faults.FAULTS`); None for none.
     """
-    device = torch.device("cpu")
-    mesh = make_mesh(cfg.parallel, device) if world_size(cfg.parallel) > 1 else None
-    state = build_state(cfg, device, mesh)
+    mesh = make_mesh(cfg.parallel, torch.device("cpu")) if world_size(cfg.parallel) > 1 else None
+    with nullcontext() if fault is None or mesh is None else planted(fault, cfg, mesh):
+        found = _trace(cfg, store, steps, mesh)
+    if mesh is None or not any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
+        return found
+    hashes = {
+        f"{kind} {name}": _hashed(array) for kind in KINDS for name, array in getattr(found, kind).items()
+    }
+    return replace(found, copies=hashes, initial={}, gradients={}, final={}, averages={})
+
+
+def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Trace:
+    state = build_state(cfg, torch.device("cpu"), mesh)
     splits = state.parallel.splits
-    initial = full_arrays(state.weights.parameters, mesh, splits)
+    initial = full_arrays(state.weights.parameters, splits)
     loader = build_loader(cfg, store, mesh)
-    accumulate_gradients(state, _broken(loader.step_batch(0), fault, mesh), cfg)
-    gradients = full_arrays(_gradients(state), mesh, splits)
+    accumulate_gradients(state, loader.step_batch(0), cfg)
+    gradients = full_arrays(_gradients(state), splits)
     state.weights.zero_gradients()
     losses, norms, digests = [], [], []
     for step in range(steps):
-        batch = _broken(loader.step_batch(step), fault, mesh)
+        batch = loader.step_batch(step)
         stats = train_step(state, batch, cfg, lr=cfg.optim.lr)
         losses.append(stats.loss.item())
         norms.append(stats.grad_norm.item())
         digests.append(batch.digest)
-    final = full_arrays(state.weights.parameters, mesh, splits)
-    return Trace(losses, norms, digests, initial, gradients, final, _validate(state, cfg, store))
+    return Trace(
+        losses=losses,
+        grad_norms=norms,
+        digests=digests,
+        initial=initial,
+        gradients=gradients,
+        final=full_arrays(state.weights.parameters, splits),
+        averages={} if state.average is None else full_arrays(state.average.averages, splits),
+        eval_loss=_validate(state, cfg, store),
+        copies={},
+    )
 
 
 def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
@@ -78,48 +110,50 @@ def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
     return evaluate(state.parallel, list(batches), None).loss
 
 
-def _broken(batch: StepBatch, fault: str | None, mesh: Mesh | None) -> StepBatch:
-    """Return `batch` with the error that `fault` names."""
-    if fault == "doubled_tokens":
-        return replace(batch, valid_tokens=2 * batch.valid_tokens)
-    if fault == "dropped_reduction" and mesh is not None and dist.get_rank() == dist.get_world_size() - 1:
-        # The last rank's contribution to every sum is lost.
-        return replace(batch, micro_batches=[ignored_batch(part) for part in batch.micro_batches])
-    return batch
-
-
 def _gradients(state: TrainState) -> dict[str, Tensor]:
     return {name: p.grad for name, p in state.weights.parameters.items() if p.grad is not None}
 
 
-def full_arrays(tensors: Mapping[str, Tensor], mesh: Mesh | None, splits: Mapping[str, Split]) -> Arrays:
-    """Return `tensors` in full (float64) on the first rank of each pipeline stage; nothing on the others."""
+def full_arrays(tensors: Mapping[str, Tensor], splits: Mapping[str, Split]) -> Arrays:
+    """Return `tensors` in full (float64); all ranks that hold a shard of one must call this."""
     full = {name: full_tensor(t, splits.get(name)) for name, t in tensors.items()}
-    if mesh is not None and any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
-        return {}
-    return {name: t.detach().to(torch.float64).numpy().copy() for name, t in full.items()}
+    return {name: t.to(torch.float64).numpy().copy() for name, t in full.items()}
+
+
+def _hashed(array: np.ndarray) -> str:
+    return hashlib.sha256((array + 0.0).tobytes()).hexdigest()  # -0.0 is 0.0
 
 
 def merged(parts: list[Trace]) -> Trace:
     """Merge the ranks' traces into one.
 
     Raises:
-        ValueError: ranks that must agree do not, or copies of a parameter differ.
+        DisagreementError: ranks that must agree do not, or copies of a parameter differ.
     """
     first = parts[0]
-    arrays: list[Arrays] = []
-    for kind in ("initial", "gradients", "final"):
+    arrays: dict[str, Arrays] = {}
+    for kind in KINDS:
         found: Arrays = {}
         for part in parts:
             for name, array in getattr(part, kind).items():
                 if not np.array_equal(found.setdefault(name, array), array):
-                    raise ValueError(f"the copies of {name} differ in their {kind} values")
-        arrays.append(found)
+                    raise DisagreementError(f"the copies of {name} differ in their {kind} values")
+        arrays[kind] = found
+    hashes = {f"{kind} {name}": _hashed(array) for kind in KINDS for name, array in arrays[kind].items()}
     for part in parts:
+        for key, value in part.copies.items():
+            if hashes.get(key) != value:
+                kind, _, name = key.partition(" ")
+                raise DisagreementError(f"the copies of {name} differ in their {kind} values")
         if _reported(part) != _reported(first):
-            raise ValueError("ranks report different losses, norms or samples")
-    initial, gradients, final = arrays
-    return replace(first, initial=initial, gradients=gradients, final=final)
+            raise DisagreementError("ranks report different losses, norms or samples")
+    return replace(
+        first,
+        initial=arrays["initial"],
+        gradients=arrays["gradients"],
+        final=arrays["final"],
+        averages=arrays["averages"],
+    )
 
 
 def _reported(part: Trace) -> tuple[object, ...]:
@@ -130,11 +164,32 @@ def relative_errors(found: Arrays, truth: Arrays) -> dict[str, float]:
     """Return the largest difference of each parameter, relative to the largest magnitude of its true values.
 
     That magnitude is taken as a tenth of the full model's largest at least: a gradient may be zero but for rounding
-    (a key's bias shifts all scores of a query alike), and then says nothing.
+    (a key's bias shifts all scores of a query alike), and then says nothing. A parameter that is not in `found`, or has
+    values that are not numbers, is infinitely wrong.
     """
     largest = {name: float(np.abs(values).max(initial=0.0)) for name, values in truth.items()}
-    least = max(largest.values()) / 10
+    least = max(largest.values(), default=0.0) / 10
     return {
-        name: float(np.abs(found[name] - values).max(initial=0.0)) / max(largest[name], least)
+        name: _error(found.get(name), values) / max(largest[name], least, math.ulp(0.0))
         for name, values in truth.items()
     }
+
+
+def _error(found: np.ndarray | None, truth: np.ndarray) -> float:
+    if found is None or found.shape != truth.shape:
+        return math.inf
+    error = float(np.abs(found - truth).max(initial=0.0))
+    return error if math.isfinite(error) else math.inf
+
+
+def error_norm(found: Arrays, truth: Arrays) -> float:
+    """Return the 2-norm of all differences, relative to the 2-norm of all true values."""
+    error = math.fsum(float(np.square(found[name] - values).sum()) for name, values in truth.items())
+    size = math.fsum(float(np.square(values).sum()) for values in truth.values())
+    return math.sqrt(error / max(size, math.ulp(0.0)))
+
+
+def largest_relative_error(found: Sequence[float], truth: Sequence[float]) -> float:
+    """Return the largest relative error of numbers; infinite if one is not a number."""
+    errors = [abs(x - y) / max(abs(y), math.ulp(0.0)) for x, y in zip(found, truth, strict=True)]
+    return max((each if math.isfinite(each) else math.inf for each in errors), default=0.0)

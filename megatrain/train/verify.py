@@ -1,167 +1,256 @@
 """Check that parallel layouts match a single process, with a shrunk config on this machine's CPU."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from megatrain.config.errors import UserError
+from megatrain.config.load import rule_problems
+from megatrain.config.schema import Problem
 from megatrain.data.store import SyntheticStore
-from megatrain.models.config import ModelConfig
-from megatrain.nn.config import ExpertsConfig
-from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import layout_summary, world_size
-from megatrain.runtime.workers import WorkerPool
+from megatrain.parallel.layout import world_size
+from megatrain.runtime.workers import WorkerError, WorkerPool
+from megatrain.train.candidates import Candidate
 from megatrain.train.config import Config
-from megatrain.train.parity import Trace, merged, relative_errors, trace
+from megatrain.train.faults import FAULTS
+from megatrain.train.parity import (
+    DisagreementError,
+    Trace,
+    error_norm,
+    largest_relative_error,
+    merged,
+    relative_errors,
+    trace,
+)
+from megatrain.train.shrink import in_layout, shrink
 
 STEPS = 3
-SEQ_LEN = 64
-LAYERS = 4
-MOST_PROCESSES = 8
 BOUND = 1e-9  # float64: sums in another order differ by 1e-15, and Adam divides by small gradients
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    *({"dp_shard": 2, "zero_stage": stage} for stage in range(4)),
-    {"dp_replicate": 2},
-    {"tp": 2},
-    *({"cp": 2, "cp_kind": kind} for kind in ("all_gather", "ring", "ulysses")),
-    {"pp": 2},
-    {"pp": 2, "pp_schedule": "interleaved_1f1b"},
-    {"pp": 2, "pp_schedule": "zbv", "zero_stage": 2},
-    {"dp_shard": 2, "tp": 2},
-    {"pp": 2, "dp_shard": 2},
-    {"cp": 2, "tp": 2},
-)
-"""Layouts that are tried in addition to the config's own."""
-EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"dp_shard": 2, "ep": 2},
-    {"tp": 2, "ep": 2},
-    {"cp": 2, "ep": 2},
-    {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1},
-    {"dp_shard": 2, "tp": 2, "ep": 4},
-    {"pp": 2, "dp_shard": 2, "ep": 2},
-)
-"""Further layouts for models with experts."""
+FACTOR = 3.0
+"""A layout in a lower precision may be so many times as far from float64 as one process is: which sums are rounded
+where is chance."""
+FLOOR = {"fp32": 2.0**-22, "bf16": 2.0**-10, "fp8": 2.0**-10}
+"""Errors that say nothing, should one process happen to have smaller ones: a loss sums many that partly cancel."""
+Outcome = Literal["equal", "wrong", "failed", "not tried", "caught", "missed", "cannot reach it"]
+BAD = ("wrong", "failed", "missed")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Comparison of one layout with a single process; errors are relative."""
+class Errors:
+    """Relative errors of a run against one process in float64."""
 
-    layout: str
     loss: float
     grad_norm: float
     gradient: tuple[str, float]
     """Parameter with the largest error of the first gradient, and that error."""
     weight: tuple[str, float]
-    """Parameter with the largest error of the weights after the last step, and that error."""
+    """Parameter with the largest error of the weights after the last step, or of their averages, and that error."""
     same_samples: bool
     same_start: bool
+    """Whether the initial weights are the same, bit for bit."""
 
     @property
-    def good(self) -> bool:
-        errors = (self.loss, self.grad_norm, self.gradient[1], self.weight[1])
-        return self.same_samples and self.same_start and all(error <= BOUND for error in errors)
+    def sizes(self) -> tuple[float, float, float, float]:
+        """The errors of loss, gradient norm, gradients and weights."""
+        return self.loss, self.grad_norm, self.gradient[1], self.weight[1]
+
+    def within(self, bounds: Sequence[float]) -> bool:
+        """Tell whether nothing differs that must be the same, and no error exceeds its bound."""
+        small = all(error <= bound for error, bound in zip(self.sizes, bounds, strict=True))
+        return self.same_samples and self.same_start and small
+
+    def first_fault(self, bounds: Sequence[float]) -> str:
+        """Say in a few words what is wrong."""
+        if not self.same_samples:
+            return "other samples"
+        if not self.same_start:
+            return "other initial weights"
+        if self.gradient[1] > bounds[2]:
+            return f"worst in the gradient of {self.gradient[0]}"
+        if self.weight[1] > bounds[3]:
+            return f"worst in the weight {self.weight[0]}"
+        return "the loss" if self.loss > bounds[0] else "the gradient norm"
 
 
-def shrink(cfg: Config) -> Config:
-    """Return a config that runs in seconds, with `cfg`'s heads, experts, tying, window, documents and optimizer."""
-    model = cfg.model
-    ratio = min(8, model.n_heads // model.kv_heads)
-    every = model.full_attention_every
-    small: ModelConfig = dataclasses.replace(
-        model,
-        n_layers=LAYERS,
-        hidden_size=64,
-        n_heads=4 * ratio,
-        n_kv_heads=4,
-        head_dim=8,
-        ffn_size=96,
-        vocab_size=128,
-        max_seq_len=max(SEQ_LEN, 128),
-        sliding_window=None if model.sliding_window is None else SEQ_LEN // 3,
-        full_attention_every=every if every is None else min(every, LAYERS),  # so that both kinds remain
-        init_std=0.1,
-        experts=None if model.experts is None else _shrink_experts(model.experts),
-        mla=None
-        if model.mla is None
-        else dataclasses.replace(
-            model.mla,
-            q_lora_rank=None if model.mla.q_lora_rank is None else 24,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=4,
-            v_head_dim=8,
-        ),
-    )
-    return dataclasses.replace(
-        cfg,
-        model=small,
-        data=dataclasses.replace(cfg.data, kind="synthetic", path=None),
-        train=dataclasses.replace(cfg.train, precision="fp64", ema_decay=None),
-        parallel=ParallelConfig(),
-        seq_len=SEQ_LEN,
-        global_batch_size=8,
-        micro_batch_size=1,
-    )
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one layout, or of one fault in it."""
+
+    candidate: Candidate
+    outcome: Outcome
+    precision: str = "fp64"
+    fault: str = ""
+    """Name of the fault that was planted; empty if none was."""
+    errors: Errors | None = None
+    bounds: tuple[float, ...] = (BOUND,) * 4
+    """Largest errors that count as equal: of loss, gradient norm, gradients, weights."""
+    reason: str = ""
+    """Why the outcome is what it is, if that is not plain from the errors."""
+    seconds: float = 0.0
+
+    @property
+    def counts_against(self) -> bool:
+        """Whether the command must not report success."""
+        return self.outcome in BAD or (self.outcome == "not tried" and self.candidate.asked)
 
 
-def _shrink_experts(moe: ExpertsConfig) -> ExpertsConfig:
-    groups = min(2, moe.n_groups)
-    return dataclasses.replace(
-        moe,
-        n_experts=8,
-        top_k=min(2, moe.top_k),
-        ffn_size=32,
-        n_groups=groups,
-        top_groups=1,
-        first_k_dense=min(1, moe.first_k_dense),
-    )
+@dataclass
+class Check:
+    """One config in its layouts: `verdicts` runs them, in one pool of workers, against one process run once."""
+
+    cfg: Config
+    candidates: Sequence[Candidate]
+    faults: Sequence[str] = ()
+    """Faults to plant in each layout that they can reach; the layout is compared without one first."""
+    progress: Callable[[str], None] = lambda label: None
+    """Is told what runs next."""
+    small: Config = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.small = shrink(self.cfg, [each.layout for each in self.candidates if not each.reason])
+        self.store = SyntheticStore(self.small.model.vocab_size, n_tokens=1 << 14, documents=600)
+
+    @property
+    def own_precision(self) -> str:
+        """The precision of the real run, where it is not float64; auto counts as bf16, which it is on GPUs."""
+        wanted = self.cfg.train.precision
+        return "bf16" if wanted == "auto" else wanted
+
+    def plan(self) -> list[str]:
+        """Return the label of each run, in order."""
+        return [
+            f"{each.label}{' ' * bool(what)}{what}"
+            for each in self.candidates
+            if not each.reason
+            for what in ("", *self._reaching(each), *self._precisions(each))
+        ]
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """Run everything; yield each verdict as soon as it is known.
+
+        Raises:
+            UserError: the shrunk config diverges in one process, so that there is nothing to compare with.
+        """
+        with WorkerPool("megatrain.train.parity") as pool:
+            truth = self._alone("fp64")
+            if not all(map(math.isfinite, [*truth.losses, *truth.grad_norms, truth.eval_loss])):
+                raise UserError(
+                    f"the shrunk config diverges in one process at optim.lr={self.cfg.optim.lr:g}: there is nothing "
+                    "to compare with. Lower optim.lr."
+                )
+            for candidate in self.candidates:
+                yield from self._layout(pool, candidate, truth)
+
+    def _layout(self, pool: WorkerPool, candidate: Candidate, truth: Trace) -> Iterator[Verdict]:
+        if candidate.reason:
+            yield Verdict(candidate, "not tried", reason=candidate.reason)
+            return
+        cfg = in_layout(self.small, candidate.layout, self.cfg.model.n_layers)
+        if broken := list(rule_problems(cfg)):
+            yield Verdict(candidate, "not tried", reason=_in_words(self._as_of_real(broken, candidate)))
+            return
+        plain = self._run(pool, Verdict(candidate, "equal"), cfg, truth)
+        yield plain
+        for fault in self.faults:
+            if fault not in self._reaching(candidate):
+                yield Verdict(candidate, "cannot reach it", fault=fault, reason=f"needs {FAULTS[fault].rule}")
+            elif plain.outcome == "equal":
+                found = self._run(pool, Verdict(candidate, "equal", fault=fault), cfg, truth)
+                named: dict[str, Outcome] = {"wrong": "caught", "equal": "missed"}
+                yield dataclasses.replace(found, outcome=named.get(found.outcome, found.outcome))
+        for precision in self._precisions(candidate):
+            lower = _with_precision(cfg, precision)
+            start = Verdict(candidate, "equal", precision)
+            if broken := list(rule_problems(lower)):
+                yield dataclasses.replace(start, outcome="not tried", reason=_in_words(broken))
+                continue
+            bounds = rounding_bounds(self._alone(precision), truth, precision)
+            yield self._run(pool, dataclasses.replace(start, bounds=bounds), lower, truth)
+
+    def _run(self, pool: WorkerPool, start: Verdict, cfg: Config, truth: Trace) -> Verdict:
+        """Run one layout and complete its verdict."""
+        what = start.fault or (start.precision if start.precision != "fp64" else "")
+        self.progress(f"{start.candidate.label} {what}".strip())
+        began = time.monotonic()
+        try:
+            ranks = pool.run(trace, world_size(cfg.parallel), cfg, self.store, STEPS, start.fault or None)
+            errors = compare(merged(ranks), truth)
+        except DisagreementError as error:
+            found = dataclasses.replace(start, outcome="wrong", reason=str(error))
+        except WorkerError as error:
+            found = dataclasses.replace(start, outcome="failed", reason=str(error))
+        else:
+            good = errors.within(start.bounds)
+            reason = "" if good else errors.first_fault(start.bounds)
+            found = dataclasses.replace(
+                start, outcome="equal" if good else "wrong", errors=errors, reason=reason
+            )
+        return dataclasses.replace(found, seconds=time.monotonic() - began)
+
+    def _as_of_real(self, broken: list[Problem], candidate: Candidate) -> list[Problem]:
+        """Return the same problems of the real config in place of the shrunk one's, if it has them."""
+        fields = {problem.field for problem in broken}
+        real = rule_problems(dataclasses.replace(self.cfg, parallel=candidate.layout))
+        return [problem for problem in real if problem.field in fields] or broken
+
+    def _reaching(self, candidate: Candidate) -> list[str]:
+        return [fault for fault in self.faults if FAULTS[fault].reaches(self.cfg.model, candidate.layout)]
+
+    def _precisions(self, candidate: Candidate) -> list[str]:
+        """Return the precisions beside float64: the config's own for the user's layouts, unless faults are planted."""
+        is_own = candidate.asked or candidate.note
+        return [self.own_precision] if is_own and not self.faults and self.own_precision != "fp64" else []
+
+    def _alone(self, precision: str) -> Trace:
+        if precision not in self._references:
+            self._references[precision] = trace(_with_precision(self.small, precision), self.store, STEPS)
+        return self._references[precision]
+
+    _references: dict[str, Trace] = field(default_factory=dict, init=False)
 
 
-def layouts(cfg: Config) -> list[ParallelConfig]:
-    """Return the layouts to try: the config's own, if this machine can hold its processes, and `LAYOUTS` or more."""
-    own = dataclasses.replace(cfg.parallel, dp_shard=max(1, cfg.parallel.dp_shard), pp_split=())
-    chosen = [own] if 1 < world_size(own) <= MOST_PROCESSES else []
-    tried = LAYOUTS if cfg.model.experts is None else LAYOUTS + EXPERT_LAYOUTS
-    return chosen + [ParallelConfig(**layout) for layout in tried if ParallelConfig(**layout) != own]
+def _with_precision(cfg: Config, precision: Any) -> Config:
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
 
 
-def verify(cfg: Config, *, fault: str | None, progress: Callable[[str, float], None]) -> Iterator[Verdict]:
-    """Yield a verdict for each layout that fits the shrunk config.
+def _in_words(broken: Sequence[Problem]) -> str:
+    return "; ".join(str(problem).rstrip(".") for problem in broken)
+
+
+def rounding_bounds(alone: Trace, truth: Trace, precision: str) -> tuple[float, ...]:
+    """Return the largest errors of a layout in `precision` that count as rounding.
+
+    A norm's error may be tiny by chance, so it is bounded by the norm of the gradient's error, too, which it can't
+    exceed.
 
     Args:
-        fault: one of `parity.FAULTS`, injected in every layout to check that it is detected.
+        alone: one process in that precision. truth: one process in float64.
     """
-    small = shrink(cfg)
-    store = SyntheticStore(small.model.vocab_size, n_tokens=1 << 14, documents=600)
-    truth = trace(small, store, STEPS)
-    tried = layouts(cfg)
-    with WorkerPool("megatrain.train.parity") as pool:
-        for n, layout in enumerate(tried):
-            progress(layout_summary(layout, options=True), n / len(tried))
-            each = dataclasses.replace(small, parallel=layout)
-            if not list(each.problems()):
-                ranks = pool.run(trace, world_size(layout), each, store, STEPS, fault)
-                yield compare(layout_summary(layout, options=True), merged(ranks), truth)
+    loss, norm, gradient, weight = compare(alone, truth).sizes
+    norm = max(norm, error_norm(alone.gradients, truth.gradients))
+    return tuple(FACTOR * max(error, FLOOR[precision]) for error in (loss, norm, gradient, weight))
 
 
-def compare(layout: str, found: Trace, truth: Trace) -> Verdict:
+def compare(found: Trace, truth: Trace) -> Errors:
     """Compare `found` with `truth`."""
 
-    def worst(a: Any, b: Any) -> tuple[str, float]:
-        errors = relative_errors(a, b)
+    def worst(errors: dict[str, float]) -> tuple[str, float]:
         name = max(errors, key=lambda each: errors[each])
         return name, errors[name]
 
-    def relative_error(a: list[float], b: list[float]) -> float:
-        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
-
-    return Verdict(
-        layout=layout,
-        loss=relative_error([*found.losses, found.eval_loss], [*truth.losses, truth.eval_loss]),
-        grad_norm=relative_error(found.grad_norms, truth.grad_norms),
-        gradient=worst(found.gradients, truth.gradients),
-        weight=worst(found.final, truth.final),
+    gradients = relative_errors(found.gradients, truth.gradients)
+    weights = relative_errors(found.final, truth.final)
+    averages = relative_errors(found.averages, truth.averages)
+    weights |= {f"{name} (average)": error for name, error in averages.items()}
+    start = relative_errors(found.initial, truth.initial)
+    return Errors(
+        loss=largest_relative_error([*found.losses, found.eval_loss], [*truth.losses, truth.eval_loss]),
+        grad_norm=largest_relative_error(found.grad_norms, truth.grad_norms),
+        gradient=worst(gradients),
+        weight=worst(weights),
         same_samples=found.digests == truth.digests,
-        same_start=all((found.initial[name] == values).all() for name, values in truth.initial.items()),
+        same_start=max(start.values()) == 0.0,
     )

@@ -138,6 +138,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BARE = {"HOME": None, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "NO_COLOR": "1"}
 BENCH = ["bench", "--steps=1", "data=synthetic", *(word for word in TINY if not word.startswith("data."))]
+VERIFY = ["verify", "--layouts=mine", "train.precision=fp64"]
 RUNS, EXPORTED = "{made}/runs/default", "{made}/exported"
 USES: dict[str, tuple[list[str], Shell, tuple[int, ...], str]] = {
     "export, closed": (["export", RUNS, "out"], Shell(">&-"), (0,), "out/model.safetensors"),
@@ -167,8 +168,9 @@ LONG_USES: dict[str, tuple[list[str], Shell, tuple[int, ...], str]] = {
     "report, reader gone": (["report", RUNS, "--out", "page.html"], Shell("| true"), (0, 141), "page.html"),
     "bench, closed": (BENCH, Shell(">&-"), (0,), ""),
     "bench, JSON, reader gone": ([*BENCH, "--json"], Shell("| true"), (141,), ""),
-    "verify, reader gone": (["verify"], Shell("| true"), (141,), ""),
-    "verify, bare": (["verify"], Shell(environment=BARE), (0,), ""),
+    "verify, reader gone": ([*VERIFY, "parallel.tp=2"], Shell("| true"), (141,), ""),
+    "verify, closed": ([*VERIFY, "parallel.tp=2", "--json", "ö.json"], Shell(">&- 2>&-"), (0,), "ö.json"),
+    "verify, bare": ([*VERIFY, "parallel.pp=2"], Shell(environment=BARE), (0,), ""),
 }
 
 
