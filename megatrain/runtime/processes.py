@@ -43,6 +43,12 @@ class Processes:
         """Return every process's value, by rank."""
         return [value]
 
+    def report(self) -> None:
+        """Tell processes that wait for this one that it is at work, so that they go on waiting."""
+
+    def limit_waits(self, timeout_s: float) -> None:
+        """Let no process wait longer for another one, in any group that there is now."""
+
     def agree(self, work: Callable[[], T]) -> T:
         """Run `work()` on every process; if it fails on one, all raise.
 

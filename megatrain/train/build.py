@@ -6,7 +6,9 @@ import torch
 
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
+from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
+from megatrain.data.prepare import Prepared, prepare
 from megatrain.data.store import TokenSource
 from megatrain.models.registry import get_spec
 from megatrain.nn.decoder import Decoder
@@ -20,6 +22,8 @@ from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
+from megatrain.runtime.alive import signs_of_work
+from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
@@ -42,6 +46,30 @@ def with_layout(cfg: Config, processes: int) -> Config:
     if broken := list(rule_problems(filled)):
         raise ConfigError(broken)
     return filled
+
+
+def prepare_together(cfg: Config, processes: Processes, *, progress: Progress) -> Prepared:
+    """Prepare the data of `cfg` on all processes, which wait as long as one of them is at work.
+
+    Raises:
+        UserError: the data is unusable, on any of them.
+        StalledError: nobody prepares it any more.
+    """
+
+    def advance(phase: str, share: float) -> None:
+        progress(phase, share)
+        processes.report()
+
+    def work() -> Prepared:
+        with signs_of_work(processes.report):
+            return prepare(
+                cfg.data,
+                progress=advance,
+                vocab_size=cfg.model.vocab_size,
+                patience_s=cfg.resilience.timeout_s,
+            )
+
+    return processes.agree(work)
 
 
 def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:

@@ -22,6 +22,7 @@ from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
+from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
 
 SCHEMA_VERSION = 3
@@ -118,6 +119,7 @@ class Config:
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     seq_len: Size = 256
     """Length of a training sequence in tokens."""
     global_batch_size: Size = 16

@@ -15,7 +15,6 @@ from megatrain.checkpoint.manifest import installed_versions
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
-from megatrain.data.prepare import prepare
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
@@ -23,10 +22,17 @@ from megatrain.observe.sinks import Observer
 from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
+from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto
-from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
+from megatrain.train.build import (
+    build_eval_batches,
+    build_loader,
+    build_state,
+    prepare_together,
+    with_layout,
+)
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
 from megatrain.train.import_hf import is_untrained_import, require_imported_weights, take_up_weights
@@ -46,17 +52,17 @@ def run(cfg: Config, processes: Processes) -> Outcome:
         UserError: the config, the data or the run directory is invalid; nothing was written.
     """
     cfg = with_layout(cfg, processes.size)
+    processes.limit_waits(cfg.resilience.timeout_s)
     directory = run_directory(cfg)
     device = pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
     cfg, changes = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
-        data = processes.agree(
-            lambda: prepare(cfg.data, progress=display.phase, vocab_size=cfg.model.vocab_size)
-        )
+        data = prepare_together(cfg, processes, progress=display.phase)
         _require_same(processes.gather(data.fingerprint))
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
+        processes.limit_waits(cfg.resilience.timeout_s)
         loader = build_loader(cfg, data.train, mesh)
         state = build_state(cfg, device, mesh)
         with _owned(directory, checkpointer, state):
@@ -187,6 +193,7 @@ def _train(run: Run) -> Outcome:
 
 
 def _record_failure(run: Run, step: int, error: BaseException) -> None:
+    error = explained(error)
     text = f"{type(error).__name__}: {error}"
     run.log.event("failure", step=step, error=text)
     run.log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
