@@ -86,8 +86,8 @@ class TrainConfig:
     early_stop_patience: Count = 0
     """Stop after this many consecutive validations without a new best loss; 0: never."""
     sample_tokens: Count = 200
-    """Tokens of the text sample generated at the end of the run; those after a validation, in a run of one process,
-    are of at most 64; 0: no samples."""
+    """Tokens of the text sample generated at the end of the run; those after a validation are of at most 64. A sample
+    ends after a minute; 0: no samples."""
 
 
 @config

@@ -39,6 +39,7 @@ from megatrain.train.import_hf import is_untrained_import, require_imported_weig
 from megatrain.train.loop import reason_to_stop, train_loop
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
+from megatrain.train.sample import last_sample
 from megatrain.train.state import TrainState
 from megatrain.train.words import Outcome, beginning, outcome
 
@@ -189,7 +190,9 @@ def _train(run: Run) -> Outcome:
         log.event("stop", step=state.step, reason=reason)
         log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
         has_report = is_first and report_at_end(run.directory)
-    return outcome(run, reason, exit_code, has_report=has_report)
+    by_signal = exit_code == SAVED_BY_SIGNAL
+    text = "" if by_signal or cfg.log.display == "off" else last_sample(run)
+    return outcome(run, reason, exit_code, has_report=has_report, sample=text)
 
 
 def _record_failure(run: Run, step: int, error: BaseException) -> None:

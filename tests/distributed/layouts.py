@@ -64,16 +64,16 @@ RUNS = {
 @cache
 def single(name: str, precision: str = "fp64") -> Trace:
     """The run in one process."""
-    return trace(_with(RUNS[name], precision, {}), STORE, STEPS)
+    return trace(with_layout(RUNS[name], precision, {}), STORE, STEPS)
 
 
 def in_layout(workers: WorkerPool, name: str, layout: dict[str, Any], precision: str = "fp64") -> Trace:
     """The run in `layout`."""
-    cfg = _with(RUNS[name], precision, layout)
+    cfg = with_layout(RUNS[name], precision, layout)
     return merged(workers.run(trace, world_size(cfg.parallel), cfg, STORE, STEPS))
 
 
-def _with(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
+def with_layout(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
     """`cfg` in `layout`, where a rank has two micro-batches a step (a pipeline four, if it has so many rows)."""
     parallel = ParallelConfig(**layout)
     rows = cfg.global_batch_size // data_ranks(parallel)

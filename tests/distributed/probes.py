@@ -78,7 +78,7 @@ def profiled_traffic(cfg: Config, store: TokenSource) -> list[Communication]:
 def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
     """Of this rank, after the first of several micro-batches of a step: by the optimizer's states, and in all."""
     gc.collect()
-    before = _live_bytes([])
+    before = live_bytes([])
     state, batches, mesh = _start(cfg, store)
     batch = next(batches)
     parallel = state.parallel
@@ -88,7 +88,7 @@ def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
     batches.close()
     del batch, batches
     gc.collect()
-    held = _live_bytes([p.grad for p in parallel.parameters().values() if p.grad is not None])
+    held = live_bytes([p.grad for p in parallel.parameters().values() if p.grad is not None])
     assert mesh is not None
     return {"states": _of_states(state), "all": held - before}
 
@@ -104,7 +104,7 @@ def bytes_in_pipeline(cfg: Config, store: TokenSource) -> tuple[int, int]:
     def listening(stage: Stage, *args: Any, **options: Any) -> Any:
         found = backward(stage, *args, **options)
         gathered = [p for model in models for p in model.parameters()]
-        held.append(_live_bytes([p.grad for p in (*own.values(), *gathered) if p.grad is not None]))
+        held.append(live_bytes([p.grad for p in (*own.values(), *gathered) if p.grad is not None]))
         return found
 
     with mock.patch.object(Stage, "backward_maybe_with_nosync", listening):
@@ -136,7 +136,7 @@ def _start(cfg: Config, store: TokenSource) -> tuple[TrainState, Any, Mesh | Non
     return state, loader.batches(0), mesh
 
 
-def _live_bytes(more: list[Tensor]) -> int:
+def live_bytes(more: list[Tensor]) -> int:
     """Of all tensors that Python knows of, and `more`, each memory once."""
     found = {}
     # type(), not isinstance(): that would ask deprecated objects of torch, which warn
