@@ -48,6 +48,7 @@ def _dispatch(
     rows, permutation = permute(tokens, indices, n_here * group.size())
     sent = permutation.group_sizes.view(-1, n_here)  # (rank, expert there)
     received = exchange(sent, group)  # (rank, expert here)
+    # The one transfer to the host in a layer: it must know how much memory the rows need before they can be sent.
     sent_rows, received_rows = torch.stack([sent.sum(1), received.sum(1)]).tolist()
     arrived = exchange_rows(rows, sent_rows, received_rows, group)  # rank by rank, inside by expert
     numbers = torch.arange(n_here, device=rows.device).expand_as(received).flatten()
