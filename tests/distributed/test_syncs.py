@@ -1,4 +1,4 @@
-"""A step waits for its device once, to read the row that is reported; with experts elsewhere once a layer, for counts."""
+"""A step waits for its device once, to read the row that is reported; with ep once a layer, for counts."""
 
 import sys
 from collections import Counter
