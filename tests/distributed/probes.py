@@ -1,18 +1,25 @@
 """What a training step sends and what a rank holds, measured from outside of the code that is tested."""
 
 import gc
+import multiprocessing
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.data.store import TokenSource
 from megatrain.observe.profile import OTHER, Communication, breakdown
+from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.shards import local_tensor
 from megatrain.parallel.stage import Stage
@@ -21,6 +28,7 @@ from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
+T = TypeVar("T")
 Traffic = dict[tuple[str, int], int]
 """(collective, number of ranks that take part) -> calls; send and recv count with the two ranks they join."""
 NAMES = {
@@ -62,6 +70,41 @@ def traffic(cfg: Config, store: TokenSource) -> Traffic:
     with Listening() as ear:
         step.train_step(state, next(batches), cfg, lr=1e-3)
     return dict(ear.heard)
+
+
+@contextmanager
+def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
+    """Be `rank` of `ranks` on torch's fake groups, which send nothing and answer a rank with its own tensors.
+
+    The vote of a pipeline's stages on whether all know their shapes is replaced: they do.
+    """
+
+    def yes(*_: Any, **__: Any) -> Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    votes = {"_warmup_forward_vote": yes, "_warmup_backward_result": yes}
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        with mock.patch.multiple(PipelineStage, **votes):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def in_new_processes(function: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
+    """Do as `map`, each call in a process of its own: torch keeps the meshes of earlier groups."""
+    context = multiprocessing.get_context("forkserver")  # the workers' server has imported torch
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        return list(pool.map(function, *columns))
+
+
+def traffic_of_first_ranks(cfgs: list[Config], store: TokenSource) -> list[Traffic]:
+    """Of rank 0 of each of `cfgs`, on fake groups."""
+    found = []
+    for cfg in cfgs:
+        with fake_ranks(0, world_size(cfg.parallel)):
+            found.append(traffic(cfg, store))
+    return found
 
 
 def profiled_traffic(cfg: Config, store: TokenSource) -> list[Communication]:

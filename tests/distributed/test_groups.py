@@ -38,10 +38,11 @@ def groups_made(cfg: ParallelConfig, timeout_s: float) -> list[tuple[tuple[int, 
     ("layout", "axes"),
     [
         ({"dp_shard": 2}, 0),  # the default group itself
-        ({"tp": 2, "dp_shard": 2}, 2),
         ({"pp": 2, "tp": 2, "zero_stage": 0}, 3),  # FSDP gathers over its shard of one rank
-        ({"pp": 2, "dp_shard": 2, "tp": 2}, 3),
-        ({"dp_replicate": 2, "dp_shard": 2, "cp": 2}, 3),  # replicas; shards and cp; cp
+        pytest.param({"pp": 2, "dp_shard": 2, "tp": 2}, 3, marks=pytest.mark.slow),
+        pytest.param(
+            {"dp_replicate": 2, "dp_shard": 2, "cp": 2}, 3, marks=pytest.mark.slow
+        ),  # shards are 4 ranks
         ({"dp_shard": 2, "cp": 2, "tp": 2, "ep": 4}, 5),  # shards, cp, tp; shards of experts, ep
     ],
     ids=str,

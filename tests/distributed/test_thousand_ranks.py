@@ -4,19 +4,15 @@ A fake group sends nothing and answers each rank with its own tensors, so any ra
 through the code that trains.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from layouts import EXPERTS, STORE
+from probes import fake_ranks, in_new_processes
 from torch import distributed as dist
-from torch.distributed.pipelining import PipelineStage
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatrain.observe.communication import Traffic, axes_of_groups, listening
 from megatrain.parallel.config import ParallelConfig
@@ -69,8 +65,12 @@ class Step:
 
 
 def step_of(rank: int, cfg: Config) -> Step:
-    """Take a step as `rank`, with what a fake group can't do replaced: the stages' vote that they know all shapes."""
-    dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
+    """Take a step as `rank`."""
+    with fake_ranks(rank, RANKS):
+        return _step(cfg)
+
+
+def _step(cfg: Config) -> Step:
     mesh = make_mesh(cfg.parallel, CPU)
     state, loader = build_state(cfg, CPU, mesh), build_loader(cfg, STORE, mesh)
     axes = axes_of_groups(mesh)
@@ -81,15 +81,7 @@ def step_of(rank: int, cfg: Config) -> Step:
         sent.append((axis, collective, size))
         heard(self, axis, collective, size)
 
-    def yes(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.ones(1, dtype=torch.int32)
-
-    votes = {"_warmup_forward_vote": yes, "_warmup_backward_result": yes}
-    with (
-        mock.patch.multiple(PipelineStage, **votes),
-        mock.patch.object(Traffic, "add", add),
-        listening(axes),
-    ):
+    with mock.patch.object(Traffic, "add", add), listening(axes):
         train_step(state, loader.step_batch(0), cfg, lr=1e-3)
     groups = {
         axes[group.group_name]: tuple(dist.get_process_group_ranks(group))
@@ -101,10 +93,8 @@ def step_of(rank: int, cfg: Config) -> Step:
 
 @pytest.fixture(scope="module")
 def steps(workers: WorkerPool) -> dict[int, Step]:
-    """Of the chosen ranks, each in a process of its own: torch keeps meshes of earlier groups."""
-    context = multiprocessing.get_context("forkserver")  # the workers' server has imported torch
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        return dict(zip(CHOSEN, pool.map(step_of, CHOSEN, [CFG] * len(CHOSEN)), strict=True))
+    """Of the chosen ranks, by rank."""
+    return dict(zip(CHOSEN, in_new_processes(step_of, CHOSEN, [CFG] * len(CHOSEN)), strict=True))
 
 
 def test_groups_are_few_and_have_the_right_ranks(steps: dict[int, Step]) -> None:
