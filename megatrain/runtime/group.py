@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from megatrain.config.errors import StalledError, UserError
+from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.processes import MEETING, Processes
@@ -40,6 +41,9 @@ class JoinedProcesses(Processes):
 
     def report(self) -> None:
         self.meetings.report()
+
+    def at_work(self) -> contextlib.AbstractContextManager[None]:
+        return signs_of_work(self.report, window_s=min(WINDOW_S, self.meetings.timeout_s / 4))
 
     def limit_waits(self, timeout_s: float) -> None:
         self.meetings.timeout_s = timeout_s

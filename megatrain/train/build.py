@@ -22,7 +22,6 @@ from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
-from megatrain.runtime.alive import signs_of_work
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
@@ -60,16 +59,10 @@ def prepare_together(cfg: Config, processes: Processes, *, progress: Progress) -
         progress(phase, share)
         processes.report()
 
-    def work() -> Prepared:
-        with signs_of_work(processes.report):
-            return prepare(
-                cfg.data,
-                progress=advance,
-                vocab_size=cfg.model.vocab_size,
-                patience_s=cfg.resilience.timeout_s,
-            )
-
-    return processes.agree(work)
+    vocab_size, patience_s = cfg.model.vocab_size, cfg.resilience.timeout_s
+    return processes.agree(
+        lambda: prepare(cfg.data, progress=advance, vocab_size=vocab_size, patience_s=patience_s)
+    )
 
 
 def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import distributed as dist
 
 from megatrain.config.errors import StalledError
-from megatrain.runtime.alive import signs_of_work
 from megatrain.runtime.group import JoinedProcesses, explained
 from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.workers import WorkerPool
@@ -33,13 +32,11 @@ def one_computes_then_stands_still(pipe: Path) -> tuple[list[int], float, str]:
     """What the ranks gathered, the seconds that took, and what rank 0 says of rank 1, which then reads from `pipe`."""
     processes, _ = join()
     before = time.monotonic()
-    if processes.rank == 1:
-        with signs_of_work(processes.report, window_s=0.2):
-            compute_for(3 * LIMIT_S)
+    processes.from_first(lambda: compute_for(3 * LIMIT_S))
     gathered = processes.gather(processes.rank)
     took, said = time.monotonic() - before, ""
     if processes.rank == 1:
-        with signs_of_work(processes.report, window_s=0.2):  # there are none
+        with processes.at_work():  # it is not
             pipe.read_text()
         return gathered, took, said
     try:

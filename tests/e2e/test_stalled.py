@@ -15,7 +15,7 @@ from megatrain.config.errors import StalledError
 from megatrain.data.store import build_once
 from megatrain.runtime.launch import GRACE_S
 
-LIMIT_S = 5
+LIMIT_S = 8  # a busy machine takes a second for a step
 
 
 @pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -25,6 +25,7 @@ def test_a_process_that_hangs_ends_the_run(workplace: Workplace, which: int) -> 
         "parallel.dp_shard=2",
         "train.steps=100000",
         "train.eval_every=0",
+        "train.precision=fp32",
         f"resilience.timeout_s={LIMIT_S}",
     )
     process = subprocess.Popen(
