@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
     """Say all that is to be said; `argv` are the words after `megatrain train`."""
-    from megatrain.observe.figures import say
+    from megatrain.observe.figures import say, visible
     from megatrain.train.files import run_directory
     from megatrain.train.words import ending, reached
 
     directory = run_directory(cfg)
-    shown = [] if done.kind == "signal" else _sample(cfg, done.prompt)
-    if shown:
+    if done.sample:
         say("\nA sample of text from the model:\n")
-        say("".join(shown))
+        say(visible(done.sample))
     kept = "metrics.jsonl, events.jsonl, checkpoints/, config.yaml"
     say("\n" + "\n".join([ending(cfg, done), *reached(done)]))
     say(f"The run is in {directory}: {'report.html (its curves), ' if done.has_report else ''}{kept}.")
@@ -39,24 +38,6 @@ def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
             )
         )
     say(f"{what}:\n  {again}")
-
-
-def _sample(cfg: Config, prompt: str) -> list[str]:
-    """Return `prompt` and its continuation by the trained model; empty where there is none to be had."""
-    from megatrain.observe.figures import visible
-    from megatrain.runtime.device import pick_device
-    from megatrain.train.files import run_directory
-    from megatrain.train.restore import restore_model
-    from megatrain.train.sample import sample_text
-
-    if not cfg.train.sample_tokens or cfg.data.kind != "text":
-        return []
-    try:
-        model, tokenizer, _, _ = restore_model(run_directory(cfg), pick_device())
-        pieces = sample_text(model, tokenizer, prompt, cfg, tokens=cfg.train.sample_tokens)
-        return [prompt, visible("".join(pieces))]
-    except Exception as error:  # out of memory, say; the run itself has ended as it should
-        return [f"(none: {type(error).__name__}: {error})"]
 
 
 def _commands(cfg: Config, directory: Path, prompt: str) -> list[str]:

@@ -11,3 +11,9 @@ class DamagedCheckpointError(UserError):
     """A checkpoint is damaged and no intact one is left."""
 
     exit_code = 3
+
+
+class StalledError(UserError):
+    """Processes waited in vain for another one: each says so itself, since the one that hangs cannot."""
+
+    exit_code = 1

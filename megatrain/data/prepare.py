@@ -24,6 +24,7 @@ from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.parts import Scan, scan, units
 from megatrain.data.store import (
     FORMAT_VERSION,
+    PATIENCE_S,
     SOURCES_FILE,
     SyntheticStore,
     TokenStore,
@@ -84,10 +85,18 @@ class Prepared:
     """Where the tokens lie; None for synthetic data."""
 
 
-def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = None) -> Prepared:
+def prepare(
+    cfg: DataConfig,
+    *,
+    progress: Progress,
+    vocab_size: int | None = None,
+    patience_s: float = PATIENCE_S,
+) -> Prepared:
     """Return the tokens of `cfg`, from the cache if they are there.
 
-    `vocab_size` is the model's: synthetic tokens are drawn from it, and a larger tokenizer is refused.
+    Args:
+        vocab_size: the model's; synthetic tokens are drawn from it, and a larger tokenizer is refused.
+        patience_s: how long another process that prepares the same data may stand still.
 
     Raises:
         UserError: the input, the tokenizer or the cache directory is unusable, or something was left out although
@@ -107,7 +116,7 @@ def prepare(cfg: DataConfig, *, progress: Progress, vocab_size: int | None = Non
     directory = _follow(shortcut, root)
     if directory is None:
         is_settled = corpus.is_settled()
-        directory = _find_or_build(cfg, conversation, corpus, root, progress)
+        directory = _find_or_build(cfg, conversation, corpus, root, progress, patience_s=patience_s)
         if is_settled:
             _write_shortcut(shortcut, directory)
     mark_used(directory)
@@ -138,7 +147,13 @@ def _synthetic(cfg: DataConfig, vocab_size: int) -> Prepared:
 
 
 def _find_or_build(
-    cfg: DataConfig, conversation: Conversation, corpus: Corpus, root: Path, progress: Progress
+    cfg: DataConfig,
+    conversation: Conversation,
+    corpus: Corpus,
+    root: Path,
+    progress: Progress,
+    *,
+    patience_s: float,
 ) -> Path:
     progress("reading", 0.0)
     tokenizer = [_content_digest(file) for file in tokenizer_files(cfg.tokenizer)]
@@ -152,6 +167,7 @@ def _find_or_build(
         directory,
         lambda unfinished: _build(cfg, corpus, scans, unfinished, progress),
         waiting=lambda: progress("waiting for another process that prepares the same data", 0.0),
+        patience_s=patience_s,
     )
     return directory
 

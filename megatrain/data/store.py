@@ -12,17 +12,19 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
-from megatrain.config.errors import UserError
+from megatrain.config.errors import StalledError, UserError
 from megatrain.data.order import keys_of, mix64
+from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.paths import cache_dir
 
 INDEX_FILE = "index.json"
@@ -31,6 +33,9 @@ DAMAGED_FILE = "index.damaged.json"
 SOURCES_FILE = "sources.json"
 """What a data set was made from: path, name, size and SHA-256 of each file."""
 FORMAT_VERSION = 1
+PATIENCE_S = 600.0
+"""How long a process waits for another one that prepares the same data and stands still."""
+POLL_S = 0.2
 SPLIT_PARTS = ("tokens", "documents")
 
 
@@ -219,19 +224,26 @@ def cache_root(chosen: str | None) -> Path:
     return Path(chosen).absolute() if chosen else cache_dir().absolute()
 
 
-def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Callable[[], None]) -> None:
+def build_once(
+    directory: Path,
+    build: Callable[[Path], None],
+    *,
+    waiting: Callable[[], None],
+    patience_s: float = PATIENCE_S,
+) -> None:
     """Make the data set `directory` with `build(temporary directory)`, unless another process just did.
 
     A lock, which is released when its process ends, admits one builder at a time; `waiting` is called before waiting
-    for it. What a killed builder left is there when the next one begins.
+    for it, and whenever it gave a sign of work. What a killed builder left is there when the next one begins.
 
     Raises:
         UserError: the cache cannot be written.
+        StalledError: the builder has stood still for `patience_s`.
     """
     root = directory.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".lock-{directory.name}", waiting):
+        with _locked(root / f".lock-{directory.name}", waiting, patience_s):
             if read_index(directory) is not None:
                 return
             partial = root / f".partial-{directory.name}"
@@ -255,15 +267,31 @@ def build_once(directory: Path, build: Callable[[Path], None], *, waiting: Calla
 
 
 @contextmanager
-def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path, waiting: Callable[[], None], patience_s: float) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, whose time of change tells others that its holder is at work."""
+    with open(path, "a") as file:
+        changed, since = -1, time.monotonic()
+        while not _took(file):
+            if (now := os.fstat(file.fileno()).st_mtime_ns) != changed:
+                waiting()
+                changed, since = now, time.monotonic()
+            elif time.monotonic() - since >= patience_s:
+                raise StalledError(
+                    f"Another process prepares the same data, holds {path}, and has stood still for {patience_s:g} s. "
+                    "End it (`fuser` names it), and start again: what it has done is kept."
+                )
+            time.sleep(POLL_S)
+        os.utime(file.fileno())
+        with signs_of_work(lambda: os.utime(file.fileno()), window_s=min(WINDOW_S, patience_s / 4)):
+            yield
+
+
+def _took(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync_directory(path: Path) -> None:

@@ -51,6 +51,7 @@ def _dispatch(
     n_here = len(shares[group.rank()])
     sent = _by_rank(permutation.group_sizes, shares)  # (rank, expert there)
     received = exchange(sent, group)[:, :n_here]  # (rank, expert here)
+    # The one transfer to the host in a layer: it must know how much memory the rows need before they can be sent.
     sent_rows, received_rows = torch.stack([sent.sum(1), received.sum(1)]).tolist()
     arrived = exchange_rows(rows, sent_rows, received_rows, group)  # rank by rank, inside by expert
     numbers = torch.arange(n_here, device=rows.device).expand_as(received).flatten()

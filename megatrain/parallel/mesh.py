@@ -1,12 +1,13 @@
 """The DeviceMesh of a run and the process groups derived from it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import AXES
+from megatrain.parallel.layout import AXES, world_size
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,29 @@ def make_mesh(cfg: ParallelConfig, device: torch.device) -> Mesh:
 
     ZeRO stage 0 shards nothing, so all data-parallel ranks are replicas.
     """
-    sizes = tuple(getattr(cfg, axis) for axis in AXES)
-    whole = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    experts = _regrouped(whole, cfg, "ep", cfg.ep) if cfg.ep > 1 else None
-    return Mesh(cfg, whole, _regrouped(whole, cfg, "tp", cfg.tp), experts)
+    whole = _arranged(device, {axis: getattr(cfg, axis) for axis in AXES}, uses=("pp", "cp"))
+    data = _arranged(device, _regrouped(cfg, "tp", cfg.tp), uses=("replicate", "shard", "tp"))
+    experts = None
+    if cfg.ep > 1:
+        experts = _arranged(device, _regrouped(cfg, "ep", cfg.ep), uses=("replicate", "shard", "ep"))
+    return Mesh(cfg, whole, data, experts)
 
 
-def _regrouped(whole: DeviceMesh, cfg: ParallelConfig, inner: str, size: int) -> DeviceMesh:
-    """Arrange the same ranks as `(pp, replicate, shard, inner)`, the last of `size`."""
-    summed = whole.size() // (cfg.pp * size)
+def _regrouped(cfg: ParallelConfig, inner: str, size: int) -> dict[str, int]:
+    """Return the sizes of the axes that arrange all ranks as `(pp, replicate, shard, inner)`, the last of `size`."""
+    summed = world_size(cfg) // (cfg.pp * size)
     replicas = summed if cfg.zero_stage == 0 else cfg.dp_replicate
-    split = (cfg.pp, replicas, summed // replicas, size)
-    names = ("pp", "replicate", "shard", inner)
-    return DeviceMesh(whole.device_type, whole.mesh.reshape(split), mesh_dim_names=names)
+    return {"pp": cfg.pp, "replicate": replicas, "shard": summed // replicas, inner: size}
+
+
+def _arranged(device: torch.device, sizes: dict[str, int], *, uses: tuple[str, ...]) -> DeviceMesh:
+    """Arrange all ranks as `sizes` (axis -> size) says, with a process group for each axis that is used and has ranks.
+
+    Over a thousand ranks, groups take time to connect and memory of each GPU. The others are torch's `fake` groups,
+    which never send; but FSDP gathers over `shard` even if that is one rank.
+    """
+    unused: dict[Any, Any] = {
+        axis: "fake" for axis, size in sizes.items() if axis not in uses or (size == 1 and axis != "shard")
+    }
+    names, shape = tuple(sizes), tuple(sizes.values())
+    return init_device_mesh(device.type, shape, mesh_dim_names=names, backend_override=unused)

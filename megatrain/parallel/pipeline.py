@@ -118,8 +118,8 @@ class Pipeline:
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else self._zero()
 
     @torch.no_grad()
-    def forward(self, tensors: Tensors) -> Tensor:
-        """Return the summed loss of one micro-batch on the rank of the last stage, 0 on the others.
+    def forward(self, tensors: Tensors) -> Tensor | None:
+        """Return the loss of one micro-batch, or without targets its logits, on the rank of the last stage, else None.
 
         A rank can start the next one as soon as it has sent its outputs. (The schedules' own `eval` runs
         backward actions in V-shaped ones, which fail: torch 2.13, `get_local_bwd_output`.)
@@ -134,10 +134,10 @@ class Pipeline:
                 dist.recv(x, group=group, group_src=source)
             x = model(x, **_kwargs(tensors, 0.0))
             if stage + 1 == self.cfg.stages:
-                return x.sum()
+                return x
             if (target := stage_rank(stage + 1, self.cfg)) != rank:
                 dist.send(x.contiguous(), group=group, group_dst=target)
-        return self._zero()
+        return None
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=next(self.models[0].parameters()).device)

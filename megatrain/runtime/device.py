@@ -70,9 +70,23 @@ class Peak:
     how: Literal["published", "measured"]
 
 
-def pick_device(index: int = 0) -> torch.device:
-    """Return the GPU of that index, or the CPU."""
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+def pick_device(local_rank: int = 0) -> torch.device:
+    """Return the GPU of the process `local_rank` of this machine, or the CPU.
+
+    A single visible GPU is the process's own, whatever its rank: schedulers can show each task one GPU only.
+
+    Raises:
+        UserError: this machine has several GPUs, but fewer than processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this process sees {visible} GPUs (0 to {visible - 1}). Start as many "
+            "processes on each machine as it has GPUs, or let each task see its own GPU alone."
+        )
+    return torch.device("cuda", local_rank if visible > 1 else 0)
 
 
 def memory_bytes(device: torch.device, processes: int = 1) -> int:

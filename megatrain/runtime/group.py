@@ -6,19 +6,24 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
-from megatrain.config.errors import UserError
+from megatrain.config.errors import StalledError, UserError
+from megatrain.runtime.alive import WINDOW_S, signs_of_work
+from megatrain.runtime.device import pick_device
+from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.processes import MEETING, Processes
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)
-"""How long processes wait for one that prepares data; one that ends is noticed at once."""
+JOINING_S = 600.0
+"""How long processes wait for one another before they know `resilience.timeout_s`."""
+TIMED_OUT = ("Timed out waiting", "Application timeout", "timed out", "collective operation timeout")
+"""Words by which gloo, NCCL and stores say that another process did not answer."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -26,10 +31,25 @@ PR_SET_PDEATHSIG = 1
 class JoinedProcesses(Processes):
     """Several, over a gloo group of their own: nothing here meets the collectives of training."""
 
+    meetings: Meetings = field(kw_only=True)
+
     def gather(self, value: T) -> list[T]:
+        self.meetings.wait()
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
+
+    def report(self) -> None:
+        self.meetings.report()
+
+    def at_work(self) -> contextlib.AbstractContextManager[None]:
+        return signs_of_work(self.report, window_s=min(WINDOW_S, self.meetings.timeout_s / 4))
+
+    def limit_waits(self, timeout_s: float) -> None:
+        self.meetings.timeout_s = timeout_s
+        for group, (backend, _) in list(dist.distributed_c10d._world.pg_map.items()):
+            if backend in ("gloo", "nccl"):
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 @contextlib.contextmanager
@@ -37,24 +57,58 @@ def joined() -> Iterator[Processes]:
     """Join the other processes that the environment speaks of (`is_started`), until the end of the block.
 
     Raises:
-        UserError: what the environment says is incomplete.
+        UserError: what the environment says is incomplete, or there is no GPU for this process.
+        StalledError: another process did not answer in time.
     """
     if os.environ["WORLD_SIZE"] == "1":
         yield Processes()
         return
     rank, size, local_rank, local_size = _places()
     _die_with_parent()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    meeting = os.environ.get(MEETING)
-    dist.init_process_group(
-        init_method=f"file://{meeting}" if meeting else "env://", rank=rank, world_size=size
-    )
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    yield JoinedProcesses(rank, size, local_rank, local_size, group)
+    try:
+        group = _join(rank, size, pick_device(local_rank))
+    except dist.DistError as error:
+        raise explained(error) from error
+    meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=JOINING_S)
+    try:
+        yield JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings)
+    except Exception as error:
+        meetings.leave()
+        raise explained(error) from error
     dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
+
+
+def _join(rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+    """Make the default group, which is training's, and return the gloo group beside it.
+
+    NCCL learns its device at once: it can then split communicators for subgroups, instead of connecting each anew.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    meeting = os.environ.get(MEETING)
+    timeout = timedelta(seconds=JOINING_S)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{meeting}" if meeting else "env://",
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def explained(error: BaseException) -> BaseException:
+    """Return a `StalledError` in place of a library's error that says that another process did not answer."""
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in TIMED_OUT):
+        return StalledError(
+            "Another process did not answer within resilience.timeout_s: it hangs, or its machine or network does. "
+            f"What was saved stays; start again to go on from it. ({str(error).splitlines()[0][:200]})"
+        )
+    return error
 
 
 def _places() -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,8 +44,18 @@ class Processes:
         """Return every process's value, by rank."""
         return [value]
 
+    def report(self) -> None:
+        """Tell processes that wait for this one that it is at work, so that they go on waiting."""
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Report by itself, in the `with` block, as long as this process computes."""
+        return nullcontext()
+
+    def limit_waits(self, timeout_s: float) -> None:
+        """Let no process wait longer for another one, in any group that there is now."""
+
     def agree(self, work: Callable[[], T]) -> T:
-        """Run `work()` on every process; if it fails on one, all raise.
+        """Run `work()` on every process, which may take as long as it computes; if it fails on one, all raise.
 
         Each raises its own error, or that of the first rank that failed.
         """
@@ -52,7 +63,8 @@ class Processes:
             return work()
         result, error = None, None
         try:
-            result = work()
+            with self.at_work():
+                result = work()
         except Exception as raised:
             error = raised
         errors = [each for each in self.gather(error and _portable(error)) if each is not None]

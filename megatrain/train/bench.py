@@ -13,7 +13,6 @@ import torch
 from torch.profiler import record_function
 
 from megatrain.config.load import dump
-from megatrain.data.prepare import prepare
 from megatrain.models.flops import flops_per_token, n_params
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.profile import STEPS, Breakdown, breakdown
@@ -31,7 +30,7 @@ from megatrain.train.bench_facts import (
     version_facts,
 )
 from megatrain.train.bench_notes import Circumstances, notes
-from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, with_layout
+from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, prepare_together, with_layout
 from megatrain.train.config import Config
 from megatrain.train.estimate import Estimate, describe, estimate, require_room
 from megatrain.train.micro_batch import USABLE
@@ -147,8 +146,9 @@ def bench(
         say(line)
     if not request.force:
         require_room(expected)
-    data = processes.agree(lambda: prepare(cfg.data, progress=progress, vocab_size=cfg.model.vocab_size))
+    data = prepare_together(cfg, processes, progress=progress)
     mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
+    processes.limit_waits(cfg.resilience.timeout_s)
     state, batches = build_state(cfg, device, mesh), build_loader(cfg, data.train, mesh).batches(0)
 
     def step() -> None:
@@ -190,6 +190,7 @@ def _prepare(cfg: Config, processes: Processes, request: Request) -> _Setup:
         UserError: not even the weights and gradients fit in the memory.
     """
     cfg = with_layout(cfg, processes.size)
+    processes.limit_waits(cfg.resilience.timeout_s)
     device = pick_device(processes.local_rank)
     if cfg.train.precision == "auto":
         precision = processes.from_first(lambda: choose_precision(device))

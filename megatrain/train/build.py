@@ -6,7 +6,9 @@ import torch
 
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
+from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
+from megatrain.data.prepare import Prepared, prepare
 from megatrain.data.store import TokenSource
 from megatrain.models.registry import get_spec
 from megatrain.nn.decoder import Decoder
@@ -20,6 +22,7 @@ from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
+from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
@@ -42,6 +45,24 @@ def with_layout(cfg: Config, processes: int) -> Config:
     if broken := list(rule_problems(filled)):
         raise ConfigError(broken)
     return filled
+
+
+def prepare_together(cfg: Config, processes: Processes, *, progress: Progress) -> Prepared:
+    """Prepare the data of `cfg` on all processes, which wait as long as one of them is at work.
+
+    Raises:
+        UserError: the data is unusable, on any of them.
+        StalledError: nobody prepares it any more.
+    """
+
+    def advance(phase: str, share: float) -> None:
+        progress(phase, share)
+        processes.report()
+
+    vocab_size, patience_s = cfg.model.vocab_size, cfg.resilience.timeout_s
+    return processes.agree(
+        lambda: prepare(cfg.data, progress=advance, vocab_size=vocab_size, patience_s=patience_s)
+    )
 
 
 def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> TrainState:

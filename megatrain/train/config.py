@@ -22,6 +22,7 @@ from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
+from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
 
 SCHEMA_VERSION = 3
@@ -90,8 +91,8 @@ class TrainConfig:
     early_stop_patience: Count = 0
     """Stop after this many consecutive validations without a new best loss; 0: never."""
     sample_tokens: Count = 200
-    """Tokens of the text sample generated at the end of the run; those after a validation, in a run of one process,
-    are of at most 64; 0: no samples."""
+    """Tokens of the text sample generated at the end of the run; those after a validation are of at most 64. A sample
+    ends after a minute; 0: no samples."""
 
 
 @config
@@ -123,6 +124,7 @@ class Config:
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     seq_len: Size = 256
     """Length of a training sequence in tokens."""
     global_batch_size: Size = 16

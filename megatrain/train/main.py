@@ -16,7 +16,6 @@ from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
-from megatrain.data.prepare import prepare
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
@@ -24,11 +23,18 @@ from megatrain.observe.sinks import Observer
 from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
+from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto
-from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
+from megatrain.train.build import (
+    build_eval_batches,
+    build_loader,
+    build_state,
+    prepare_together,
+    with_layout,
+)
 from megatrain.train.config import Config
 from megatrain.train.files import (
     CONFIG_FILE,
@@ -43,6 +49,7 @@ from megatrain.train.import_hf import is_untrained_import, require_imported_weig
 from megatrain.train.loop import reason_to_stop, train_loop
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
+from megatrain.train.sample import last_sample
 from megatrain.train.state import TrainState
 from megatrain.train.words import Outcome, beginning, outcome
 
@@ -56,17 +63,17 @@ def run(cfg: Config, processes: Processes) -> Outcome:
         UserError: the config, the data or the run directory is invalid; nothing was written.
     """
     cfg = with_layout(cfg, processes.size)
+    processes.limit_waits(cfg.resilience.timeout_s)
     directory = run_directory(cfg)
     device = pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
     cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
-        data = processes.agree(
-            lambda: prepare(cfg.data, progress=display.phase, vocab_size=cfg.model.vocab_size)
-        )
+        data = prepare_together(cfg, processes, progress=display.phase)
         _require_same(processes.gather(data.fingerprint))
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
+        processes.limit_waits(cfg.resilience.timeout_s)
         loader = build_loader(cfg, data.train, mesh)
         state = build_state(cfg, device, mesh)
         with _owned(directory, checkpointer, state, cfg.run.id) as require_owner:
@@ -236,12 +243,15 @@ def _train(run: Run) -> Outcome:
         log.event("stop", step=state.step, reason=reason)
         log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
         has_report = is_first and report_at_end(run.directory)
-    return outcome(run, reason, exit_code, has_report=has_report)
+    by_signal = exit_code == SAVED_BY_SIGNAL
+    text = "" if by_signal or cfg.log.display == "off" else last_sample(run)
+    return outcome(run, reason, exit_code, has_report=has_report, sample=text)
 
 
 def _record_failure(run: Run, step: int, error: BaseException) -> None:
     if isinstance(error, StaleOwnerError):
         return  # the record is somebody else's
+    error = explained(error)
     text = f"{type(error).__name__}: {error}"
     run.log.event("failure", step=step, error=text)
     run.log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))

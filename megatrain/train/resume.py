@@ -19,6 +19,7 @@ FREE = (
     "micro_batch_size",
     "schedule.warmup_fraction",  # warmup_steps, which is derived from it, is compared
     "moe.*",
+    "resilience.*",
     "train.stop_at",
     "train.resume",
     "train.allow_changes",

@@ -1,6 +1,7 @@
 """Samples of text from a model: during a run, at its end, and by `megatrain generate`."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.models.generate import generate
+from megatrain.parallel.last_logits import LastLogits
+from megatrain.parallel.layout import FLOAT8_GROUP
 from megatrain.train.config import Config
 from megatrain.train.run import Run
 
@@ -15,24 +18,64 @@ PYTHON_PROMPT = "def "
 PROMPT_TOKENS = 8
 TOKENS = 64
 """Most tokens of a sample during a run: they cost less than a validation."""
+FLOAT8_ROWS = 16
+"""Products in fp8 want lengths that are multiples of this."""
+LONGEST_S = 60.0
+"""A sample ends after this time: each token gathers the weights of a sharded model once."""
 TEMPERATURE, TOP_K = 0.7, 50
 
 
-def sample(run: Run) -> tuple[str, str] | None:
-    """Return a prompt and its continuation by the model as it is now; None where there is none to be had.
+def sample(run: Run, tokens: int = TOKENS) -> tuple[str, str] | None:
+    """Return a prompt and its continuation by the model as it is now, in its layout; None where there is none.
 
-    That is in a run without text, with `train.sample_tokens=0`, in fp8 (whose products want lengths that are multiples
-    of 16) or of several processes, none of which has the full model.
+    That is in a run without text, with `train.sample_tokens=0`, or in fp8 where `seq_len` is no multiple of what its
+    products want. All processes call this together, and get the same text: that of one process, up to rounding.
     """
-    cfg, state = run.cfg, run.state
-    wanted = min(cfg.train.sample_tokens, TOKENS)
-    if not wanted or cfg.data.kind != "text" or cfg.train.precision == "fp8" or run.processes.size > 1:
+    cfg = run.cfg
+    wanted = min(cfg.train.sample_tokens, tokens)
+    unit = _tokens_together(cfg)
+    if not wanted or cfg.data.kind != "text" or (cfg.seq_len // cfg.parallel.cp) % unit:
         return None
     prompt = prompt_of(run)
+    model = LastLogits(run.state.parallel, multiple_of=unit)
+    pieces: list[str] = []
+    began = time.monotonic()
     eager = torch.compiler.set_stance("force_eager") if cfg.parallel.compile else contextlib.nullcontext()
     with eager:  # each length would be compiled anew
-        pieces = sample_text(state.model, run.data.tokenizer, prompt, cfg, tokens=wanted)
-        return prompt, "".join(pieces)
+        for piece in sample_text(model, run.data.tokenizer, prompt, cfg, tokens=wanted):
+            pieces.append(piece)
+            if _is_late(run, began):
+                break
+    return prompt, "".join(pieces)
+
+
+def last_sample(run: Run) -> str:
+    """Return the sample at the end of a run, with its prompt; empty where there is none.
+
+    A failure (out of memory, say) is said in its place: the run itself has ended as it should.
+    """
+    try:
+        with run.state.averaged():
+            return "".join(sample(run, run.cfg.train.sample_tokens) or ())
+    except Exception as error:
+        return f"(none: {type(error).__name__}: {error})"
+
+
+def _tokens_together(cfg: Config) -> int:
+    """Return what a rank's number of tokens must be a multiple of: more than one in fp8 only."""
+    if cfg.train.precision != "fp8":
+        return 1
+    in_halves = 2 if cfg.parallel.cp > 1 else 1
+    return FLOAT8_GROUP * in_halves if cfg.train.fp8_scaling == "block" else FLOAT8_ROWS
+
+
+def _is_late(run: Run, began: float) -> bool:
+    """Tell whether the first process finds that the sample takes too long."""
+    late = run.processes.is_first and time.monotonic() - began > LONGEST_S
+    if run.processes.size == 1:
+        return late
+    parallel = run.state.parallel
+    return bool(parallel.total(torch.tensor(float(late), device=parallel.device)) > 0)
 
 
 def prompt_of(run: Run) -> str:

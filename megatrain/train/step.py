@@ -47,13 +47,19 @@ def loss_sum(parallel: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> T
     return loss
 
 
+def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy `tensor` to `device`; to a GPU from pinned memory, without which the host would wait for the copy."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
     """Return this rank's shard of `batch` on the device, by the names of the model's arguments."""
     names = ("tokens", "targets", "positions", "doc_ids")
     with record_function("data"):
         tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
         device = parallel.device
-        return {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+        return {name: None if t is None else copied_to(t, device) for name, t in tensors.items()}
 
 
 def train_step(
@@ -135,11 +141,9 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
 def evaluation_loss(parallel: ParallelModel, batch: Batch) -> Tensor:
     """Return the loss in nats summed over this rank's valid tokens of `batch`, on one rank of each tp group."""
     if parallel.pipeline is None:
-        loss = loss_sum(parallel, batch)
+        loss: Tensor | None = loss_sum(parallel, batch)
     else:
         loss = parallel.pipeline.forward(_on_device(parallel, batch))
-    return (
-        loss.to(torch.float64)
-        if parallel.owns_loss()
-        else torch.zeros((), dtype=torch.float64, device=parallel.device)
-    )
+    if loss is None or not parallel.owns_loss():
+        return torch.zeros((), dtype=torch.float64, device=parallel.device)
+    return loss.sum().to(torch.float64)

@@ -34,6 +34,8 @@ class Outcome:
     """Bits per byte of the held-out text for each nat per token; None where tokens have no text."""
     prompt: str = ""
     """What samples of text begin with."""
+    sample: str = ""
+    """A sample of text from the model, with its prompt; empty where there is none."""
     has_report: bool = False
     """Whether `report.html` shows the run up to here."""
 
@@ -106,7 +108,7 @@ def _epochs(epochs: float) -> str:
     return f"{number} epoch{'s' * (number != '1')}"
 
 
-def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool) -> Outcome:
+def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool, sample: str) -> Outcome:
     """Return how the attempt of `run` ended."""
     return Outcome(
         exit_code=exit_code,
@@ -116,6 +118,7 @@ def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool) -> Outco
         watch=run.state.watch,
         bits_per_nat=_bits_per_nat(run),
         prompt=prompt_of(run),
+        sample=sample,
         has_report=has_report,
     )
 

@@ -1,18 +1,25 @@
 """What a training step sends and what a rank holds, measured from outside of the code that is tested."""
 
 import gc
+import multiprocessing
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.data.store import TokenSource
 from megatrain.observe.profile import OTHER, Communication, breakdown
+from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.shards import local_tensor
 from megatrain.parallel.stage import Stage
@@ -21,6 +28,7 @@ from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
+T = TypeVar("T")
 Traffic = dict[tuple[str, int], int]
 """(collective, number of ranks that take part) -> calls; send and recv count with the two ranks they join."""
 NAMES = {
@@ -64,6 +72,41 @@ def traffic(cfg: Config, store: TokenSource) -> Traffic:
     return dict(ear.heard)
 
 
+@contextmanager
+def fake_ranks(rank: int, ranks: int) -> Iterator[None]:
+    """Be `rank` of `ranks` on torch's fake groups, which send nothing and answer a rank with its own tensors.
+
+    The vote of a pipeline's stages on whether all know their shapes is replaced: they do.
+    """
+
+    def yes(*_: Any, **__: Any) -> Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    votes = {"_warmup_forward_vote": yes, "_warmup_backward_result": yes}
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        with mock.patch.multiple(PipelineStage, **votes):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def in_new_processes(function: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
+    """Do as `map`, each call in a process of its own: torch keeps the meshes of earlier groups."""
+    context = multiprocessing.get_context("forkserver")  # the workers' server has imported torch
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        return list(pool.map(function, *columns))
+
+
+def traffic_of_first_ranks(cfgs: list[Config], store: TokenSource) -> list[Traffic]:
+    """Of rank 0 of each of `cfgs`, on fake groups."""
+    found = []
+    for cfg in cfgs:
+        with fake_ranks(0, world_size(cfg.parallel)):
+            found.append(traffic(cfg, store))
+    return found
+
+
 def profiled_traffic(cfg: Config, store: TokenSource) -> list[Communication]:
     """Of this rank in one training step, as `megatrain bench` reports it."""
     state, batches, mesh = _start(cfg, store)
@@ -78,7 +121,7 @@ def profiled_traffic(cfg: Config, store: TokenSource) -> list[Communication]:
 def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
     """Of this rank, after the first of several micro-batches of a step: by the optimizer's states, and in all."""
     gc.collect()
-    before = _live_bytes([])
+    before = live_bytes([])
     state, batches, mesh = _start(cfg, store)
     batch = next(batches)
     parallel = state.parallel
@@ -88,7 +131,7 @@ def bytes_held(cfg: Config, store: TokenSource) -> dict[str, int]:
     batches.close()
     del batch, batches
     gc.collect()
-    held = _live_bytes([p.grad for p in parallel.parameters().values() if p.grad is not None])
+    held = live_bytes([p.grad for p in parallel.parameters().values() if p.grad is not None])
     assert mesh is not None
     return {"states": _of_states(state), "all": held - before}
 
@@ -104,7 +147,7 @@ def bytes_in_pipeline(cfg: Config, store: TokenSource) -> tuple[int, int]:
     def listening(stage: Stage, *args: Any, **options: Any) -> Any:
         found = backward(stage, *args, **options)
         gathered = [p for model in models for p in model.parameters()]
-        held.append(_live_bytes([p.grad for p in (*own.values(), *gathered) if p.grad is not None]))
+        held.append(live_bytes([p.grad for p in (*own.values(), *gathered) if p.grad is not None]))
         return found
 
     with mock.patch.object(Stage, "backward_maybe_with_nosync", listening):
@@ -136,7 +179,7 @@ def _start(cfg: Config, store: TokenSource) -> tuple[TrainState, Any, Mesh | Non
     return state, loader.batches(0), mesh
 
 
-def _live_bytes(more: list[Tensor]) -> int:
+def live_bytes(more: list[Tensor]) -> int:
     """Of all tensors that Python knows of, and `more`, each memory once."""
     found = {}
     # type(), not isinstance(): that would ask deprecated objects of torch, which warn

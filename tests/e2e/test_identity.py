@@ -108,10 +108,10 @@ def test_a_changed_config_or_tokenizer_is_not_used(workplace: Workplace) -> None
     workplace.run(workplace.tiny("run.name=edited", "train.stop_at=4"))
     run = workplace.folder / "runs" / "edited"
     config, text = run / "config.yaml", (run / "config.yaml").read_text()
-    config.write_text(text.replace("residual_scale: 1.0", "residual_scale: 2.0"))
+    config.write_text(text.replace("norm_eps: 1.0e-06", "norm_eps: 1.0e-03"))
     for line in (command("generate", "runs/edited", "x"), command("export", "runs/edited", "out")):
         done = workplace.run(line, expect=2)
-        assert "model.residual_scale: 1.0 in the checkpoint, 2.0 there" in done.stderr
+        assert "model.norm_eps: 1e-06 in the checkpoint, 0.001 there" in done.stderr
         assert not (workplace.folder / "out").exists()
     config.write_text(text)
     _change_a_file(run / "tokenizer")

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatrain.config.errors import UserError
 from megatrain.runtime import device as device_module
-from megatrain.runtime.device import PUBLISHED_TFLOPS, choose_precision, peak_flops, published_tflops
+from megatrain.runtime.device import (
+    PUBLISHED_TFLOPS,
+    choose_precision,
+    peak_flops,
+    pick_device,
+    published_tflops,
+)
 
 CPU = torch.device("cpu")
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -189,3 +196,19 @@ def test_no_published_peak_counts_sparsity(known: str) -> None:
         assert half / tf32 == pytest.approx(2, rel=0.03)  # data sheets round
     if half is not None and fp8 is not None:
         assert fp8 / half == pytest.approx(2, rel=0.03)
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 5, 5), (1, 0, 0), (1, 5, 0)])
+def test_a_task_that_sees_one_gpu_takes_it(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, index: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert pick_device(local_rank) == torch.device("cuda", index)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"LOCAL_RANK=4, but this process sees 4 GPUs \(0 to 3\)"):
+        pick_device(4)

@@ -1,0 +1,78 @@
+"""A process that hangs ends the run in time, with a sentence; nothing waits without end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from workplace import Workplace, wait_for_rows
+
+from megatrain.config.errors import StalledError
+from megatrain.data.store import build_once
+from megatrain.runtime.launch import GRACE_S
+
+LIMIT_S = 8  # a busy machine takes a second for a step
+
+
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_hangs_ends_the_run(workplace: Workplace, which: int) -> None:
+    line = workplace.tiny(
+        "run.name=hung",
+        "parallel.dp_shard=2",
+        "train.steps=100000",
+        "train.eval_every=0",
+        "train.precision=fp32",
+        f"resilience.timeout_s={LIMIT_S}",
+    )
+    process = subprocess.Popen(
+        line, cwd=workplace.folder, env=workplace.environment, stderr=subprocess.PIPE, text=True
+    )
+    assert wait_for_rows(process, workplace.folder / "runs/hung/metrics.jsonl", 3)
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(pids[which]), signal.SIGSTOP)
+    before = time.monotonic()
+    _, said = process.communicate()
+    assert time.monotonic() - before < LIMIT_S + GRACE_S + 20  # a busy machine ends processes slowly
+    assert process.returncode == 1
+    log = workplace.folder / "runs/hung/logs/rank-1.log"
+    assert "Another process did not answer" in (said if which else log.read_text())
+    if which:
+        status = json.loads((workplace.folder / "runs/hung/status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("failed", 1)
+        assert status["reason"].startswith("StalledError: Another process did not answer")
+    else:
+        assert f"see {Path('runs/hung/logs/rank-1.log')}" in said
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megatrain.data.store import build_once
+
+def build(folder):
+    print("begun", flush=True)
+    sys.stdin.read()
+
+build_once(Path(sys.argv[1]), build, waiting=lambda: None)
+"""
+
+
+def test_one_that_stands_still_in_preparing_data_is_not_waited_for(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "data")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "begun\n"
+        with pytest.raises(StalledError, match="Another process prepares the same data"):
+            build_once(tmp_path / "data", lambda _: None, waiting=lambda: None, patience_s=1.0)
+    finally:
+        holder.kill()
+        holder.communicate()
