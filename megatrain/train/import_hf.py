@@ -127,7 +127,7 @@ def take_up_weights(checkpointer: Checkpointer, state: TrainState) -> tuple[str,
     weights = {name: tensor for name, tensor in state.tensors().items() if name.startswith(WEIGHTS)}
     found = checkpointer.load(weights, only=WEIGHTS)
     assert found is not None, "the caller has seen a checkpoint"
-    state.sync_model_weights()
+    state.take_up(weights)
     if state.average is not None:
         for name, average in state.average.averages.items():
             average.copy_(state.weights.parameters[name].detach())

@@ -25,7 +25,7 @@ from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.auto import require_memory, resolve_auto
+from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory, write_config
@@ -59,7 +59,7 @@ def run(cfg: Config, processes: Processes) -> Outcome:
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
         loader = build_loader(cfg, data.train, mesh)
         state = build_state(cfg, device, mesh)
-        with _owned(directory, checkpointer, state):
+        with contextlib.closing(state), _owned(directory, checkpointer, state):
             return _train(
                 Run(
                     cfg=cfg,
@@ -110,8 +110,7 @@ def _settle(
     if is_untrained_import(directory, checkpointer):
         frozen = None  # its config names the model only; the recipe and the data are free
     if cfg.train.precision == "auto":
-        precision = choose_precision(device) if frozen is None else frozen.train.precision
-        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+        cfg = with_precision(cfg, choose_precision(device) if frozen is None else frozen.train.precision)
     memory = memory_bytes(device, checkpointer.processes.local_size)
     require_memory(cfg, memory)
     if frozen is not None:
@@ -202,9 +201,9 @@ def _resume(run: Run) -> tuple[str, ...]:
     warnings: tuple[str, ...] = ()
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         warnings = take_up_weights(run.checkpointer, state)
-    elif found := run.checkpointer.load(state.tensors()):
+    elif found := run.checkpointer.load(tensors := state.tensors()):
         check_same_data(found.manifest.info["data_fingerprint"], run.data.fingerprint, cfg)
-        state.restore(found.state)
+        state.restore(found.state, tensors)
         warnings = found.warnings
     run.processes.from_first(lambda: _write_inputs(run))
     log.open(state.step)

@@ -99,6 +99,7 @@ def shrink(cfg: Config) -> Config:
         data=dataclasses.replace(cfg.data, kind="synthetic", path=None),
         train=dataclasses.replace(cfg.train, precision="fp64", ema_decay=None),
         parallel=ParallelConfig(),
+        engine="native",
         seq_len=SEQ_LEN,
         global_batch_size=8,
         micro_batch_size=1,
