@@ -36,7 +36,7 @@ def legal_precisions(
 ) -> tuple[str, ...]:
     """Return the values of `train.precision` that the engine computes in, its default first; native has them all."""
     if engine == "deepspeed":
-        return ("fp32", "bf16") if zero_stage(parallel, deepspeed) > 0 else ("fp32", "fp64")
+        return ("fp32", "bf16") if zero_stage(parallel, deepspeed) > 0 else ("fp32",)
     if engine == "accelerate":
         return ("fp32", "bf16", "fp64") if is_fsdp(parallel) else ("fp32", "fp64")
     return ("fp32", "bf16", "fp8", "fp64")
@@ -71,12 +71,8 @@ def engine_problems(
     if zero_stage(parallel, deepspeed) > 0:
         rule = "is not supported by engine=deepspeed from zero_stage 1 on"
         if optimizer == "muon":
-            yield Problem(
-                "optim.kind",
-                optimizer,
-                f"{rule}: its shards are cut through matrices",
-                ("adamw", "sgd", "lion"),
-            )
+            chosen = f"{rule}, whose shards are cut through matrices; choose optim=adamw, sgd or lion"
+            yield Problem("optim.kind", optimizer, chosen)
         if ema_decay is not None:
             yield Problem("train.ema_decay", ema_decay, rule, (None,))
 

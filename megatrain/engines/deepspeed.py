@@ -55,7 +55,10 @@ class DeepSpeedEngine(Engine):
         warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
         deepspeed.ops.__compatible_ops__[INFERENCE_ONLY] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        buffers = {buffer: buffer.dtype for buffer in model.buffers()}
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
+        for buffer, dtype in buffers.items():  # bf16 has converted them as well as the weights
+            buffer.data = buffer.data.to(dtype)
 
     def forward_backward(self, batch: Tensors, *, scale: float, z_loss: float, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)

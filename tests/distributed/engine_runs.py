@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.store import Checkpointer
+from megatrain.config.errors import UserError
 from megatrain.data.loader import validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.mesh import make_mesh
@@ -63,3 +65,19 @@ def course(cfg: Config, store: TokenSource, steps: int, directory: Path | None =
     arrays = full_arrays(state.tensors(), mesh)
     state.close()
     return Course(losses, norms, digests, eval_loss, arrays)
+
+
+def prepared_without_help(cfg: Config, shards: bool) -> str:
+    """What the check says of a model that Accelerate prepared as its defaults have it, on two ranks of a CPU."""
+    from megatrain.engines import accelerate  # an optional package
+
+    model = nn.Linear(4, 4)
+    plugin = accelerate._fsdp2(cfg.parallel, torch.float32) if shards else None
+    # Sharded: on a CPU, as asked for. Otherwise: as `Accelerator()` does it.
+    accelerator = accelerate.Accelerator(cpu=shards, fsdp_plugin=plugin)
+    prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    try:
+        accelerate._check(accelerator, prepared, ranks=2, shards=shards)
+    except UserError as error:
+        return str(error)
+    return ""
