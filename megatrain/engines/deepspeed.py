@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         self.engine.destroy()
         if self.owns_group:
-            dist.destroy_process_group()
+            deepspeed.comm.destroy_process_group()
 
 
 class ZeroEngine(DeepSpeedEngine, Partitioned):
