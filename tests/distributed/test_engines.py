@@ -1,7 +1,7 @@
 """DeepSpeed and Accelerate compute what the native engine does, and a run may move between the three.
 
 In float32 a run is compared with the native run in float64, and may be off by three times what the native run in
-float32 is. Accelerate computes in float64, too, and meets the bound of layouts (1e-9).
+float32 is, or by three roundings. Accelerate computes in float64, too, and meets the bound of layouts (1e-9).
 """
 
 from dataclasses import replace
@@ -24,6 +24,8 @@ from megatrain.train.config import Config
 from megatrain.train.parity import Arrays, relative_errors
 
 STEPS = 3
+ROUNDING = 2**-23
+"""Of float32, in which losses are summed in every precision: a single number may be nearer to the truth by chance."""
 slow = pytest.mark.slow
 LIBRARIES = ("deepspeed", "accelerate")
 needs = {
@@ -89,7 +91,7 @@ def check(found: Course, name: str, precision: str) -> None:
         assert max(off.values()) <= BOUND, off
         return
     usual = errors(alone(name, precision), truth)
-    assert all(off[kind] <= FACTOR * usual[kind] for kind in off), (off, usual)
+    assert all(off[kind] <= FACTOR * max(usual[kind], ROUNDING) for kind in off), (off, usual)
 
 
 SHARDED = {"dp_shard": 2}
