@@ -17,7 +17,7 @@ from benchmarks.scaling import SHAPE, measure
 
 SMALL = (
     "model.n_layers=4",
-    "model.hidden_size=128",
+    "model.hidden_size=192",
     "model.ffn_size=512",
     "model.vocab_size=1024",
     "seq_len=128",
