@@ -9,9 +9,9 @@ ARGS ?=
 install: .venv/.dev
 
 # What `make train` leaves out: TensorBoard files (log.tensorboard=true), comparisons with transformers (export --check), the
-# libraries of data.clean.
+# libraries of data.clean, and the other engines (engine=deepspeed, engine=accelerate).
 extras: .venv/.run
-	$(PIP) -e '.[tensorboard,transformers,data]'
+	$(PIP) -e '.[tensorboard,transformers,data,deepspeed,accelerate]'
 
 train: .venv/.run
 	@$(BIN)/megatrain train $(ARGS)

@@ -20,6 +20,7 @@ from megatrain.train.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "train": ROOT / "megatrain" / "train",
+    "engines": ROOT / "megatrain" / "engines",
     "parallel": ROOT / "megatrain" / "parallel",
     "models": ROOT / "megatrain" / "models",
     "nn": ROOT / "megatrain" / "nn",

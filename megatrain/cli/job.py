@@ -12,6 +12,7 @@ from megatrain.cli.sweep import plan_sweep, run_sweep
 from megatrain.config.docs import json_schema
 from megatrain.config.errors import UserError
 from megatrain.config.text import to_yaml
+from megatrain.engines.config import require_engine
 from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
@@ -63,6 +64,7 @@ def run_in_layout(
     """
 
     def start_or_do(processes: Processes, cfg: Config) -> int:
+        require_engine(cfg.engine)
         needed = _processes_needed(cfg)
         if needed > 1 and not is_started():
             command = [sys.executable, "-m", "megatrain", verb, *argv]

@@ -35,6 +35,8 @@ FEATURES = (
     ("pyarrow", "Parquet data (data.path=*.parquet)"),
     ("triton", "the Triton kernels on a GPU"),
     ("pydantic", "the JSON schema of the config (--cfg schema)"),
+    ("deepspeed", "engine=deepspeed"),
+    ("accelerate", "engine=accelerate"),
     ("transformers", "comparisons with Hugging Face models (make test, make bench)"),
 )
 """Importable names of optional packages, and what they are for."""

@@ -34,10 +34,17 @@ def build_optimizer(
     for group in groups:
         group["splits"] = [(splits or {}).get(names[parameter]) for parameter in group["params"]]
     optimizer = rule.make(groups, cfg)
+    start_state(optimizer, cfg)
+    return optimizer
+
+
+def start_state(optimizer: Optimizer, cfg: OptimConfig) -> None:
+    """Give the present parameters of `optimizer` the state before the first step, and forget all others'."""
+    rule = RULES[cfg.kind]
+    optimizer.state.clear()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = rule.initial_state(parameter, group, cfg)
-    return optimizer
 
 
 def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -114,8 +114,8 @@ class ParallelModel:
 
     def _owned(self, name: str, t: Tensor) -> Tensor | None:
         """Return the local shard if this rank is the first of those that hold it, else None."""
-        if not isinstance(t, DTensor):
-            return t
+        if not isinstance(t, DTensor):  # full on every rank
+            return t if self.mesh is None or self.mesh.data_rank == 0 else None
         if name == self.plan.tied_embedding and self.mesh is not None and self.mesh.coordinate("pp") > 0:
             return None  # a copy of the first stage's
         coordinate = t.device_mesh.get_coordinate()

@@ -116,7 +116,8 @@ def _serve(
 ) -> None:
     """Join the other ranks, run the function, and send its result."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
     try:
         dist.init_process_group(
             "gloo",

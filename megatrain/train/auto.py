@@ -1,9 +1,11 @@
 """Resolution of `auto` values, once before the first step."""
 
 import dataclasses
+from typing import Any
 
 from megatrain.config.errors import UserError
 from megatrain.data.config import DataConfig
+from megatrain.engines.config import legal_precisions
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
 from megatrain.train.micro_batch import largest_fitting, micro_batch_choices, state_bytes
@@ -28,6 +30,13 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
     if cfg.micro_batch_size != "auto":
         return resolved
     return dataclasses.replace(resolved, micro_batch_size=_micro_batch(cfg, memory, before))
+
+
+def with_precision(cfg: Config, precision: str) -> Config:
+    """Return `cfg` with `precision` in place of auto, or with the engine's default where it doesn't compute in that."""
+    legal = legal_precisions(cfg.engine, cfg.parallel, cfg.deepspeed)
+    chosen: Any = precision if precision in legal else legal[0]
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=chosen))
 
 
 def resolve_data(cfg: Config) -> DataConfig:

@@ -20,7 +20,7 @@ from megatrain.parallel.layout import layout_summary
 from megatrain.parallel.mesh import make_mesh
 from megatrain.runtime.device import Peak, choose_precision, memory_bytes, peak_flops, pick_device
 from megatrain.runtime.processes import Processes
-from megatrain.train.auto import require_memory, resolve_auto
+from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.bench_facts import (
     BusyCores,
     code_facts,
@@ -166,6 +166,7 @@ def bench(
         trace = files[0] if files else None
         profile = breakdown(step, state.parallel.models, mesh=mesh, steps=profiled, trace=trace)
     batches.close()  # type: ignore[attr-defined]
+    state.close()
     return _result(
         setup,
         times,
@@ -193,8 +194,7 @@ def _prepare(cfg: Config, processes: Processes, request: Request) -> _Setup:
     processes.limit_waits(cfg.resilience.timeout_s)
     device = pick_device(processes.local_rank)
     if cfg.train.precision == "auto":
-        precision = processes.from_first(lambda: choose_precision(device))
-        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+        cfg = with_precision(cfg, processes.from_first(lambda: choose_precision(device)))
     memory = memory_bytes(device, processes.local_size)
     processes.from_first(lambda: require_memory(cfg, memory))  # also with `force`: it is no estimate
     cfg = processes.from_first(lambda: resolve_auto(cfg, memory=memory))

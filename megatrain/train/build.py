@@ -1,8 +1,11 @@
 """Construction of a run's parts from its config: layout, state, loader, validation batches."""
 
 import dataclasses
+import os
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
@@ -10,14 +13,17 @@ from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
 from megatrain.data.prepare import Prepared, prepare
 from megatrain.data.store import TokenSource
+from megatrain.engines.config import zero_stage
+from megatrain.engines.engine import Engine
 from megatrain.models.registry import get_spec
+from megatrain.nn.contract import Plan
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
 from megatrain.nn.moe import use_experts_backend
-from megatrain.optim.build import build_optimizer
+from megatrain.optim.build import RULES, build_optimizer, start_state
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
-from megatrain.parallel.apply import parallelize
+from megatrain.parallel.apply import ParallelModel, parallelize
 from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.mesh import Mesh
@@ -89,7 +95,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     parallel = parallelize(
         make_model,
         plan,
-        mesh,
+        mesh if cfg.engine == "native" else None,
         cfg.parallel,
         seq_len=cfg.seq_len,
         compute_dtype=compute_dtype,
@@ -101,12 +107,61 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
             model, plan, seed=cfg.train.seed, shard_of=lambda name, p: shard_of(p, parallel.splits.get(name))
         )
         use_experts_backend(model, cfg.moe.backend, compute_dtype)
+    if cfg.engine != "native":
+        return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
     average = None if decay is None else WeightAverage(weights.parameters, decay)
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
+
+
+def _state_of_engine(cfg: Config, parallel: ParallelModel, plan: Plan) -> TrainState:
+    """Wrap the full model of `parallel` in the config's engine, which shards it."""
+    optimizer = build_optimizer(cfg.optim, parallel.parameters(), plan.roles)
+    engine = _engine(cfg, parallel, plan, optimizer)
+    named = parallel.parameters()  # FSDP2 has replaced them
+    decay = cfg.train.ema_decay
+    average = None if decay is None else WeightAverage(named, decay)
+    weights = MasterWeights(named, next(iter(named.values())).dtype)
+    return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average, engine=engine)
+
+
+def _engine(cfg: Config, parallel: ParallelModel, plan: Plan, optimizer: Optimizer) -> Engine:
+    """Make the config's engine, and the state of `optimizer` for the parameters that it has then."""
+    model, ranks = parallel.models[0], data_ranks(cfg.parallel)
+    # DeepSpeed, which Accelerate imports too where it is installed, would search for a device and print what it found.
+    os.environ.setdefault("DS_ACCELERATOR", parallel.device.type)
+    compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
+    if cfg.engine == "accelerate":
+        from megatrain.engines.accelerate import AccelerateEngine
+
+        made = AccelerateEngine(model, optimizer, cfg.parallel, ranks=ranks, compute_dtype=compute_dtype)
+        start_state(optimizer, cfg.optim)
+        return made
+    from megatrain.engines.deepspeed import DeepSpeedEngine, ZeroEngine, options
+
+    stage = zero_stage(cfg.parallel, cfg.deepspeed)
+    chosen = options(
+        stage=stage,
+        offload=cfg.deepspeed.offload_optimizer,
+        clip_norm=cfg.optim.clip_norm,
+        is_bf16=compute_dtype == torch.bfloat16,
+        micro_batch_size=cfg.resolved_micro_batch_size,
+        micro_batches=cfg.global_batch_size // ranks // cfg.resolved_micro_batch_size,
+    )
+    if stage == 0:
+        return DeepSpeedEngine(model, optimizer, chosen, ranks=ranks)
+    make_state = RULES[cfg.optim.kind].initial_state
+    return ZeroEngine(
+        model,
+        optimizer,
+        chosen,
+        plan=plan,
+        mesh=parallel.mesh,
+        initial_state=lambda flat: make_state(nn.Parameter(flat), {}, cfg.optim),
+    )
 
 
 def build_loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:

@@ -12,6 +12,7 @@ from megatrain.config.paths import PathText
 from megatrain.config.ranges import Count, DecayRate, NonNegative, PositiveCount, Size
 from megatrain.config.schema import Problem, config, nearest_divisors
 from megatrain.data.config import DataConfig
+from megatrain.engines.config import DeepSpeedConfig, EngineName, engine_problems
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEBackendConfig
@@ -106,7 +107,6 @@ class Config:
         "model.window": "model.sliding_window",
         "model.latent": "model.mla",
         "model.moe": "model.experts",
-        "engine": None,
     }
     """Key of an earlier version -> its present name; None: removed."""
     CHANGED: ClassVar[Mapping[str, Mapping[object, object]]] = {"schedule.warmup_steps": {None: "auto"}}
@@ -125,6 +125,10 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
     resilience: ResilienceConfig = ResilienceConfig()
+    engine: EngineName = "native"
+    """Library that runs the passes and shards the model. native: PyTorch, in every layout; deepspeed: ZeRO-0 to ZeRO-3
+    by DeepSpeed; accelerate: DDP and FSDP2 by Hugging Face Accelerate. The last two run data parallelism only."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     seq_len: Size = 256
     """Length of a training sequence in tokens."""
     global_batch_size: Size = 16
@@ -149,6 +153,14 @@ class Config:
                 (SCHEMA_VERSION,),
             )
         yield from self._layout_problems()
+        yield from engine_problems(
+            self.engine,
+            self.parallel,
+            self.deepspeed,
+            precision=self.train.precision,
+            optimizer=self.optim.kind,
+            ema_decay=self.train.ema_decay,
+        )
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))

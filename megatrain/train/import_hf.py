@@ -133,7 +133,7 @@ def take_up_weights(
     found = checkpointer.load(weights, only=WEIGHTS, step=step)
     if found is None:
         raise UserError(f"{checkpointer.directory} has no checkpoint")
-    state.sync_model_weights()
+    state.take_up(weights)
     if state.average is not None:
         for name, average in state.average.averages.items():
             average.copy_(state.weights.parameters[name].detach())

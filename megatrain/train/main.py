@@ -27,7 +27,7 @@ from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, take
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.auto import require_memory, resolve_auto
+from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.build import (
     build_eval_batches,
     build_loader,
@@ -76,8 +76,11 @@ def run(cfg: Config, processes: Processes) -> Outcome:
         processes.limit_waits(cfg.resilience.timeout_s)
         loader = build_loader(cfg, data.train, mesh)
         state = build_state(cfg, device, mesh)
-        with _owned(directory, checkpointer, state, cfg.run.id) as require_owner:
-            log = RunLog if processes.is_first else NoLog
+        log = RunLog if processes.is_first else NoLog
+        with (
+            contextlib.closing(state),
+            _owned(directory, checkpointer, state, cfg.run.id) as require_owner,
+        ):
             return _train(
                 Run(
                     cfg=cfg,
@@ -131,8 +134,7 @@ def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: to
     if is_untrained_import(directory, checkpointer):
         frozen = None  # its config names the model only; the recipe and the data are free
     if cfg.train.precision == "auto":
-        precision = choose_precision(device) if frozen is None else frozen.train.precision
-        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+        cfg = with_precision(cfg, choose_precision(device) if frozen is None else frozen.train.precision)
     memory = memory_bytes(device, checkpointer.processes.local_size)
     require_memory(cfg, memory)
     if frozen is not None:
@@ -273,13 +275,13 @@ def _resume(run: Run) -> tuple[str, ...]:
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         source = take_up_weights(run.checkpointer, state)
         require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)
-    elif found := run.checkpointer.load(state.tensors()):
+    elif found := run.checkpointer.load(tensors := state.tensors()):
         info = found.manifest.info
         require_own_checkpoint(info, found.path, cfg.run.id)
         if (saved := saved_config(info, found.path)) is not None:
             changes = check_same_run(saved, cfg)
         check_same_data(info["data_fingerprint"], run.data.fingerprint, cfg)
-        state.restore(found.state)
+        state.restore(found.state, tensors)
     elif cfg.checkpoint.adopt is not None:
         other, step = _adopted(cfg, run.checkpointer)
         source = take_up_weights(other, state, step=step)

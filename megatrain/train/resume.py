@@ -16,6 +16,8 @@ FREE = (
     "log.*",
     "checkpoint.*",
     "parallel.*",
+    "engine",
+    "deepspeed.*",
     "micro_batch_size",
     "schedule.warmup_fraction",  # warmup_steps, which is derived from it, is compared
     "moe.*",

@@ -40,6 +40,7 @@ def shrink(cfg: Config, layouts: Sequence[ParallelConfig]) -> Config:
         # Backends for GPUs compute the same up to rounding.
         moe=MoEBackendConfig() if cfg.moe.backend in ("triton", "megablocks") else cfg.moe,
         parallel=ParallelConfig(),
+        engine="native",
         seq_len=seq_len,
         global_batch_size=batch,
         micro_batch_size=batch // 2,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatrain.engines.engine import Engine, Partitioned
 from megatrain.optim.build import optimizer_tensors
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
@@ -27,6 +28,8 @@ class TrainState:
     weights: MasterWeights
     optimizer: Optimizer
     average: WeightAverage | None
+    engine: Engine | None = None
+    """Library that runs the passes; None: the native engine, which is PyTorch and nothing else."""
     step: int = 0
     """Number of optimizer steps done."""
     tokens: int = 0
@@ -40,7 +43,14 @@ class TrainState:
         return self.parallel.models[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of a checkpoint by its key (no copies: loading writes into them)."""
+        """Return every tensor of a checkpoint by its key. One is loaded into them, and then taken up by `restore`."""
+        buffers = {
+            f"model.{name}": buffer
+            for model in self.parallel.models
+            for name, buffer in model.named_buffers()
+        }
+        if isinstance(self.engine, Partitioned):
+            return self.engine.tensors() | buffers
         found: dict[str, Tensor] = {}
         for name, parameter in self.weights.parameters.items():
             own = {f"model.{name}": parameter.detach()}
@@ -52,18 +62,28 @@ class TrainState:
             found |= {
                 key: t if split is None or t.ndim == 0 else tell_place(t, split) for key, t in own.items()
             }
-        for model in self.parallel.models:
-            found |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+        found |= buffers
         return found
 
     def metadata(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, as JSON."""
         return {"step": self.step, "tokens": self.tokens, "watch": self.watch}
 
-    def restore(self, metadata: dict[str, Any]) -> None:
-        """Take up `metadata` after the tensors were loaded in place."""
+    def restore(self, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take up `metadata`, and what was read into `tensors`."""
         self.step, self.tokens, self.watch = metadata["step"], metadata["tokens"], metadata["watch"]
+        self.take_up(tensors)
+
+    def take_up(self, tensors: dict[str, Tensor]) -> None:
+        """Compute with what was read into `tensors`, some or all of those that `tensors()` has returned."""
+        if isinstance(self.engine, Partitioned):
+            self.engine.load(tensors)
         self.sync_model_weights()
+
+    def close(self) -> None:
+        """Give up what the engine holds."""
+        if self.engine is not None:
+            self.engine.close()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from megatrain.data.loader import Batch, StepBatch
+from megatrain.engines.engine import Engine, Partitioned
 from megatrain.nn.balance import balance_experts, begin_balance
 from megatrain.optim.clip import clip_gradients
 from megatrain.parallel.apply import ParallelModel
@@ -77,31 +78,44 @@ def train_step(
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
     batch, so the split into micro-batches and over ranks only affects rounding.
     """
-    parallel, weights = state.parallel, state.weights.parameters
+    parallel = state.parallel
     loss = accumulate_gradients(state, batch, cfg)
     with record_function("optimizer"):  # the ranges of this file are classes in observe/profile.py
-        gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-        stop = torch.full_like(loss, float(wants_stop()))
-        # One all-reduce for all scalars: small collectives are bound by latency.
-        loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
-        grad_norm = squared_norm.sqrt()
-        clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        state.optimizer.step()
-        state.weights.zero_gradients()
-        state.sync_model_weights()
+        stop = torch.full_like(loss, float(wants_stop()))
+        if isinstance(state.engine, Partitioned):
+            grad_norm = state.engine.update()
+            loss, stop = parallel.total(torch.stack([loss, stop]))
+        else:
+            loss, grad_norm, stop = _update(state, cfg, loss, stop)
         balance_experts(parallel.models, cfg.model, parallel.total)
         if state.average is not None:
-            state.average.update(weights)
+            state.average.update(state.weights.parameters)
     state.step += 1
     state.tokens += batch.valid_tokens
     return StepStats(torch.stack([loss, grad_norm, stop]))
 
 
+def _update(state: TrainState, cfg: Config, loss: Tensor, stop: Tensor) -> Tensor:
+    """Clip the gradients and update the weights; return the sum of `loss`, the gradient norm, and that of `stop`."""
+    parallel, weights = state.parallel, state.weights.parameters
+    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+    # One all-reduce for all scalars: small collectives are bound by latency.
+    loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
+    grad_norm = squared_norm.sqrt()
+    clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
+    state.optimizer.step()
+    state.weights.zero_gradients()
+    state.sync_model_weights()
+    return torch.stack([loss, grad_norm, stop])
+
+
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Accumulate the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
     parallel = state.parallel
+    if state.engine is not None:
+        return _accumulate_in_engine(state.engine, parallel, batch, cfg)
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
     loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
     parallel.sum_replicated_gradients()
@@ -121,6 +135,18 @@ def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
             state.weights.collect_gradients()
         total += loss.detach()
     return total
+
+
+def _accumulate_in_engine(engine: Engine, parallel: ParallelModel, batch: StepBatch, cfg: Config) -> Tensor:
+    """Do as `accumulate_gradients`; the engine's mean over ranks undoes its factor on the loss."""
+    scale = engine.ranks / max(batch.valid_tokens, 1)
+    begin_balance(parallel.models, scale)
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    for n, part in enumerate(batch.micro_batches):
+        is_last = n == len(batch.micro_batches) - 1
+        tensors = _on_device(parallel, part)
+        total += engine.forward_backward(tensors, scale=scale, z_loss=cfg.train.z_loss, is_last=is_last)
+    return total / engine.ranks
 
 
 def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:

@@ -14,6 +14,8 @@ MAX_FUNCTION_LINES = 60
 MAX_POSITIONAL_PARAMETERS = 6
 """Keyword-only ones are free: a call names them."""
 OPTIONAL = {
+    "accelerate",
+    "deepspeed",
     "fsspec",
     "jinja2",
     "ftfy",

@@ -113,7 +113,7 @@ def test_experts_go_on_from_the_tensors_of_a_checkpoint() -> None:
         if number == 2:  # the second takes up what the first has, and only that
             for name, tensor in states[1].tensors().items():
                 tensor.copy_(states[0].tensors()[name])
-            states[1].restore(states[0].metadata())
+            states[1].restore(states[0].metadata(), states[1].tensors())
         for state in states[: 1 + number // 2]:
             train_step(state, loader(cfg).step_batch(number), cfg, lr=cfg.optim.lr)
     for name, tensor in states[0].tensors().items():

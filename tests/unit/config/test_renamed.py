@@ -71,8 +71,6 @@ def test_the_command_answers_with_the_new_name(old: str, new: str) -> None:
 
 
 def test_a_file_is_answered_with_the_new_name() -> None:
-    with pytest.raises(ConfigError, match=r"engine=native: this key was removed"):
-        load(Config, {"engine": "native"})
     with pytest.raises(ConfigError, match=r"parallel.recompute=full: this key is now"):
         load(Config, {"parallel": {"recompute": "full"}})
 

@@ -64,6 +64,9 @@ LIMITED: dict[str, Any] = {
     "wandb": ("off",),
     "display": ("off", "plain"),
     "compile": (False,),
+    "engine": (
+        "native",
+    ),  # the others leave state in the process; tests/distributed/test_engines.py runs them
     "tensorboard": (False,),
 }
 """Keys whose other legal values only take long, or other machines: the ones that are drawn."""
