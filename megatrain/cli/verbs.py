@@ -277,6 +277,25 @@ VERBS = (
         ),
     ),
     Verb(
+        name="diff",
+        summary="say at which step and in which quantity two runs part: config, data, samples, loss, weights",
+        usage="RUN_A RUN_B [flags]",
+        examples=(
+            ("megatrain diff runs/default runs/mine", "exit code 0 if they are equal, 1 if not"),
+            (
+                "megatrain diff runs/one-gpu runs/sharded --rtol 1e-5",
+                "two layouts of the same run: ignore rounding",
+            ),
+            ("megatrain diff runs/default runs/mine --no-tensors --json", "the records alone, for programs"),
+        ),
+        takes_config=False,
+        flags=(
+            ("--rtol R", "ignore relative differences of up to R; default: 0, exactly equal"),
+            ("--no-tensors", "leave out the tensors of the newest checkpoint that both have"),
+            ("--json", "print one JSON object instead of text; progress goes to stderr"),
+        ),
+    ),
+    Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
         usage="[--json]",
