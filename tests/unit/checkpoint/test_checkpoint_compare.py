@@ -115,6 +115,15 @@ def test_every_changed_bit_counts(
     assert difference.max_abs == (abs(before - (value or 0.0)) if max_abs is None else max_abs)
 
 
+def test_another_nan_differs_by_nothing(tmp_path: Path) -> None:
+    changed = make_tensors(1)
+    changed["model.nan"].view(torch.int32)[0] += 1
+    found = compared(saved(tmp_path / "a", make_tensors(1)), saved(tmp_path / "b", changed))
+    assert [(each.name, each.differing, each.max_abs) for each in found.differences] == [
+        ("model.nan", 1, 0.0)
+    ]
+
+
 ROWS = [(slice(0, 10),), (slice(10, 24),)]
 COLUMNS = [(slice(0, 24), slice(0, 7)), (slice(0, 24), slice(7, 15)), (slice(0, 24), slice(15, 16))]
 

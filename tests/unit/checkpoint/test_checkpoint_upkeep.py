@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def test_a_copy_goes_into_the_checkpoints_of_a_run_that_does_not_train(run: Path
 @pytest.mark.parametrize("name", ["__0_0_0.distcp", "state.json", "manifest.json"])
 def test_damage_is_not_copied(run: Path, tmp_path: Path, name: str) -> None:
     flip_a_bit(step(run, 3) / name)
-    with pytest.raises(DamagedCheckpointError, match=name.replace(".", r"\.")):
+    said = f"{step(run, 3)} is damaged: {name} "  # the source, not the copy that was begun
+    with pytest.raises(DamagedCheckpointError, match=re.escape(said)):
         copy_checkpoint(step(run, 3), tmp_path / "other", progress=silent)
     assert not (tmp_path / "other").exists() or not os.listdir(tmp_path / "other")
 
@@ -152,6 +154,11 @@ def test_one_file_has_every_bit(run: Path, tmp_path: Path) -> None:
     assert all_bits(load_file(tmp_path / "all.safetensors")) == all_bits(make_tensors(3))
     with safe_open(tmp_path / "all.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "step": "3", "source": "MegaTrain checkpoint"}
+    raw = (tmp_path / "all.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    for name, tensor in make_tensors(3).items():  # aligned, so that it can be mapped into memory
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.itemsize == 0
     consolidated(step(run, 3), tmp_path / "optimizer.safetensors", only="optimizer")
     kept = {name: tensor for name, tensor in make_tensors(3).items() if name.startswith("optim.")}
     assert all_bits(load_file(tmp_path / "optimizer.safetensors")) == all_bits(kept)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,15 @@ def test_ls(folder: Path, call: Call) -> None:
     rows = json.loads(call("ls", "a", "--json")[1])
     assert [(row["step"], row["state"]) for row in rows] == [(1, "damaged"), (2, "complete")]
     assert rows[1]["info"]["run_id"] == "\x1b[31mred"
+
+
+def test_ls_does_not_wait_for_torch(folder: Path) -> None:
+    code = (
+        "import sys; from megatrain.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    line = [sys.executable, "-c", code, "checkpoint", "ls", "a"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_show(folder: Path, call: Call) -> None:
