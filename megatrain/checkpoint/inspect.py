@@ -1,5 +1,6 @@
 """A look into one checkpoint, which is read and never changed: its tensors, its hashes, what it says of its run."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ KINDS = {"model.": "weights", "optim.": "optimizer", "ema.": "average"}
 """Prefix of a tensor's name -> what it is."""
 TICK_S = 0.2
 """Seconds between two reports of progress."""
+DELETED = "it was deleted meanwhile, as a run that trains does with its older checkpoints"
 Progress = Callable[[str, float], None]
 
 
@@ -103,6 +105,13 @@ def open_checkpoint(path: Path) -> Opened:
 
 def verify(path: Path, *, progress: Progress) -> Verified:
     """Read every byte of a checkpoint and compare it with the manifest. Nothing is moved or changed."""
+    found = _verify(path, progress)
+    if found.damages and not os.path.lexists(path):
+        return Verified(path, (), 0, unknown=DELETED)
+    return found
+
+
+def _verify(path: Path, progress: Progress) -> Verified:
     try:
         manifest = read_manifest(path)
     except CorruptCheckpointError as error:
@@ -146,6 +155,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except CorruptCheckpointError as error:
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: {DELETED}") from None
         raise DamagedCheckpointError(f"{path} is damaged: {error}. It was left as it is.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error}") from None

@@ -19,9 +19,10 @@ from unit.checkpoint.test_checkpoint_damage import (
 )
 from unit.checkpoint.test_checkpoint_reader import forge
 
+from megatrain.checkpoint import inspect
 from megatrain.checkpoint.inspect import open_checkpoint, require_whole, verify
 from megatrain.checkpoint.listing import checkpoint_directory, find_checkpoints, list_checkpoints
-from megatrain.checkpoint.manifest import Manifest, read_manifest
+from megatrain.checkpoint.manifest import Manifest, file_size, read_manifest
 from megatrain.config.errors import DamagedCheckpointError, UserError
 
 DAMAGES = (flip_a_bit, zero_the_tail, cut_one_byte, remove, make_a_link)
@@ -188,5 +189,25 @@ def test_what_this_version_cannot_read_is_not_called_damaged(run: Path) -> None:
     assert (found.state, found.damages) == ("unknown", ())
     assert "refused" in found.unknown
     with pytest.raises(UserError, match="Another version of PyTorch") as caught:
+        open_checkpoint(path)
+    assert caught.value.exit_code == 2
+
+
+def test_a_checkpoint_deleted_while_it_is_read_is_not_called_damaged(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that trains removes its older checkpoints, by renaming them first."""
+    path = run / "checkpoints" / "step-00000100"
+
+    def delete_then_look(file: Path) -> int:
+        if path.exists():
+            path.rename(run / "checkpoints" / ".trash-step-00000100-ab")
+        return file_size(file)
+
+    monkeypatch.setattr(inspect, "file_size", delete_then_look)
+    found = verify(path, progress=silent)
+    assert (found.state, found.damages) == ("unknown", ())
+    assert "deleted meanwhile" in found.unknown
+    with pytest.raises(UserError, match="deleted meanwhile") as caught:
         open_checkpoint(path)
     assert caught.value.exit_code == 2
