@@ -22,8 +22,8 @@ from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
 from megatrain.checkpoint.retention import TEMPORARY, prune, remove_leftovers, step_name, unique_name
 from megatrain.checkpoint.safetensors_file import SafetensorsFile, write_shards
 from megatrain.config.errors import DamagedCheckpointError, UserError
+from megatrain.runtime.ownership import LOCK_FILE, read_owner
 
-LOCK_FILE = ".lock"
 SPARE_BYTES = 64 << 10
 """Space for headers and directories, in bytes."""
 
@@ -47,14 +47,22 @@ def idle_run(run: Path | None) -> Iterator[None]:
     if run is None or not run.is_dir():
         yield
         return
-    try:
-        with (run / LOCK_FILE).open("ab") as lock:  # not truncated: its owner may have written into it
+    with contextlib.ExitStack() as stack:
+        try:
+            # not truncated, unlike a run's own: this is no owner
+            lock = stack.enter_context((run / LOCK_FILE).open("ab"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise UserError(
-            f"{run} is training. Wait for it, or stop it: SIGTERM saves a checkpoint first."
-        ) from None
+        except BlockingIOError:
+            owner = read_owner(run)
+            whose = "" if owner is None else f" ({owner})"
+            raise UserError(
+                f"{run} is training{whose}. Wait for it, or stop it: SIGTERM saves a checkpoint first."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{run} can't be locked, so it can't be told whether it is training: {error}"
+            ) from None
+        yield
 
 
 def plan_prune(directory: Path, keep: int, *, progress: Progress) -> tuple[list[Listed], int]:

@@ -96,7 +96,9 @@ def show_text(facts: dict[str, Any]) -> str:
     for key, value in facts["info"].items():
         if key == "config":  # a hundred keys, which --json has and `config.yaml` shows
             continue
-        shown = layout_text(value) if key == "layout" else ", ".join(_pair(*each) for each in flat(value))
+        shown = layout_text(value) if key == "layout" else value_text(value)
+        if key != "layout" and isinstance(value, dict):
+            shown = f"{len(list(flat(value))):,} values; --json has them"
         lines.append(f"  {value_text(key.replace('_', ' ')):<16}  {shown}")
     lines += ["", "State", *(f"  {_pair(*each)}" for each in flat(facts["state"])), "", "Totals"]
     rows = [("  kind", "tensors", "elements", "size")]

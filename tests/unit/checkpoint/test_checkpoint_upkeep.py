@@ -1,5 +1,6 @@
 """Pruned, copied and consolidated checkpoints: nothing good is lost, nothing is overwritten, every value arrives."""
 
+import errno
 import fcntl
 import json
 import os
@@ -92,6 +93,18 @@ def test_a_training_run_is_not_touched(run: Path) -> None:
         assert content(run) == before
     assert pruned(run, 1) == [1, 2, 3]
     assert (run / ".lock").read_text() == "owner"
+
+
+def test_a_run_that_cannot_be_locked_is_not_touched(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have no locks, so nobody can tell whether it trains."""
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(upkeep.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="can't be locked"):
+        pruned(run, 1)
+    assert steps(run) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("keep", [0, -1])
