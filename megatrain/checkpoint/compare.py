@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatrain.checkpoint.inspect import Opened, Progress, kind_of, naming
 from megatrain.checkpoint.reader import CheckedReader, TensorSpec
 from megatrain.checkpoint.writer import original_errors
+from megatrain.config.errors import UserError
 
 BLOCK = 1 << 20
 """Elements that are compared at a time; the temporaries in float64 are no larger."""
@@ -100,9 +101,14 @@ def compare(a: Opened, b: Opened, *, progress: Progress, rtol: float = 0.0, only
 
     Raises:
         DamagedCheckpointError: a file changed while it was read.
+        UserError: neither has a tensor of the kind `only`.
     """
     found = Comparison(rtol)
     ours, theirs = (_specs(each.reader, only) for each in (a, b))
+    if only and not ours and not theirs:
+        raise UserError(
+            f"{a.path} and {b.path} have no tensors of the kind {only}, so there is nothing to compare"
+        )
     found.only_a = sorted(ours.keys() - theirs.keys(), key=natural)
     found.only_b = sorted(theirs.keys() - ours.keys(), key=natural)
     common = sorted(ours.keys() & theirs.keys(), key=natural)

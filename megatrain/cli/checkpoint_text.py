@@ -136,7 +136,7 @@ def comparison_text(found: "Comparison", a: str, b: str) -> str:
     if found.equal:
         what = "bitwise equal" if not found.rtol else f"equal to {found.rtol:g}"
         more = f" ({found.ignored:,} not bitwise)" if found.ignored else ""
-        lines.append(f"Equal: {found.tensors:,} tensors are {what}{more}, and the state is the same.")
+        lines.append(f"Equal: {found.tensors:,} tensors are {what}{more}.")
     lines += comparison_lines(found)
     if found.info:
         lines += ["Their manifests also say:", *_pair_lines(found.info)]

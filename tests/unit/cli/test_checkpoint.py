@@ -178,6 +178,10 @@ def test_copy_and_consolidate(folder: Path, call: Call) -> None:
         (("prune", "a"), "the following arguments are required: --keep"),
         (("prune", "a", "--keep", "0"), "--keep 0: must be at least 1"),
         (("diff", "a", "b", "--rtol", "nan"), "--rtol nan: must be finite and at least 0"),
+        (
+            ("diff", "a", "b", "--only", "average"),
+            "no tensors of the kind average, so there is nothing to compare",
+        ),
         (("diff", "a", "b", "--only", "loss"), "invalid choice: 'loss'"),
         (("consolidate", "a", "x", "--shard-gb", "0"), "--shard-gb 0.0: must be finite and above 0"),
         (("copy", "a", "a"), "nothing is overwritten"),
