@@ -1,17 +1,18 @@
-"""Saving and loading of a checkpoint against plain writing and reading of as many bytes, and steps while one is written.
+"""Saving and loading of a checkpoint against plain writing and reading, and training steps while one is written.
 
     python -m benchmarks.checkpoint --dir DIR --out benchmarks/results/checkpoint_NAME.json
 
-A save ends when every byte is hashed and on the disk; so does the plain write (one file, in one call, then fsync). A
-load checks every hash; the plain read is one file into memory that is there already. Before each of the two the
-files leave the page cache, so both come from the disk. Before each, the disk rests. A disk that has just taken a
-gigabyte serves the next one badly, so the rounds alternate which of a pair goes first; the medians of the two orders are
-told apart, and the worse one counts. The same on a file system in memory shows what hashing costs where no disk is waited
-for.
+A save ends when every byte is hashed and on the disk; so does the plain write of as many bytes (one file, in one call,
+then fsync). A load checks every hash; the plain read is one file into memory that is there already. Before each of the
+two the files leave the page cache, so both come from the disk. Before each, the disk rests. A disk that has just taken
+a gigabyte serves the next one badly, so the rounds alternate which of a pair goes first; the medians of the two orders
+are told apart, and the worse one counts. The same on a file system in memory shows what hashing costs where no disk is
+waited for.
 
 Memory is what the process holds at most beyond what it held before. Steps are forward and backward passes of a small
-network, on one core less than there are and on all (or on the GPU): their time while an asynchronous save is being written
-over that without one. The load of the machine before and after is in the result: figures count only if nothing else ran.
+network, on one core less than there are and on all (or on the GPU): their time while an asynchronous save is written
+over that without one. The load of the machine before and after is in the result: figures count only if nothing else
+ran.
 """
 
 import argparse

@@ -7,6 +7,7 @@ outcome at the same step.
 
 import copy
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -154,10 +155,10 @@ class Saver:
         job.thread.start()
 
     def _write(self, job: _Job) -> None:
-        if (
-            hasattr(os, "setpriority") and os.uname().sysname == "Linux"
-        ):  # elsewhere that is the whole process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+            thread = threading.get_native_id()
+            nice = min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
         try:
             staged = job.staged
             job.path = self._checkpointer.save(
