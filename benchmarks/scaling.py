@@ -3,7 +3,8 @@
     python -m benchmarks.scaling --rounds 3
 
 Each layout is timed in turn, several rounds; medians and their ratios are written. The cores are the same, so what is
-missing from 1 is communication, waiting, and work that ranks repeat.
+missing from 1 is communication, waiting, and work that ranks repeat or do in smaller pieces: the time of each class of
+work, from the profile of the last round's first process, says how much of it is which.
 """
 
 import argparse
@@ -43,8 +44,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 BASE = "one process, two threads"
 
 
-def measure(layout: tuple[str, ...], steps: int) -> float:
-    """Return the seconds of a step: the median that `megatrain bench` reports."""
+def measure(layout: tuple[str, ...], steps: int) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a step, the median that `megatrain bench` reports, and the share of each class of work."""
     threads = "1" if layout else "2"
     command = [sys.executable, "-m", "megatrain", "bench", *SHAPE, *layout, "--json", "--steps", str(steps)]
     done = subprocess.run(
@@ -52,7 +53,9 @@ def measure(layout: tuple[str, ...], steps: int) -> float:
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout)["step_time_s"])
+    found = json.loads(done.stdout)
+    profile = found["profile"]
+    return float(found["step_time_s"]), {name: s / profile["step_time_s"] for name, s in profile["classes"]}
 
 
 def main() -> None:
@@ -65,13 +68,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling_cpu.json"))
     options = parser.parse_args()
     times: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    shares: dict[str, dict[str, float]] = {}
     for number in range(options.rounds):
         for name, layout in LAYOUTS.items():
-            times[name].append(measure(layout, options.steps))
+            seconds, shares[name] = measure(layout, options.steps)
+            times[name].append(seconds)
             print(f"round {number + 1}/{options.rounds}  {name}: {times[name][-1]:.3f} s", flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows: dict[str, Any] = {
-        name: {"step_time_s": medians[name], "all": times[name], "speed_ratio": medians[BASE] / medians[name]}
+        name: {
+            "step_time_s": medians[name],
+            "all": times[name],
+            "speed_ratio": medians[BASE] / medians[name],
+            "seconds_by_class": {each: share * medians[name] for each, share in shares[name].items()},
+        }
         for name in LAYOUTS
     }
     result = {
@@ -85,6 +95,8 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:28s} {row['step_time_s']:8.3f} s  {row['speed_ratio']:5.2f}")
+        for each, seconds in sorted(row["seconds_by_class"].items(), key=lambda pair: -pair[1])[:8]:
+            print(f"    {each:44s} {seconds:8.3f} s")
 
 
 if __name__ == "__main__":

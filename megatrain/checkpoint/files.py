@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,13 +101,14 @@ def write_file(path: Path, data: bytes) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hex, reading it in pieces."""
+def hash_file(path: Path, *, seen: Callable[[int], None] = lambda size: None) -> str:
+    """Return the SHA-256 of a file in hex, reading it in pieces; `seen` is told the bytes of each."""
     digest, buffer = hashlib.sha256(), bytearray(READ_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(view[:size])
+            seen(size)
     return digest.hexdigest()
 
 

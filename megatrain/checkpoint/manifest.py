@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.files import WORKERS, FileRecord, hash_file
 from megatrain.config.errors import UserError
@@ -31,12 +29,14 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of MegaTrain, PyTorch and Python."""
-    try:
-        own = importlib.metadata.version("megatrain")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        own = "unknown"
-    return {"megatrain": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    """Return the versions of MegaTrain, PyTorch and Python; PyTorch is not imported, which takes seconds."""
+    found = {"python": platform.python_version()}
+    for package in ("megatrain", "torch"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+            found[package] = "unknown"
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,18 @@
 """`megatrain data`: prepare the tokens of a config, look at them, check them, and keep the caches in order."""
 
-import contextlib
 import dataclasses
 import json
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatrain.cli.actions import progress_display, run_action
 from megatrain.cli.options import Options, Parser, parse_options
-from megatrain.cli.verbs import find_verb
 from megatrain.config.errors import UserError
-from megatrain.config.nearest import nearest
 from megatrain.config.paths import expanded
 
 if TYPE_CHECKING:
@@ -32,15 +29,7 @@ def run(argv: list[str]) -> int:
     """Run one action on the data of a config, or on the caches; return the exit code."""
     actions: dict[str, Callable[[list[str]], int]]
     actions = {"prepare": _prepare, "show": _show, "verify": _verify, "ls": _ls, "prune": _prune}
-    verb = find_verb("data")
-    assert verb is not None
-    assert [name for name, _ in verb.actions] == list(actions)
-    if not argv or argv[0] not in actions:
-        near = nearest(argv[0], actions, 1) if argv else ()
-        hint = f" Did you mean {near[0]}?" if near else ""
-        found = f"there is no action '{argv[0]}'.{hint}" if argv else "say what to do."
-        raise UserError(f"data: {found} Actions: {', '.join(actions)}; see `megatrain data --help`.")
-    return actions[argv[0]](argv[1:])
+    return run_action("data", actions, argv)
 
 
 # --- actions ---
@@ -51,7 +40,7 @@ def _prepare(argv: list[str]) -> int:
     cfg, options = _config(words)
     if options.cfg:
         return _print_config(cfg, options)
-    with _display(flags.json) as display:
+    with progress_display(flags.json) as display:
         prepared = _prepared(cfg, display)
     if flags.json:
         contents = None if prepared.contents is None else prepared.contents.as_json()
@@ -121,7 +110,7 @@ def _verify(argv: list[str]) -> int:
     else:
         directories = [_directory(words, as_json=flags.json)[0]]
     found = {}
-    with _display(flags.json) as display:
+    with progress_display(flags.json) as display:
         for directory in directories:
             found[directory] = verify(
                 directory, progress=partial(display.phase, f"checking {directory.name}")
@@ -258,7 +247,7 @@ def _directory(words: list[str], *, as_json: bool) -> tuple[Path, "Config | None
         raise UserError(
             "data=synthetic: random tokens are made as they are read; there is no cache to look at"
         )
-    with _display(as_json) as display:
+    with progress_display(as_json) as display:
         directory = _prepared(cfg, display).directory
     assert directory is not None
     return directory, cfg
@@ -269,19 +258,6 @@ def _prepared(cfg: "Config", display: "Display") -> "Prepared":
     from megatrain.train.auto import resolve_data
 
     return prepare(resolve_data(cfg), progress=display.phase, vocab_size=cfg.model.vocab_size)
-
-
-@contextlib.contextmanager
-def _display(as_json: bool) -> "Iterator[Display]":
-    """Show progress on standard error, so that standard output has the result alone."""
-    from megatrain.observe.display import make_display
-
-    with contextlib.redirect_stdout(sys.stderr):
-        display = make_display("plain" if as_json else "auto")
-        try:
-            yield display
-        finally:
-            display.close()
 
 
 def _plain(cache: "Cache") -> dict[str, Any]:

@@ -256,6 +256,71 @@ VERBS = (
         ),
     ),
     Verb(
+        name="checkpoint",
+        summary="look into checkpoints, check them, compare, prune, copy, and write them as safetensors",
+        usage="ACTION RUN|CHECKPOINT ... [flags]",
+        examples=(
+            (
+                "megatrain checkpoint ls runs/default",
+                "steps, sizes, layouts, and which are damaged or unfinished",
+            ),
+            (
+                "megatrain checkpoint diff runs/default runs/mine",
+                "which tensors of their newest checkpoints differ, where, and by how much",
+            ),
+            (
+                "megatrain checkpoint consolidate runs/default weights.safetensors --only weights",
+                "one file of whole tensors, whatever the layout that wrote them",
+            ),
+        ),
+        takes_config=False,
+        flags=(
+            ("--json", "print one JSON object instead of text; progress goes to stderr"),
+            ("--only KIND", "diff, consolidate: weights, optimizer or average alone; default: all tensors"),
+            (
+                "--rtol R",
+                "diff: ignore differences of up to R of the tensor's largest element; default: 0, bitwise equal",
+            ),
+            ("--keep N", "prune: how many of the newest good checkpoints stay"),
+            ("--dry-run", "prune: only say what would be removed"),
+            ("--shard-gb GB", "consolidate: maximum size of a file in a directory, in GB; default: 5"),
+        ),
+        actions=(
+            ("ls", "list the checkpoints of a run, unfinished ones and those in quarantine too"),
+            ("show", "say what a checkpoint holds: tensors, sizes, layout, digests, versions"),
+            (
+                "verify",
+                "check every hash of one checkpoint, or of all of a run; exit code 3 if one is damaged",
+            ),
+            ("diff", "compare two checkpoints tensor by tensor; exit code 0 if equal, 1 if not"),
+            ("prune", "remove old checkpoints of a run that is not training"),
+            ("copy", "copy a checkpoint into another directory or run, verified"),
+            (
+                "consolidate",
+                "write whole tensors as safetensors: one file, or a directory of files with an index",
+            ),
+        ),
+    ),
+    Verb(
+        name="diff",
+        summary="say at which step and in which quantity two runs part: config, data, samples, loss, weights",
+        usage="RUN_A RUN_B [flags]",
+        examples=(
+            ("megatrain diff runs/default runs/mine", "exit code 0 if they are equal, 1 if not"),
+            (
+                "megatrain diff runs/one-gpu runs/sharded --rtol 1e-5",
+                "two layouts of the same run: ignore rounding",
+            ),
+            ("megatrain diff runs/default runs/mine --no-tensors --json", "the records alone, for programs"),
+        ),
+        takes_config=False,
+        flags=(
+            ("--rtol R", "ignore relative differences of up to R; default: 0, exactly equal"),
+            ("--no-tensors", "leave out the tensors of the newest checkpoint that both have"),
+            ("--json", "print one JSON object instead of text; progress goes to stderr"),
+        ),
+    ),
+    Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
         usage="[--json]",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatrain.checkpoint.reader import CheckedReader, read_tensors
+from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
+from megatrain.checkpoint.safetensors_file import write_shards
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
 from megatrain.data.tokenizer import HuggingFaceTokenizer
@@ -70,10 +70,12 @@ def export(
         partial.mkdir(parents=True)
         tokenizer = _write_tokenizer(run / "tokenizer", partial)
         _write_json(partial / CONFIG, config | tokenizer | {"dtype": HF_DTYPES[dtype]})
-        pieces = _pieces(mapping, checkpointer.open(found.step), prefix)
-        total = len(mapping.rules) + len(mapping.stacks)
-        counted = _counting(pieces, total, progress)
-        files, parameters = _write_shards(partial, counted, DTYPES[dtype], shard_bytes)
+        source = _Source(checkpointer.open(found.step), prefix, DTYPES[dtype])
+        parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
+        parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
+        specs = {name: spec for part in parts for name, spec in source.outline(part).items()}
+        tensors = _tensors(source, parts, progress)
+        files = write_shards(partial, specs, tensors, shard_bytes=shard_bytes, metadata={"format": "pt"})
         if target.exists():
             target.rmdir()
         os.rename(partial, target)
@@ -81,70 +83,50 @@ def export(
         raise UserError(f"{target} can't be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(found.step, files, parameters)
+    return Exported(found.step, files, sum(spec.size.numel() for spec in specs.values()))
 
 
-def _pieces(mapping: WeightMap, reader: CheckedReader, prefix: str) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each rule of `mapping` in turn, under Hugging Face's names."""
-    parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
-    parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
-    specs = reader.tensor_specs()
-    for part in parts:
-        names = [name for rule in part.rules for name in rule.ours] + [stack.ours for stack in part.stacks]
-        ours = {}
-        for name in names:
-            key = prefix + name if prefix + name in specs else WEIGHTS + name  # buffers have no average
-            ours[key] = torch.empty(specs[key].size, dtype=specs[key].dtype)
-        read_tensors(reader, ours)
-        yield part.export(dict(zip(names, ours.values(), strict=True)))
+@dataclass(frozen=True)
+class _Source:
+    """The tensors of a checkpoint in the dtype of an export; `prefix` chooses weights or averages."""
+
+    reader: CheckedReader
+    prefix: str
+    dtype: torch.dtype
+
+    def outline(self, part: WeightMap) -> dict[str, TensorSpec]:
+        """Return what `read` will return for a part of the map, without reading it."""
+        stored = self._stored(part)
+        hollow = {name: torch.empty(spec.size, device="meta") for name, (_, spec) in stored.items()}
+        return {name: TensorSpec(self.dtype, tensor.shape) for name, tensor in part.export(hollow).items()}
+
+    def read(self, part: WeightMap) -> dict[str, Tensor]:
+        """Return the tensors of a part of the map under Hugging Face's names, in the checkpoint's dtype."""
+        stored = self._stored(part)
+        ours = {key: torch.empty(spec.size, dtype=spec.dtype) for key, spec in stored.values()}
+        read_tensors(self.reader, ours)
+        return part.export({name: ours[key] for name, (key, _) in stored.items()})
+
+    def _stored(self, part: WeightMap) -> dict[str, tuple[str, TensorSpec]]:
+        """Return the parameters of a part of the map, each with its key in the checkpoint."""
+        specs = self.reader.tensor_specs()
+        found = {}
+        for name in [name for rule in part.rules for name in rule.ours] + [each.ours for each in part.stacks]:
+            key = (
+                self.prefix + name if self.prefix + name in specs else WEIGHTS + name
+            )  # buffers have no average
+            found[name] = (key, specs[key])
+        return found
 
 
-def _counting(
-    pieces: Iterator[dict[str, Tensor]], total: int, progress: Callable[[str, float], None]
-) -> Iterator[dict[str, Tensor]]:
-    for done, piece in enumerate(pieces):
-        progress("exporting", done / total)
-        yield piece
-
-
-def _write_shards(
-    directory: Path, pieces: Iterator[dict[str, Tensor]], dtype: torch.dtype, shard_bytes: int
-) -> tuple[int, int]:
-    """Write files of about `shard_bytes`, and an index of several; return the numbers of files and parameters."""
-    shard: dict[str, Tensor] = {}
-    places: dict[str, int] = {}
-    files, size, parameters, total = 0, 0, 0, 0
-    for piece in pieces:
-        for name, tensor in piece.items():
-            converted = tensor.to(dtype).contiguous()
-            if shard and size + converted.nbytes > shard_bytes:
-                _save(directory, files, shard)
-                shard, size, files = {}, 0, files + 1
-            shard[name], places[name] = converted, files
-            size, total = size + converted.nbytes, total + converted.nbytes
-            parameters += converted.numel()
-    _save(directory, files, shard)
-    files += 1
-    names = [
-        f"model-{n + 1:05d}-of-{files:05d}.safetensors" if files > 1 else "model.safetensors"
-        for n in range(files)
-    ]
-    for number, name in enumerate(names):
-        os.rename(directory / _unnamed(number), directory / name)
-    if files > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {k: names[n] for k, n in places.items()}}
-        _write_json(directory / "model.safetensors.index.json", index)
-    return files, parameters
-
-
-def _unnamed(number: int) -> str:
-    """Return the temporary name of a file; the final name contains the number of files."""
-    return f"part-{number}"
-
-
-def _save(directory: Path, number: int, shard: dict[str, Tensor]) -> None:
-    save_file(shard, directory / _unnamed(number), metadata={"format": "pt"})
-    shutil.copymode(directory / CONFIG, directory / _unnamed(number))  # safetensors: for the owner alone
+def _tensors(
+    source: _Source, parts: list[WeightMap], progress: Callable[[str, float], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor in turn; no more than one part of the map is in memory."""
+    for done, part in enumerate(parts):
+        progress("exporting", done / len(parts))
+        for name, tensor in source.read(part).items():
+            yield name, tensor.to(source.dtype)
 
 
 def _write_tokenizer(source: Path, target: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workplace import Workplace, wait_for_rows
 
+from megatrain.cli.main import main
+
 BOUND = 1e-9  # float64: sums in another order differ by 1e-16 each; AdamW divides by small numbers
 EXACT = ("train.precision=fp64", "train.ema_decay=0.9")
 COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
@@ -77,6 +79,9 @@ def test_layouts_follow_each_other_in_one_run(workplace: Workplace) -> None:
         workplace.run(workplace.tiny("run.name=many", *EXACT, *layout))
     assert_same_run(workplace, "many", "one")
     assert events(workplace, "many").count("resume") == 3
+    runs = [str(workplace.folder / "runs" / name) for name in ("many", "one")]
+    assert main(["diff", *runs, "--rtol", "1e-8"]) == 0
+    assert main(["diff", *runs]) == 1  # rounding
 
 
 def test_experts_move_between_ranks_in_one_run(workplace: Workplace) -> None:

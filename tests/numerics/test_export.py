@@ -7,9 +7,12 @@ import pytest
 import torch
 from test_huggingface_experts import MODELS as EXPERTS
 from test_huggingface_parity import MODELS
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatrain.checkpoint.config import CheckpointConfig
+from megatrain.checkpoint.reader import CheckedReader, read_tensors
+from megatrain.checkpoint.safetensors_file import SafetensorsFile
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
 from megatrain.data.config import DataConfig, TokenizerConfig
@@ -64,6 +67,30 @@ def test_logits_are_the_same(tmp_path: Path, family: str) -> None:
     assert check_logits(run, tmp_path / "whole", average=False) < 1e-4  # logits of a few units in float32
     assert exported(run, tmp_path / "cut", shard_bytes=20_000) > 2
     assert check_logits(run, tmp_path / "cut", average=False) < 1e-4
+
+
+@pytest.mark.parametrize("shard_bytes", [ALL, 20_000])
+def test_each_tensor_is_written_before_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    """However large a file may be: no more than one Hugging Face tensor, or stack of experts, is in memory."""
+    run = make_run(tmp_path / "run", MODELS["qwen3"])
+    log: list[tuple[str, int]] = []
+
+    def read(reader: CheckedReader, tensors: dict[str, Tensor]) -> None:
+        log.append(("read", sum(tensor.numel() for tensor in tensors.values())))
+        read_tensors(reader, tensors)
+
+    class Spy(SafetensorsFile):
+        def write(self, name: str, tensor: Tensor) -> None:
+            log.append(("write", tensor.numel()))
+            super().write(name, tensor)
+
+    monkeypatch.setattr("megatrain.train.export.read_tensors", read)
+    monkeypatch.setattr("megatrain.checkpoint.safetensors_file.SafetensorsFile", Spy)
+    exported(run, tmp_path / "out", shard_bytes=shard_bytes)
+    assert [what for what, _ in log] == ["read", "write"] * (len(log) // 2)
+    assert [size for what, size in log if what == "read"] == [size for what, size in log if what == "write"]
 
 
 def test_the_average_is_exported_instead(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
     groups = {
         "checkpoint",
         "data",
+        "deepspeed",
         "experiment",
         "log",
         "model",
@@ -112,6 +113,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
         "optim",
         "parallel",
         "recipe",
+        "resilience",
         "schedule",
         "train",
     }

@@ -107,7 +107,9 @@ def test_all_problems_are_reported_at_once_without_torch() -> None:
 
 @pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
 def test_a_missing_package_is_named_with_its_installation(engine: str) -> None:
-    done = command(f"engine={engine}", "parallel.dp_shard=2", before=f"sys.modules[{engine!r}] = None")
+    done = command(
+        f"engine={engine}", "optim=adamw", "parallel.dp_shard=2", before=f"sys.modules[{engine!r}] = None"
+    )
     assert (done.returncode, done.stdout.split()[-1]) == (2, "False")
     assert f"engine={engine} needs the package {engine}. Install it: " in done.stderr
     assert f"-m pip install {engine}" in done.stderr

@@ -1,0 +1,135 @@
+"""Writer of safetensors files of a known content, tensor by tensor: no file is ever in memory as a whole.
+
+The format (https://huggingface.co/docs/safetensors): the length of the header as 8 bytes, little-endian; the header,
+JSON that gives each tensor its dtype, shape and place; the values, row-major, little-endian, without gaps.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.reader import TensorSpec
+from megatrain.config.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+HEADER_ALIGNMENT = 8
+PIECE_BYTES = 16 << 20
+"""Bytes that are handed to the file at a time."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class SafetensorsFile:
+    """A new safetensors file that will hold the tensors of `specs`, which may be written in any order."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._places: dict[str, int] = {}
+        self._specs = dict(specs)
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, spec in sorted(
+            specs.items(), key=lambda each: -each[1].dtype.itemsize
+        ):  # so each is aligned
+            if spec.dtype not in DTYPES:
+                raise UserError(
+                    f"{name} has the dtype {spec.dtype}, which the safetensors format does not have"
+                )
+            self._places[name] = end
+            place = [end, end + spec.nbytes]
+            header[name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.size), "data_offsets": place}
+            end += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % HEADER_ALIGNMENT)
+        self._start = HEADER_ALIGNMENT + len(text)
+        self._file = path.open("xb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, of the dtype and shape that were announced."""
+        spec = self._specs.pop(name)
+        assert (tensor.dtype, tensor.shape) == (spec.dtype, spec.size), (
+            f"{name} is another tensor than announced"
+        )
+        assert sys.byteorder == "little"
+        self._file.seek(self._start + self._places[name])
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+        for start in range(0, len(raw), PIECE_BYTES):
+            self._file.write(raw[start : start + PIECE_BYTES])
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None:
+            assert not self._specs, f"{sorted(self._specs)[:3]} were announced and not written"
+
+
+def into_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> Iterator[dict[str, TensorSpec]]:
+    """Yield the tensors of each file: as many as fit into `shard_bytes`, at least one, in the given order."""
+    shard: dict[str, TensorSpec] = {}
+    size = 0
+    for name, spec in specs.items():
+        if shard and size + spec.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = spec
+        size += spec.nbytes
+    yield shard
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the usual file names of `count` shards."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+
+
+def write_shards(
+    directory: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    shard_bytes: int,
+    metadata: Mapping[str, str],
+) -> int:
+    """Write `tensors`, which come in the order of `specs`, into files of about `shard_bytes`; return their number.
+
+    Several files get an index (`model.safetensors.index.json`), which says in which of them a tensor is.
+
+    Raises:
+        UserError: the format lacks a dtype.
+        OSError: the disk is full, for instance.
+    """
+    shards = list(into_shards(specs, shard_bytes))
+    names = shard_names(len(shards))
+    source = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        with SafetensorsFile(directory / name, shard, metadata) as file:
+            for _ in shard:
+                file.write(*next(source))
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(spec.nbytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return len(shards)
