@@ -1,5 +1,7 @@
 """How often checkpoints are written, how many are kept, and how strictly they are checked."""
 
+from typing import Literal
+
 from megatrain.config.paths import PathText
 from megatrain.config.ranges import Count
 from megatrain.config.schema import config
@@ -11,6 +13,18 @@ class CheckpointConfig:
     """Steps between checkpoints. The last step is always saved; 0: only that one."""
     keep: Count = 3
     """Number of most recent checkpoints to keep; 0: all."""
+    keep_every: Count = 0
+    """Also keep, for ever, those of steps that are multiples of this; 0: none."""
+    keep_best: Count = 0
+    """Also keep so many with the lowest validation loss, of those saved at a step with a validation."""
+    async_save: bool = False
+    """Copy the tensors to host memory, and write them while training goes on. Takes host memory for another copy of
+    what each rank saves. The last save of a run waits."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """If the asynchronous save before has not ended when the next is due: wait for it, or skip the next one."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """When a checkpoint can't be saved (an asynchronous one is tried twice). stop: end the run; warn: say so and train
+    on. If the last save of a run fails, so does the run."""
     adopt: PathText | None = None
     """Start from the weights of another run: its directory, or one of its checkpoints. Optimizer and data start anew; a
     run that has checkpoints of its own goes on from these."""

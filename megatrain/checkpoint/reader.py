@@ -107,6 +107,11 @@ class TensorSpec(NamedTuple):
         return f"{str(self.dtype).removeprefix('torch.')} {tuple(self.size)}"
 
 
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Return dtype and global shape of a tensor or DTensor."""
+    return TensorSpec(tensor.dtype, tensor.shape)
+
+
 class CheckedReader(FileSystemReader):
     """A reader of a checkpoint's tensor files whose metadata has been checked."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.errors import CheckpointSaveError, CorruptCheckpointError, UnknownFormatError
-from megatrain.checkpoint.files import free_bytes, make_directory, sync_directory, write_file
+from megatrain.checkpoint.files import make_directory, sync_directory, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST_FILE,
     MAX_JSON_BYTES,
@@ -41,6 +41,7 @@ from megatrain.checkpoint.reader import (
     check_same_tensors,
     read_metadata,
     read_tensors,
+    spec_of,
 )
 from megatrain.checkpoint.retention import (
     TEMPORARY,
@@ -49,17 +50,14 @@ from megatrain.checkpoint.retention import (
     quarantine,
     quarantined,
     remove_leftovers,
+    shortened,
     step_name,
     unique_name,
 )
+from megatrain.checkpoint.space import has_space, require_space
 from megatrain.checkpoint.writer import write_tensors
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.runtime.processes import Processes
-
-BYTES_PER_TENSOR = 4096
-"""Upper bound on the overhead of a stored tensor (name, header, alignment), in bytes."""
-SPARE_BYTES = 64 << 10
-"""Space for state, manifest and directories, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,8 @@ class Checkpointer:
         self.processes = processes or Processes()
         self.require_owner: Callable[[], None] = lambda: None
         """Called immediately before a commit; raises if the run directory belongs to another process."""
+        self.saved_bytes = 0
+        """Size of the last checkpoint that was saved here, in bytes."""
         self._moves_damaged = moves_damaged
         self._parent: str | None = None
 
@@ -129,7 +129,7 @@ class Checkpointer:
             make_directory(self.directory)
             probe.mkdir()
             write_file(probe / "probe", b"probe")
-            _check_space(self.directory, specs)
+            require_space(self.directory, specs)
         except (OSError, CheckpointSaveError) as error:
             raise UserError(f"Checkpoints cannot be written to {self.directory}: {error}") from None
         finally:
@@ -141,11 +141,16 @@ class Checkpointer:
         tensors: dict[str, Tensor],
         state: dict[str, Any],
         info: dict[str, Any] | None = None,
+        *,
+        specs: dict[str, TensorSpec] | None = None,
     ) -> Path:
         """Commit a checkpoint of `step`, delete the oldest ones, and return the committed directory.
 
         `state` (restored on loading) and `info` (a description of the run) are JSON. A step that exists already is
         kept as it is, if it is the same byte for byte.
+
+        Args:
+            specs: specs of the global tensors, where `tensors` are copies of shards that do not know them.
 
         Raises:
             CheckpointSaveError: nothing was committed (no space, a disk error, a different checkpoint of that step);
@@ -153,10 +158,10 @@ class Checkpointer:
             ValueError: `state` does not survive a round trip through JSON.
         """
         encoded = _encode(state)
-        specs = self._global_specs(tensors)
+        specs = self._gathered(specs or {name: spec_of(tensor) for name, tensor in tensors.items()})
         staging = self.directory / self.processes.from_first(lambda: unique_name(TEMPORARY, step))
         try:
-            self.processes.from_first(lambda: self._create_staging(staging, specs))
+            self.processes.from_first(lambda: self._create_staging(staging, step, specs))
             own = self.processes.agree(lambda: write_tensors(staging, tensors, self.processes.group))
             files = {name: record for part in self.processes.gather(own) for name, record in part.items()}
             manifest = Manifest(step=step, files=files, info=info or {}, parent=self._parent)
@@ -170,13 +175,17 @@ class Checkpointer:
             if self.processes.is_first:
                 shutil.rmtree(staging, ignore_errors=True)
         self._parent = path.name
+        self.saved_bytes = sum(record.size for record in manifest.files.values())
         if self.processes.is_first:
-            prune(self.directory, self.cfg.keep)
+            prune(self.directory, self.cfg)
         return path
 
-    def _create_staging(self, staging: Path, specs: dict[str, TensorSpec]) -> None:
+    def _create_staging(self, staging: Path, step: int, specs: dict[str, TensorSpec]) -> None:
         make_directory(self.directory)
-        _check_space(self.directory, specs)
+        if self.cfg.on_error == "warn" and not has_space(self.directory, specs):
+            self.require_owner()
+            prune(self.directory, self.cfg, adding=step)
+        require_space(self.directory, specs)
         staging.mkdir()
 
     def _write_state_and_commit(self, staging: Path, manifest: Manifest, state: bytes) -> Path:
@@ -187,8 +196,11 @@ class Checkpointer:
         return self._commit(staging, manifest)
 
     def _global_specs(self, tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
-        """Return dtype and global shape of the tensors of all processes; with a pipeline no process has all of them."""
-        own = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        """Return dtype and global shape of the tensors of all processes."""
+        return self._gathered({name: spec_of(tensor) for name, tensor in tensors.items()})
+
+    def _gathered(self, own: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Return the specs of all processes; with a pipeline no process has all tensors."""
         return {name: spec for part in self.processes.gather(own) for name, spec in part.items()}
 
     def latest(self) -> VerifiedCheckpoint | None:
@@ -262,22 +274,44 @@ class Checkpointer:
         """Apply `read` to the newest checkpoint, and to older ones while it raises; quarantine the damaged ones."""
         damaged: list[str] = []
         tried: set[int] = set()
-        while (step := self.processes.from_first(lambda: self._newest_untried(tried, only_step))) is not None:
-            tried.add(step)
+        while True:
+            step, warnings = self.processes.from_first(partial(self._newest_untried, tried, only_step))
+            damaged += warnings
+            if step is None:
+                break
             try:
-                return replace(self.processes.agree(partial(read, step)), warnings=tuple(damaged))
+                found = self.processes.agree(partial(read, step))
+                return replace(found, warnings=tuple(shortened(damaged, self.directory)))
             except (CorruptCheckpointError, OSError) as error:
                 damaged += self.processes.from_first(partial(self._set_aside, step, error))
         self.processes.from_first(lambda: self._require_none(damaged))
         return None
 
-    def _newest_untried(self, tried: set[int], only_step: int | None) -> int | None:
-        steps = self.steps() if only_step is None else [step for step in self.steps() if step == only_step]
-        return max((step for step in steps if step not in tried), default=None)
+    def _newest_untried(self, tried: set[int], only_step: int | None) -> tuple[int | None, list[str]]:
+        """Return the newest step whose files are all there, and add it to `tried`; quarantine those that lack some.
+
+        One process does that alone, and lists the directory once, unless a step vanishes: of many that are obviously
+        damaged, each takes little time.
+        """
+        warnings: list[str] = []
+        steps = self.steps()
+        while untried := {step for step in steps if only_step in (None, step)} - tried:
+            tried.add(step := max(untried))
+            path = self.directory / step_name(step)
+            try:
+                check_sizes(path, read_manifest(path))
+            except (CorruptCheckpointError, OSError) as error:
+                found = self._set_aside(step, error)
+                warnings += found
+                if not found:
+                    steps = self.steps()
+            else:
+                return step, warnings
+        return None, warnings
 
     def _require_none(self, damaged: list[str]) -> None:
         if damaged or self.has_damaged():
-            listing = "".join(f"\n  {warning}" for warning in damaged)
+            listing = "".join(f"\n  {warning}" for warning in shortened(damaged, self.directory))
             raise DamagedCheckpointError(
                 f"No intact checkpoint is left in {self.directory}.{listing}\n"
                 "Restore one (a directory step-...) from a backup, or start a new run: choose another run.name or "
@@ -351,17 +385,6 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{STATE_FILE} is not a JSON object")
         found = VerifiedCheckpoint(step=step, path=path, state=state, manifest=manifest)
         return found, CheckedReader(path, checked)
-
-
-def _check_space(directory: Path, specs: dict[str, TensorSpec]) -> None:
-    """Raise CheckpointSaveError unless a checkpoint of tensors like `specs` fits on the disk."""
-    needed = sum(spec.nbytes + BYTES_PER_TENSOR for spec in specs.values()) + SPARE_BYTES
-    free = free_bytes(directory)
-    if free < needed:
-        raise CheckpointSaveError(
-            f"A checkpoint needs {needed:,} bytes ({needed / 2**30:.2f} GiB), but {free:,} ({free / 2**30:.2f} GiB) "
-            f"are free in {directory}. Free some space, or keep fewer checkpoints (checkpoint.keep)."
-        )
 
 
 def _encode(state: dict[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.compare import natural
+from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.files import READ_BYTES, HashingWriter, free_bytes, make_directory, sync_directory
 from megatrain.checkpoint.inspect import Opened, Progress, kind_of, naming, open_checkpoint, require_whole
 from megatrain.checkpoint.listing import CHECKPOINTS, Listed, list_checkpoints, run_of
@@ -97,7 +98,7 @@ def prune_checkpoints(directory: Path, keep: int, *, dry_run: bool, progress: Pr
     with idle_run(run_of(directory.absolute())):
         removals, stay = plan_prune(directory, keep, progress=progress)
         if not dry_run and removals:
-            prune(directory, stay)
+            prune(directory, CheckpointConfig(keep=stay))
             remove_leftovers(directory)
         return removals if dry_run else [each for each in removals if not os.path.lexists(each.path)]
 

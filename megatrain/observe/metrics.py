@@ -47,6 +47,9 @@ def throughput(
     return row
 
 
+STALL = "checkpoint/stall_s"
+
+
 class Interval:
     """The steps since the last recorded row, whose times and rates are to be those of all of them."""
 
@@ -55,12 +58,14 @@ class Interval:
 
     def add(self, row: dict[str, Any]) -> None:
         """Take in the row of one step."""
-        self._rows.append({key: row[key] for key in (*TIMES, *RATES) if key in row})
+        self._rows.append({key: row[key] for key in (*TIMES, *RATES, STALL) if key in row})
 
     def averages(self) -> dict[str, float]:
-        """Return the mean seconds a step, and rates over all its seconds; begin a new interval."""
+        """Return the mean seconds a step, rates over all its seconds, and the sum of stalls; begin a new interval."""
         rows, self._rows = self._rows, []
         found = {key: sum(row[key] for row in rows) / len(rows) for key in TIMES if key in rows[0]}
+        if stalls := [row[STALL] for row in rows if STALL in row]:
+            found[STALL] = sum(stalls)
         for key in RATES:
             if key in rows[0]:
                 seconds = sum(row["perf/step_time_s"] for row in rows)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -44,6 +44,11 @@ class JoinedProcesses(Processes):
 
     def at_work(self) -> contextlib.AbstractContextManager[None]:
         return signs_of_work(self.report, window_s=min(WINDOW_S, self.meetings.timeout_s / 4))
+
+    def beside(self, name: str) -> Processes:
+        timeout = timedelta(seconds=self.meetings.timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        return replace(self, group=group, meetings=self.meetings.beside(name))
 
     def limit_waits(self, timeout_s: float) -> None:
         self.meetings.timeout_s = timeout_s

@@ -30,6 +30,11 @@ class Meetings:
         self._reported = 0.0
         self._lock = threading.Lock()
 
+    def beside(self, name: str) -> "Meetings":
+        """Return other meetings of the same processes, for another thread: a store's client serves one at a time."""
+        store = dist.PrefixStore(name, self._store.clone())  # type: ignore[attr-defined]
+        return Meetings(store, self._rank, self._size, timeout_s=self.timeout_s)
+
     def report(self) -> None:
         """Tell those that wait that this process is at work. Any thread may."""
         with self._lock:

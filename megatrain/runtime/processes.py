@@ -51,6 +51,14 @@ class Processes:
         """Report by itself, in the `with` block, as long as this process computes."""
         return nullcontext()
 
+    def beside(self, name: str) -> "Processes":
+        """Return the same processes over a new group, for a thread whose collectives must not meet those of others.
+
+        Args:
+            name: of the thread's meetings; each name is used once in a run.
+        """
+        return self
+
     def limit_waits(self, timeout_s: float) -> None:
         """Let no process wait longer for another one, in any group that there is now."""
 

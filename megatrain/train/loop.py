@@ -18,6 +18,8 @@ from megatrain.train.sample import sample
 from megatrain.train.step import train_step
 
 Row = dict[str, Any]
+ABANDONED_S = 5.0
+"""How long a failed run waits for its save in the background, in seconds."""
 
 
 class DivergedError(UserError):
@@ -68,10 +70,23 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
 
     Raises:
         DivergedError: the loss or the gradient norm is not finite; nothing of that step was saved.
+        CheckpointSaveError: a checkpoint could not be saved, and training must not go on without it.
     """
-    cfg, state = run.cfg, run.state
+    try:
+        return _train_until_stop(run, observer, signals)
+    except Exception as error:
+        all_together = isinstance(error, DivergedError)  # else the others may have ended
+        run.saver.abandon(run.cfg.resilience.timeout_s if all_together else ABANDONED_S)
+        raise
+    finally:
+        _report_saves(run, observer)
+
+
+def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str:
+    cfg, state, saver = run.cfg, run.state, run.saver
     reset_peak_memory(state.parallel.device)
     ended = time.perf_counter()
+    stalled = 0.0
     batches = run.loader.batches(state.step)
     if state.step == 0 and cfg.train.eval_every and run.eval_batches:
         observer.step({"step": 0} | _evaluate(run, observer))  # of the untrained model
@@ -81,7 +96,13 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         data_time = time.perf_counter() - ended
         lr = cfg.optim.lr * cfg.schedule.factor(state.step, cfg.train.steps)
         with signals.held_back() if cfg.parallel.compile else contextlib.nullcontext():
-            stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
+            stats = train_step(
+                state,
+                batch,
+                cfg,
+                lr=lr,
+                wants_stop=lambda: signals.received is not None or saver.has_failed(),
+            )
         loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
@@ -93,6 +114,10 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         row: Row = {"step": state.step, "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
         row |= {"train/tokens": state.tokens, "data/sample_digest": batch.digest}
         row |= _speed(run, time.perf_counter() - ended, data_time)
+        if stalled:
+            row["checkpoint/stall_s"], stalled = stalled, 0.0
+        if stop_wanted and cfg.checkpoint.async_save:
+            stop_wanted = _settle(run, signals)
 
         requests = requests_after(state.step, cfg, stop_wanted=stop_wanted)
         stop = requests.stop
@@ -101,11 +126,32 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
             stop = stop or ("" if _patience_left(run) else "early stop")
         observer.step(row)
         if requests.save or stop:
-            run.save()
+            stalled = run.save(eval_loss=row.get("eval/loss"), is_last=bool(stop))
+        _report_saves(run, observer)
         if stop:
             batches.close()  # type: ignore[attr-defined]
             return (signals.received or "signal to another process") if stop == "signal" else stop
         ended = time.perf_counter()
+
+
+def _settle(run: Run, signals: StopSignals) -> bool:
+    """Return whether it was a signal that made a rank ask for a stop; else settle the save that has failed."""
+    if any(run.processes.gather(signals.received is not None)):
+        return True  # the last save comes next
+    run.saver.settle()
+    return False
+
+
+def _report_saves(run: Run, observer: Observer) -> None:
+    for report in run.saver.reports():
+        if report.outcome == "saved":
+            run.log.event("save", **report.facts)
+        elif report.outcome == "failed":
+            run.log.event("save_failed", **report.facts)
+        else:
+            run.log.event("save_skipped", **report.facts)
+        if report.notice:
+            observer.notice(report.notice)
 
 
 def _speed(run: Run, step_time: float, data_time: float) -> Row:

@@ -1,9 +1,13 @@
 """State of one process of a run while it trains."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from megatrain.checkpoint.retention import EVAL_LOSS
+from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.load import digest, dump
 from megatrain.data.loader import Batch, Loader
@@ -54,9 +58,21 @@ class Run:
         """Hash of the tokenizer beside the checkpoints."""
         return tokenizer_digest(self.directory) if self.processes.is_first else ""
 
-    def save(self) -> None:
-        """Save a checkpoint of the present state; all processes call this together."""
-        info = {
+    @cached_property
+    def saver(self) -> Saver:
+        """Saves of this run. All processes ask for it together the first time, once the run has been resumed."""
+        is_async = self.cfg.checkpoint.async_save
+        return Saver(self.checkpointer, self.processes.beside("saves") if is_async else self.processes)
+
+    def save(self, *, eval_loss: float | None, is_last: bool) -> float:
+        """Save a checkpoint of the present state, or begin to; all processes call this together.
+
+        Returns the seconds for which training stood still.
+
+        Args:
+            eval_loss: validation loss of this step, if it was validated.
+        """
+        info: dict[str, Any] = {
             "run_id": self.cfg.run.id,
             "data_fingerprint": self.data.fingerprint,
             "config_digest": digest(self.cfg),
@@ -64,6 +80,7 @@ class Run:
             "tokenizer_sha256": self.tokenizer_sha256,
             "layout": dump(self.cfg.parallel),
         }
+        if eval_loss is not None and math.isfinite(eval_loss):
+            info[EVAL_LOSS] = eval_loss
         state = self.state
-        path = self.checkpointer.save(state.step, state.tensors(), state.metadata(), info)
-        self.log.event("save", step=state.step, path=path.name)
+        return self.saver.save(state.step, state.tensors, state.metadata(), info, is_last=is_last)

@@ -16,7 +16,7 @@ TINY = (
     "data.path=my.txt", "data.tokenizer.kind=bytes", "model.n_layers=1", "model.hidden_size=32", "model.n_heads=2",
     "model.ffn_size=64", "model.vocab_size=260", "seq_len=32", "global_batch_size=2", "micro_batch_size=2",
     "train.steps=4", "train.eval_every=2", "train.eval_tokens=64", "train.sample_tokens=4", "train.precision=fp32",
-    "schedule.warmup_steps=0", "checkpoint.every=2", "log.wandb=off", "log.display=off",
+    "schedule.warmup_steps=0", "checkpoint.every=1", "log.wandb=off", "log.display=off",
 )  # fmt: skip
 Row = dict[str, object]
 

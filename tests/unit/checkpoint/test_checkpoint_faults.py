@@ -18,7 +18,7 @@ import torch
 from unit.checkpoint import killed_saves
 from unit.checkpoint.samples import all_bits, make_tensors, targets_for, two_checkpoints
 
-from megatrain.checkpoint import store
+from megatrain.checkpoint import space
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.errors import CheckpointSaveError
 from megatrain.checkpoint.files import HashingWriter
@@ -77,6 +77,26 @@ def test_a_full_disk_is_seen_beforehand(disk: Disk) -> None:
     assert snapshot(disk.path) == before
 
 
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+def test_a_full_disk_gets_room_from_old_checkpoints(disk: Disk, on_error: str) -> None:
+    """Those that would be deleted after the save go before it, if a failure does not end the run."""
+    disk.mount("size=4m")
+    tensors = {"w": torch.zeros(MIB // 4)}  # three fit
+    for step in (1, 2, 3):
+        Checkpointer(disk.path, CheckpointConfig(keep=3)).save(step, tensors, {})
+    checkpointer = Checkpointer(disk.path, CheckpointConfig(keep=3, on_error=on_error))
+    if on_error == "stop":
+        with pytest.raises(CheckpointSaveError, match="bytes"):
+            checkpointer.save(4, tensors, {})
+        assert checkpointer.steps() == [1, 2, 3]
+        return
+    checkpointer.save(4, tensors, {})
+    assert checkpointer.steps() == [2, 3, 4]
+    with pytest.raises(CheckpointSaveError, match="bytes"):
+        checkpointer.save(5, {"w": torch.zeros(MIB)}, {})  # does not fit whatever is deleted
+    assert checkpointer.steps() == [3, 4]
+
+
 @pytest.mark.parametrize("elements", [MIB, 200])
 def test_a_disk_that_fills_up_meanwhile(disk: Disk, monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """What others write after the check is stood for by a check that saw more room than there is."""
@@ -85,7 +105,7 @@ def test_a_disk_that_fills_up_meanwhile(disk: Disk, monkeypatch: pytest.MonkeyPa
     if elements == 200:
         fill(disk.path / "others")
     before = snapshot(disk.path)
-    monkeypatch.setattr(store, "free_bytes", lambda path: 1 << 40)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 1 << 40)
     with pytest.raises(
         CheckpointSaveError, match=r"No space left on device.*Earlier checkpoints are untouched"
     ):

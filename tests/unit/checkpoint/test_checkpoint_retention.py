@@ -7,7 +7,7 @@ import pytest
 from unit.checkpoint.samples import make_tensors, two_checkpoints
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.retention import committed_steps, prune
+from megatrain.checkpoint.retention import EVAL_LOSS, committed_steps, prune, retained
 from megatrain.checkpoint.store import Checkpointer
 
 ALL = [1, 2, 3, 4, 5]
@@ -20,6 +20,60 @@ def test_the_newest_stay(tmp_path: Path, keep: int, left: list[int]) -> None:
         checkpointer.save(step, make_tensors(step), {})
     assert checkpointer.steps() == left
     assert sorted(os.listdir(tmp_path)) == [f"step-{step:08d}" for step in left]
+
+
+STEPS = [10, 20, 30, 40, 50, 60]
+LOSSES = {20: 3.0, 30: 1.0, 40: 2.0, 60: 1.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "losses", "left"),
+    [
+        ({"keep": 0}, {}, STEPS),
+        ({"keep": 0, "keep_every": 20, "keep_best": 1}, LOSSES, STEPS),
+        ({"keep": 2}, LOSSES, [50, 60]),
+        ({"keep": 9}, {}, STEPS),
+        ({"keep": 1, "keep_every": 20}, {}, [20, 40, 60]),
+        ({"keep": 2, "keep_every": 7}, {}, [50, 60]),
+        ({"keep": 1, "keep_every": 1}, {}, STEPS),
+        ({"keep": 1, "keep_best": 1}, LOSSES, [30, 60]),
+        ({"keep": 1, "keep_best": 2}, LOSSES, [30, 60]),
+        ({"keep": 1, "keep_best": 3}, LOSSES, [30, 40, 60]),
+        ({"keep": 1, "keep_best": 9}, LOSSES, [20, 30, 40, 60]),
+        ({"keep": 1, "keep_best": 1}, {10: 2.0, 20: 2.0}, [10, 60]),
+        ({"keep": 1, "keep_best": 1}, {10: float("nan"), 20: 2.0}, [20, 60]),
+        ({"keep": 1, "keep_best": 1}, {70: 0.5, 20: 2.0}, [20, 60]),
+        ({"keep": 1, "keep_best": 1}, {}, [60]),
+        ({"keep": 1, "keep_every": 50, "keep_best": 1}, LOSSES, [30, 50, 60]),
+    ],
+)
+def test_what_is_kept(options: dict[str, int], losses: dict[int, float], left: list[int]) -> None:
+    assert sorted(retained(STEPS, losses, CheckpointConfig(**options))) == left
+
+
+def test_an_imported_model_is_not_one_of_the_regular_steps() -> None:
+    assert retained([0, 5, 10], {}, CheckpointConfig(keep=1, keep_every=5)) == {5, 10}
+
+
+def test_the_best_are_known_from_the_manifests(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=1))
+    for step, loss in enumerate((3.0, 1.0, None, 2.0), start=1):
+        checkpointer.save(step, make_tensors(step), {}, {} if loss is None else {EVAL_LOSS: loss})
+    assert checkpointer.steps() == [2, 4]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut"])
+def test_the_newest_whole_one_is_not_deleted(tmp_path: Path, damage: str) -> None:
+    """Newer ones are damaged: they have the places, but what can be resumed from stays."""
+    checkpointer = two_checkpoints(tmp_path)
+    for step in (300, 400):
+        if damage == "empty":
+            (tmp_path / f"step-{step:08d}").mkdir()
+        else:
+            checkpointer.save(step, make_tensors(step), {})
+            os.truncate(tmp_path / f"step-{step:08d}" / "__0_0_0.distcp", 5)
+    prune(tmp_path, CheckpointConfig(keep=1))
+    assert checkpointer.steps() == [200, 400]
 
 
 def test_other_names_are_no_checkpoints_and_are_left_alone(tmp_path: Path) -> None:
@@ -36,7 +90,7 @@ def test_other_names_are_no_checkpoints_and_are_left_alone(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
     (tmp_path / "step-123456789").mkdir()  # more digits, when there are more steps
     assert committed_steps(tmp_path) == [123456789]
-    prune(tmp_path, keep=1)
+    prune(tmp_path, CheckpointConfig(keep=1))
     assert sorted(os.listdir(tmp_path)) == sorted([*names, "step-123456789"])
 
 
