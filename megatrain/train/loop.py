@@ -81,7 +81,9 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
         data_time = time.perf_counter() - ended
         lr = cfg.optim.lr * cfg.schedule.factor(state.step, cfg.train.steps)
         with signals.held_back() if cfg.parallel.compile else contextlib.nullcontext():
-            stats = train_step(state, batch, cfg, lr=lr, wants_stop=lambda: signals.received is not None)
+            stats = train_step(
+                state, batch, cfg, lr=lr, wants_stop=lambda: bool(signals.received or run.cache_check.damage)
+            )
         loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
@@ -101,7 +103,7 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
             stop = stop or ("" if _patience_left(run) else "early stop")
         observer.step(row)
         if requests.save or stop:
-            run.save()
+            run.save(waits=stop != "signal")
         if stop:
             batches.close()  # type: ignore[attr-defined]
             return (signals.received or "signal to another process") if stop == "signal" else stop

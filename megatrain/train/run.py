@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.load import digest, dump
+from megatrain.data.background import CacheCheck
 from megatrain.data.loader import Batch, Loader
 from megatrain.data.prepare import Prepared
 from megatrain.models.flops import flops_per_token
@@ -27,6 +28,7 @@ class Run:
     directory: Path
     processes: Processes
     data: Prepared
+    cache_check: CacheCheck
     state: TrainState
     loader: Loader
     eval_batches: list[Batch]
@@ -54,9 +56,19 @@ class Run:
         """Hash of the tokenizer beside the checkpoints."""
         return tokenizer_digest(self.directory) if self.processes.is_first else ""
 
-    def save(self) -> None:
-        """Save a checkpoint of the present state; all processes call this together."""
+    def save(self, *, waits: bool = True) -> None:
+        """Save a checkpoint of the present state; all processes call this together.
+
+        Args:
+            waits: whether to wait until the tokens are verified, so that no checkpoint is made of damaged ones.
+
+        Raises:
+            DamagedDataError: the tokens are damaged; nothing was saved.
+        """
+        check, step, report = self.cache_check, self.state.step, self.processes.report
+        verified = self.processes.agree(lambda: check.require_whole(step, waits=waits, report=report))
         info = {
+            "data_unverified_since": None if all(self.processes.gather(verified)) else check.since,
             "run_id": self.cfg.run.id,
             "data_fingerprint": self.data.fingerprint,
             "config_digest": digest(self.cfg),
