@@ -21,6 +21,8 @@ T = TypeVar("T")
 VERIFIED_FILE = ".verified-"
 """Beginning of the name of the file in a cache that says what a machine has verified; the machine's id follows."""
 MACHINE_ID_FILE = Path("/etc/machine-id")
+LOWER_BY = 10
+"""Niceness of the thread above that of training: about a tenth of a core that is busy, all of an idle one."""
 REPORT_S = 1.0
 """How often a process that waits for the verification looks whether it goes on."""
 
@@ -115,9 +117,12 @@ class CacheCheck:
 
     def _verify(self) -> None:
         assert self._directory is not None
-        if sys.platform == "linux":  # where each thread has its own niceness; training goes first
+        if (
+            sys.platform == "linux"
+        ):  # where each thread has its own niceness: on busy cores training goes first
+            thread = threading.get_native_id()
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + LOWER_BY)
         begin = time.monotonic()
         try:
             damages = verify(self._directory, progress=self._advance, documents=False)

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from workplace import Workplace
 
+from megatrain.data.config import DataConfig, TokenizerConfig
+from megatrain.data.prepare import prepare
+
 RUN = ("run.name=damaged", "train.steps=8", "train.eval_every=0", "train.sample_tokens=0")
+CASES = {
+    "loader": (("data.verify=never",), r"train.tokens: token ", "has the id 32,"),
+    "background": ((), "train.tokens has the right size and other content", "(SHA-256)"),
+}
 
 
 def flip(tokens: np.ndarray) -> None:
@@ -25,52 +32,63 @@ def set_high_bits(tokens: np.ndarray) -> None:
     tokens[::16] |= 1 << 15
 
 
-def losses(workplace: Workplace) -> list[tuple[object, object]]:
-    return [(row["step"], row["train/loss"]) for row in workplace.rows("damaged")]
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (flip, ()),
-        pytest.param(clear, (), marks=pytest.mark.slow),
-        pytest.param(set_high_bits, ("data.verify=never",), marks=pytest.mark.slow),
-        pytest.param(flip, ("parallel.dp_shard=2",), marks=pytest.mark.slow),
-        (set_high_bits, ("data.verify=never", "parallel.dp_shard=2")),
-    ],
-)
-def test_a_run_stops_and_goes_on(
-    workplace: Workplace, damage: Callable[[np.ndarray], None], words: tuple[str, ...]
-) -> None:
-    line = workplace.tiny(*RUN, *words)
-    workplace.run([*line, "train.stop_at=4"])
-    (shard,) = (workplace.folder / "cache").glob("*/train.tokens")
-    content = shard.read_bytes()
-    tokens = np.frombuffer(content, "<u2").copy()
+def plant(shard: Path, damage: Callable[[np.ndarray], None]) -> None:
+    tokens = np.fromfile(shard, "<u2")
     damage(tokens)
     tokens.tofile(shard)
+
+
+def stop(workplace: Workplace, line: list[str], step: int, says: tuple[str, ...]) -> None:
+    """Start a run on damaged tokens and see it stop at `step`, with nothing saved."""
+    run = workplace.folder / "runs/damaged"
     process = subprocess.Popen(
         line, cwd=workplace.folder, env=workplace.environment, stderr=subprocess.PIPE, text=True
     )
     _, said = process.communicate(timeout=180)
     ended = time.time()
-    run = workplace.folder / "runs/damaged"
     assert process.returncode == 2, said
     assert "Traceback" not in said
-    assert str(shard.parent) in said
-    assert "stopped at step 5, since the token cache is damaged" in said
-    assert ("has the id 32," if "data.verify=never" in words else "train.tokens has the right size") in said
+    for words in (f"stopped at step {step}, since the token cache is damaged", *says):
+        assert words in said
     status = run / "status.json"
     facts = json.loads(status.read_text())
-    assert (facts["state"], facts["step"], facts["exit_code"]) == ("failed", 5, 2)
-    assert ended - status.stat().st_mtime < 10  # all ranks end with it
-    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
+    assert (facts["state"], facts["step"], facts["exit_code"]) == ("failed", step, 2)
+    assert ended - status.stat().st_mtime < 10  # all ranks end with the one that found it
+    kept = [path.name for path in (run / "checkpoints").glob("step-*")]
+    assert kept == ([f"step-{step - 1:08}"] if step > 1 else [])
+
+
+def test_an_id_outside_the_vocabulary_ends_all_ranks(workplace: Workplace) -> None:
+    tokenizer = TokenizerConfig(kind="bytes")
+    cfg = DataConfig(path=str(workplace.text), cache_dir=str(workplace.folder / "cache"), tokenizer=tokenizer)
+    directory = prepare(cfg, progress=lambda name, share: None).directory
+    assert directory is not None
+    plant(directory / "train.tokens", set_high_bits)
+    words, *says = CASES["loader"]
+    stop(workplace, workplace.tiny(*RUN, *words, "parallel.dp_shard=2"), 1, (str(directory), *says))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("parallel.dp_shard=2",)])
+@pytest.mark.parametrize(
+    ("damage", "case"), [(flip, "background"), (clear, "background"), (set_high_bits, "loader")]
+)
+def test_a_run_stops_and_goes_on(
+    workplace: Workplace, damage: Callable[[np.ndarray], None], case: str, layout: tuple[str, ...]
+) -> None:
+    words, *says = CASES[case]
+    line = workplace.tiny(*RUN, *words, *layout)
+    workplace.run([*line, "train.stop_at=4"])
+    (shard,) = (workplace.folder / "cache").glob("*/train.tokens")
+    content = shard.read_bytes()
+    plant(shard, damage)
+    stop(workplace, line, 5, (str(shard.parent), *says))
     workplace.run(line)
     assert shard.read_bytes() == content
-    gone_on = losses(workplace)
-    manifest = json.loads((run / "checkpoints/step-00000008/manifest.json").read_text())
-    assert manifest["info"]["data_unverified_since"] is None
-    fresh = Workplace(Path(workplace.folder, "fresh"), workplace.text)
+    fresh = Workplace(workplace.folder / "fresh", workplace.text)
     fresh.folder.mkdir()
-    fresh.run(fresh.tiny(*RUN, *words))
-    assert gone_on == losses(fresh)
+    fresh.run(fresh.tiny(*RUN, *words, *layout))
+    gone_on, undisturbed = (
+        [(row["step"], row["train/loss"]) for row in each.rows("damaged")] for each in (workplace, fresh)
+    )
+    assert gone_on == undisturbed
