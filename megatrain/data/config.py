@@ -62,6 +62,9 @@ class DataConfig:
     """Directory of the token cache; null: $MEGATRAIN_CACHE, or ~/.cache/megatrain."""
     prefetch: Annotated[int, Range(at_least=0, at_most=1024)] = 2
     """Number of global batches to prepare ahead in the background; 0: none."""
+    verify: Literal["background", "never"] = "background"
+    """When a run compares the hashes of its token cache. background: while it trains, once on each machine, before it
+    saves a checkpoint; never: only `megatrain data verify` does."""
 
     def problems(self) -> Iterator[Problem]:
         if self.path == "" or self.path == () or (isinstance(self.path, tuple) and "" in self.path):

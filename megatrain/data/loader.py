@@ -17,7 +17,7 @@ import torch
 
 from megatrain.config.errors import UserError
 from megatrain.data.order import sample_ids
-from megatrain.data.store import TokenSource
+from megatrain.data.store import DamagedDataError, TokenSource, file_of
 
 IGNORED = -100
 """Target value of positions without a loss, as in torch's cross entropy."""
@@ -60,6 +60,9 @@ class Loader:
     The rank's rows are a contiguous slice of the global batch. With `mask_documents`, positions restart at each
     document, and no target is the first token of another document. A thread prepares `prefetch` batches ahead.
 
+    `on_damage` is called with the error where the data is damaged, and the rows then have tokens 0: their ranks stay in
+    step with the others until all stop. Without it `step_batch` raises the error.
+
     Raises:
         UserError: the batch sizes do not divide, or the data is shorter than one sample.
     """
@@ -73,6 +76,7 @@ class Loader:
     rank: int = 0
     size: int = 1
     prefetch: int = 2
+    on_damage: Callable[[DamagedDataError], None] | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.size):
@@ -123,8 +127,15 @@ class Loader:
         return block[first : first + self.global_batch_size].copy()
 
     def _micro_batch(self, starts: np.ndarray) -> Batch:
-        rows = self.store.read(starts, self.seq_len + 1)
-        return make_batch(rows, starts, self.store.document_starts if self.mask_documents else None)
+        documents = self.store.document_starts if self.mask_documents else None
+        try:
+            return make_batch(self.store.read(starts, self.seq_len + 1), starts, documents)
+        except DamagedDataError as error:
+            if self.on_damage is None:
+                raise
+            self.on_damage(error)
+            rows = np.zeros((len(starts), self.seq_len + 1), dtype=np.int64)
+            return make_batch(rows, starts, None if documents is None else np.zeros(1, dtype=np.int64))
 
     def _valid_tokens(self, starts: np.ndarray) -> int:
         """Count the targets of the global batch that have a loss, from the document index alone.
@@ -142,6 +153,9 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
     """Make the tensors of `rows` `(batch, seq_len + 1)`, which begin at tokens `starts` `(batch,)` of the data.
 
     With `document_starts` `(documents,)` the documents of a row are separated.
+
+    Raises:
+        DamagedDataError: the starts do not ascend there.
     """
     batch, seq_len = rows.shape[0], rows.shape[1] - 1
     tokens, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
@@ -150,9 +164,13 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), positions, None)
     begin, end = _documents_within(document_starts, starts, seq_len)
     counts = end - begin
+    if (counts < 0).any() or (counts > seq_len).any():
+        raise _disordered(document_starts, starts)
     row = np.repeat(np.arange(batch), counts)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = document_starts[np.repeat(begin, counts) + nth] - starts[row]  # 1 .. seq_len
+    if len(place) and (place.min() < 1 or place.max() > seq_len):
+        raise _disordered(document_starts, starts)
     targets[row, place - 1] = IGNORED
     # The parts of documents, in all rows one after the other: where each begins, and its number within its row.
     inside = place < seq_len
@@ -178,6 +196,9 @@ def validation_batches(
 
     Unlike in training the last sequence may be shorter. Its missing tokens, and rows that pad the last micro-batch,
     have targets of -100.
+
+    Raises:
+        DamagedDataError: a token id is outside the vocabulary, or documents do not follow one another.
     """
     n_samples = -(-(store.n_tokens - 1) // seq_len)
     wanted = min(n_samples, -(-tokens // seq_len))
@@ -209,6 +230,12 @@ def _documents_within(
     begin = np.searchsorted(document_starts, starts, side="right")
     end = np.searchsorted(document_starts, starts + seq_len, side="right")
     return begin, end
+
+
+def _disordered(document_starts: np.ndarray, starts: np.ndarray) -> DamagedDataError:
+    return DamagedDataError(
+        f"{file_of(document_starts)}: the documents near token {int(starts[0]):,} do not start one after the other"
+    )
 
 
 @lru_cache(maxsize=4)

@@ -163,6 +163,8 @@ def _find_or_build(
         scans = list(pool.map(partial(scan, corpus), numbers))
     content = [corpus.content_digest([each.digest for each in scans]), corpus.unlisted]
     directory = root / _key(cfg, conversation, content, tokenizer)
+    if read_index(directory) is None and directory.exists():
+        progress("building the damaged token cache again", 0.0)
     build_once(
         directory,
         lambda unfinished: _build(cfg, corpus, scans, unfinished, progress),

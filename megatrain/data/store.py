@@ -33,6 +33,8 @@ DAMAGED_FILE = "index.damaged.json"
 SOURCES_FILE = "sources.json"
 """What a data set was made from: path, name, size and SHA-256 of each file."""
 FORMAT_VERSION = 1
+SEAL = "sha256"
+"""Entry of an index: the SHA-256 of all others."""
 PATIENCE_S = 600.0
 """How long a process waits for another one that prepares the same data and stands still."""
 POLL_S = 0.2
@@ -41,6 +43,10 @@ SPLIT_PARTS = ("tokens", "documents")
 
 class UnfinishedError(UserError):
     """A data set could not be completed, and what is done of it is kept for the next attempt."""
+
+
+class DamagedDataError(UserError):
+    """A data set is not what it was when it was written."""
 
 
 class TokenSource(Protocol):
@@ -67,17 +73,34 @@ class TokenStore:
     fingerprint: str
     text_bytes: int
     """Size of the text in UTF-8 bytes, without end-of-text tokens."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary; None: ids are not checked as they are read."""
 
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Do as `TokenSource.read`.
+
+        Raises:
+            DamagedDataError: a token id is outside the vocabulary.
+        """
         rows = np.empty((len(starts), length), dtype=self.tokens.dtype)
         tokens = self.tokens.view(np.ndarray)  # slices of a memory map itself take longer to make
         for row, start in zip(rows, starts.tolist(), strict=True):
             row[:] = tokens[start : start + length]
+        if self.vocab_size is not None and rows.size and int(rows.max()) >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0]
+            raise DamagedDataError(self._wrong_id(int(starts[row] + column), int(rows[row, column])))
         return rows
+
+    def _wrong_id(self, place: int, found: int) -> str:
+        document = int(np.searchsorted(self.document_starts, place, side="right")) - 1
+        return (
+            f"{file_of(self.tokens)}: token {place:,} (byte {place * self.tokens.dtype.itemsize:,}), in document "
+            f"{document:,}, has the id {found:,}, and the vocabulary has {self.vocab_size:,} tokens"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +180,11 @@ class SplitWriter:
             path.unlink()
 
 
+def file_of(mapped: np.ndarray) -> str:
+    """Return the file that an array is a memory map of."""
+    return str(getattr(mapped, "filename", None) or "the data")
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the narrowest little-endian dtype for ids in [0, vocab_size)."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -176,26 +204,51 @@ def write_index(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
-    hashes = [files[f"{name}.{part}"]["sha256"] for name in sorted(splits) for part in SPLIT_PARTS]
     index = {
         "version": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(" ".join([tokenizer_digest, *hashes]).encode()).hexdigest(),
+        "fingerprint": _fingerprint(tokenizer_digest, splits, files),
         "splits": splits,
         "tokenizer_digest": tokenizer_digest,
         **metadata,
         "files": files,
     }
     with open(directory / INDEX_FILE, "w", encoding="utf-8") as text:
-        json.dump(index, text, indent=1)
+        json.dump(sealed(index), text, indent=1)
         text.flush()
         os.fsync(text.fileno())
 
 
+def _fingerprint(tokenizer_digest: str, splits: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
+    hashes = [files[f"{name}.{part}"]["sha256"] for name in sorted(splits) for part in SPLIT_PARTS]
+    return hashlib.sha256(" ".join([tokenizer_digest, *hashes]).encode()).hexdigest()
+
+
+def sealed(index: dict[str, Any]) -> dict[str, Any]:
+    """Return `index` (JSON) with the SHA-256 of its other entries, by which an edit is noticed."""
+    body = {key: value for key, value in index.items() if key != SEAL}
+    return body | {SEAL: hashlib.sha256(json.dumps(body).encode()).hexdigest()}
+
+
+def index_fault(index: dict[str, Any]) -> str | None:
+    """Return what shows that an index was edited after it was written; None if nothing does.
+
+    Raises:
+        KeyError, TypeError or AttributeError: it lacks what an index has.
+    """
+    if index["fingerprint"] != _fingerprint(index["tokenizer_digest"], index["splits"], index["files"]):
+        return "has a fingerprint that is not that of the files which it lists"
+    if SEAL in index and index != sealed(index):  # caches of earlier versions have none
+        return "was edited after it was written (SHA-256)"
+    return None
+
+
 def read_index(directory: Path) -> dict[str, Any] | None:
-    """Read the index; return None if the data set is missing or one of its files has the wrong size."""
+    """Read the index; return None if the data set is missing, or a file has the wrong size, or the index was edited."""
     try:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
         if index["version"] != FORMAT_VERSION:
+            return None
+        if index_fault(index) is not None:
             return None
         for name, expected in index["files"].items():
             if (directory / name).stat().st_size != expected["size"]:
@@ -216,6 +269,7 @@ def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore 
         document_starts=np.memmap(directory / f"{name}.documents", dtype="<i8", mode="r"),
         fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
         text_bytes=counts["text_bytes"],
+        vocab_size=index["vocab_size"],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.data.store import FORMAT_VERSION, INDEX_FILE, SPLIT_PARTS, token_dtype
+from megatrain.data.store import FORMAT_VERSION, INDEX_FILE, SPLIT_PARTS, index_fault, token_dtype
 from megatrain.data.tokenizer import META_FILE
 
 CHUNK_BYTES = 8 << 20
@@ -26,12 +26,14 @@ class Damage:
     """Where the first wrong value stands, in bytes; None if the whole file is meant."""
 
 
-def verify(directory: Path, *, progress: Callable[[float], None]) -> list[Damage]:
+def verify(directory: Path, *, progress: Callable[[float], None], documents: bool = True) -> list[Damage]:
     """Read the whole cache `directory`; return what is wrong with it, nothing if it is whole.
 
     The hash of every file is compared with the index. Beside that, every token id lies below the vocabulary size, the
     documents' starts ascend from 0, and each document ends with the end-of-text token; so a cache that was written
     wrongly is found, too. `progress` is called with the fraction of bytes read, 0 to 1.
+
+    Without `documents` they are not looked at: that takes memory in proportion to their number.
     """
     try:
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
@@ -41,12 +43,16 @@ def verify(directory: Path, *, progress: Callable[[float], None]) -> list[Damage
     if version != FORMAT_VERSION:
         return [Damage(INDEX_FILE, f"has format {version}, and this program reads format {FORMAT_VERSION}")]
     try:
-        return _verify(directory, index, progress)
+        fault = index_fault(index)
+        damages = _verify(directory, index, progress, documents)
+        return damages if fault is None else [Damage(INDEX_FILE, fault), *damages]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return [Damage(INDEX_FILE, f"is not what this program writes: {_in_words(error)}")]
 
 
-def _verify(directory: Path, index: dict[str, Any], progress: Callable[[float], None]) -> list[Damage]:
+def _verify(
+    directory: Path, index: dict[str, Any], progress: Callable[[float], None], documents: bool
+) -> list[Damage]:
     expected_bytes = max(1, sum(entry["size"] for entry in index["files"].values()))
     tokens = {f"{name}.{SPLIT_PARTS[0]}" for name in index["splits"]}
     damages: list[Damage] = []
@@ -78,13 +84,8 @@ def _verify(directory: Path, index: dict[str, Any], progress: Callable[[float], 
             offset, token = check.found
             what = f"has token id {token:,}, and the vocabulary has {index['vocab_size']:,} tokens"
             damages.append(Damage(name, what, offset))
-    missing = [
-        n for s in index["splits"] for part in SPLIT_PARTS if (n := f"{s}.{part}") not in index["files"]
-    ]
-    damages += [Damage(name, "is not listed in the index") for name in missing]
-    unreadable.update(missing)
     for name, counts in index["splits"].items():
-        if unreadable.isdisjoint(f"{name}.{part}" for part in SPLIT_PARTS):
+        if documents and unreadable.isdisjoint(f"{name}.{part}" for part in SPLIT_PARTS):
             damages += _document_damages(directory, name, counts, token_dtype(index["vocab_size"]))
     progress(1.0)
     return damages

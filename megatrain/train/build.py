@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from megatrain.config.schema import ConfigError
 from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
 from megatrain.data.prepare import Prepared, prepare
-from megatrain.data.store import TokenSource
+from megatrain.data.store import DamagedDataError, TokenSource
 from megatrain.engines.config import zero_stage
 from megatrain.engines.engine import Engine
 from megatrain.models.registry import get_spec
@@ -164,8 +165,14 @@ def _engine(cfg: Config, parallel: ParallelModel, plan: Plan, optimizer: Optimiz
     )
 
 
-def build_loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
-    """Make the loader of the rows that this rank reads.
+def build_loader(
+    cfg: Config,
+    store: TokenSource,
+    mesh: Mesh | None,
+    *,
+    on_damage: Callable[[DamagedDataError], None] | None = None,
+) -> Loader:
+    """Make the loader of the rows that this rank reads; see `Loader` for `on_damage`.
 
     Raises:
         UserError: the data is too short for `seq_len`.
@@ -180,6 +187,7 @@ def build_loader(cfg: Config, store: TokenSource, mesh: Mesh | None) -> Loader:
         rank=0 if mesh is None else mesh.data_rank,
         size=data_ranks(cfg.parallel),
         prefetch=cfg.data.prefetch,
+        on_damage=on_damage,
     )
 
 

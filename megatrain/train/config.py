@@ -161,6 +161,9 @@ class Config:
             optimizer=self.optim.kind,
             ema_decay=self.train.ema_decay,
         )
+        if self.engine != "native" and self.checkpoint.async_save:
+            rule = f"is not supported by engine={self.engine}, whose state is gathered for each save"
+            yield Problem("checkpoint.async_save", True, rule, (False,))
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))

@@ -101,7 +101,7 @@ def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str
                 batch,
                 cfg,
                 lr=lr,
-                wants_stop=lambda: signals.received is not None or saver.has_failed(),
+                wants_stop=lambda: bool(signals.received or run.cache_check.damage or saver.has_failed()),
             )
         loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -126,7 +126,7 @@ def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str
             stop = stop or ("" if _patience_left(run) else "early stop")
         observer.step(row)
         if requests.save or stop:
-            stalled = run.save(eval_loss=row.get("eval/loss"), is_last=bool(stop))
+            stalled = run.save(eval_loss=row.get("eval/loss"), is_last=bool(stop), waits=stop != "signal")
         _report_saves(run, observer)
         if stop:
             batches.close()  # type: ignore[attr-defined]
@@ -135,9 +135,9 @@ def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str
 
 
 def _settle(run: Run, signals: StopSignals) -> bool:
-    """Return whether it was a signal that made a rank ask for a stop; else settle the save that has failed."""
-    if any(run.processes.gather(signals.received is not None)):
-        return True  # the last save comes next
+    """Return whether a signal or damaged tokens made a rank ask for a stop; else settle the save that has failed."""
+    if any(run.processes.gather(bool(signals.received or run.cache_check.damage))):
+        return True  # the last save comes next, which refuses damaged tokens
     run.saver.settle()
     return False
 

@@ -16,6 +16,7 @@ from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.load import digest, dump
+from megatrain.data.background import CacheCheck
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
@@ -74,10 +75,14 @@ def run(cfg: Config, processes: Processes) -> Outcome:
         _require_same(processes.gather(data.fingerprint))
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
         processes.limit_waits(cfg.resilience.timeout_s)
-        loader = build_loader(cfg, data.train, mesh)
+        verifies = cfg.data.verify == "background" and processes.local_rank == 0
+        check = CacheCheck(data.directory, verifies=verifies)
+        loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
+        eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
         state = build_state(cfg, device, mesh)
         log = RunLog if processes.is_first else NoLog
         with (
+            contextlib.closing(check),
             contextlib.closing(state),
             _owned(directory, checkpointer, state, cfg.run.id) as require_owner,
         ):
@@ -87,9 +92,10 @@ def run(cfg: Config, processes: Processes) -> Outcome:
                     directory=directory,
                     processes=processes,
                     data=data,
+                    cache_check=check,
                     state=state,
                     loader=loader,
-                    eval_batches=build_eval_batches(cfg, data.val),
+                    eval_batches=eval_batches,
                     checkpointer=checkpointer,
                     display=display,
                     log=log(directory, cfg.run.id, require_owner),
@@ -285,6 +291,8 @@ def _resume(run: Run) -> tuple[str, ...]:
     elif cfg.checkpoint.adopt is not None:
         other, step = _adopted(cfg, run.checkpointer)
         source = take_up_weights(other, state, step=step)
+    unverified = None if found is None else found.manifest.info.get("data_unverified_since")
+    run.cache_check.begin(state.step, unverified_since=unverified)
     loaded = found or source
     warnings = () if loaded is None else loaded.warnings
     run.processes.from_first(lambda: _write_inputs(run))

@@ -32,6 +32,7 @@ FREE = (
     "data.path",  # the data is compared by its fingerprint instead
     "data.cache_dir",
     "data.prefetch",
+    "data.verify",
 )
 
 

@@ -10,6 +10,7 @@ from megatrain.checkpoint.retention import EVAL_LOSS
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.load import digest, dump
+from megatrain.data.background import CacheCheck
 from megatrain.data.loader import Batch, Loader
 from megatrain.data.prepare import Prepared
 from megatrain.models.flops import flops_per_token
@@ -31,6 +32,7 @@ class Run:
     directory: Path
     processes: Processes
     data: Prepared
+    cache_check: CacheCheck
     state: TrainState
     loader: Loader
     eval_batches: list[Batch]
@@ -64,15 +66,22 @@ class Run:
         is_async = self.cfg.checkpoint.async_save
         return Saver(self.checkpointer, self.processes.beside("saves") if is_async else self.processes)
 
-    def save(self, *, eval_loss: float | None, is_last: bool) -> float:
+    def save(self, *, eval_loss: float | None, is_last: bool, waits: bool = True) -> float:
         """Save a checkpoint of the present state, or begin to; all processes call this together.
 
         Returns the seconds for which training stood still.
 
         Args:
             eval_loss: validation loss of this step, if it was validated.
+            waits: whether to wait until the tokens are verified, so that no checkpoint is made of damaged ones.
+
+        Raises:
+            DamagedDataError: the tokens are damaged; nothing was saved.
         """
+        check, step, report = self.cache_check, self.state.step, self.processes.report
+        verified = self.processes.agree(lambda: check.require_whole(step, waits=waits, report=report))
         info: dict[str, Any] = {
+            "data_unverified_since": None if all(self.processes.gather(verified)) else check.since,
             "run_id": self.cfg.run.id,
             "data_fingerprint": self.data.fingerprint,
             "config_digest": digest(self.cfg),

@@ -25,7 +25,7 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
     assert done.stdout.count("  megatrain ") == 4
 
     untrained, *rows = workplace.rows("full")
-    assert (untrained["step"], untrained.keys()) == (0, {"step", "eval/loss", "eval/bits_per_byte"})
+    assert (untrained["step"], untrained.keys()) == (0, {"step", "run_id", "eval/loss", "eval/bits_per_byte"})
     assert [row["step"] for row in rows] == list(range(1, 13))
     wanted = {
         "train/loss", "train/grad_norm", "train/lr", "train/tokens", "perf/tokens_per_sec",

@@ -15,7 +15,7 @@ from megatrain.data import cache
 from megatrain.data.cache import USED_FILE, find_cache, list_caches, mark_used, prune
 from megatrain.data.config import DataConfig, TokenizerConfig
 from megatrain.data.prepare import prepare
-from megatrain.data.store import INDEX_FILE, SOURCES_FILE
+from megatrain.data.store import INDEX_FILE, SOURCES_FILE, sealed
 
 OLD = 1_600_000_000.0
 
@@ -43,7 +43,7 @@ def release(directory: Path) -> None:
 
 def edit(directory: Path, **entries: object) -> None:
     index = json.loads((directory / INDEX_FILE).read_text())
-    (directory / INDEX_FILE).write_text(json.dumps(index | entries))
+    (directory / INDEX_FILE).write_text(json.dumps(sealed(index | entries)))
 
 
 def age(directory: Path, when: float = OLD) -> None:

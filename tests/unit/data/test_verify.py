@@ -10,7 +10,7 @@ import pytest
 from megatrain.data import verify as module
 from megatrain.data.config import DataConfig, TokenizerConfig
 from megatrain.data.prepare import prepare
-from megatrain.data.store import INDEX_FILE
+from megatrain.data.store import INDEX_FILE, _fingerprint, read_index, sealed
 from megatrain.data.verify import verify
 
 
@@ -38,7 +38,8 @@ def rewrite(directory: Path, name: str, content: bytes) -> None:
     (directory / name).write_bytes(content)
     index = json.loads((directory / INDEX_FILE).read_text())
     index["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (directory / INDEX_FILE).write_text(json.dumps(index))
+    index["fingerprint"] = _fingerprint(index["tokenizer_digest"], index["splits"], index["files"])
+    (directory / INDEX_FILE).write_text(json.dumps(sealed(index)))
 
 
 def test_a_whole_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +65,32 @@ def test_a_changed_byte_of_any_file(cache: Path) -> None:
         (cache / name).unlink()
         assert (name, None, "can't be read: No such file or directory") in check(cache)
         (cache / name).write_bytes(content)
+    assert check(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("fingerprint", "0" * 64, "has a fingerprint that is not that of the files which it lists"),
+        ("tokenizer_digest", "0" * 64, "has a fingerprint that is not that"),
+        ("vocab_size", 258, "was edited after it was written"),
+        ("sha256", "0" * 64, "was edited after it was written"),
+    ],
+)
+def test_an_edited_index(cache: Path, key: str, value: object, says: str) -> None:
+    index = json.loads((cache / INDEX_FILE).read_text())
+    assert read_index(cache) is not None
+    (cache / INDEX_FILE).write_text(json.dumps(index | {key: value}))
+    assert read_index(cache) is None
+    ((file, _, what),) = check(cache)
+    assert file == INDEX_FILE
+    assert says in what
+
+
+def test_an_index_of_an_earlier_version_has_no_hash(cache: Path) -> None:
+    index = json.loads((cache / INDEX_FILE).read_text())
+    (cache / INDEX_FILE).write_text(json.dumps({k: v for k, v in index.items() if k != "sha256"}))
+    assert read_index(cache) is not None
     assert check(cache) == []
 
 
@@ -114,11 +141,14 @@ def test_the_last_document_must_end(cache: Path) -> None:
         ("[]", "can't be read"),
         ('{"version": 0}', "has format 0"),
         ('{"version": 1}', "is not what this program writes"),
-        ('{"version": 1, "splits": {"train": {}}, "files": {}, "vocab_size": "x"}', "is not listed"),
+        (
+            '{"version": 1, "splits": {"train": {}}, "files": {}, "vocab_size": "x"}',
+            "is not what this program writes",
+        ),
     ],
 )
 def test_an_index_that_is_none(cache: Path, content: str, says: str) -> None:
     (cache / INDEX_FILE).write_text(content)
     file, _, what = check(cache)[0]
-    assert file == INDEX_FILE or says == "is not listed"
+    assert file == INDEX_FILE
     assert says in what
