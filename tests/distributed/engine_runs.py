@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from resharding import joined_processes
 from torch import distributed as dist
 from torch import nn
 
@@ -13,7 +14,6 @@ from megatrain.config.errors import UserError
 from megatrain.data.loader import validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.mesh import make_mesh
-from megatrain.runtime.group import JoinedProcesses
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
@@ -37,8 +37,7 @@ class Course:
 def course(cfg: Config, store: TokenSource, steps: int, directory: Path | None = None) -> Course:
     """Train `steps` more steps on this rank of the default process group, or alone."""
     size = dist.get_world_size() if dist.is_initialized() else 1
-    group = dist.new_group(backend="gloo") if size > 1 else None
-    processes = JoinedProcesses(dist.get_rank(), size, group=group) if size > 1 else None
+    processes = joined_processes() if size > 1 else None
     mesh = make_mesh(cfg.parallel, CPU) if size > 1 else None
     state = build_state(cfg, CPU, mesh)
     checkpointer = None if directory is None else Checkpointer(directory, CheckpointConfig(), processes)
@@ -62,7 +61,7 @@ def course(cfg: Config, store: TokenSource, steps: int, directory: Path | None =
     eval_loss = evaluate(state.parallel, list(rows), None).loss
     if checkpointer is not None:
         checkpointer.save(state.step, state.tensors(), state.metadata())
-    arrays = full_arrays(state.tensors(), mesh)
+    arrays = full_arrays(state.tensors(), {})
     state.close()
     return Course(losses, norms, digests, eval_loss, arrays)
 

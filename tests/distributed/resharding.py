@@ -40,7 +40,7 @@ def go_on(cfg: Config, store: TokenSource, source: str | None, target: str | Non
 
     With a source, `AFTER` steps follow it; with neither, `BEFORE + AFTER` are taken, and the last `AFTER` returned.
     """
-    processes = _processes()
+    processes = joined_processes()
     mesh = make_mesh(cfg.parallel, torch.device("cpu")) if world_size(cfg.parallel) > 1 else None
     state = build_state(cfg, torch.device("cpu"), mesh)
     loader = build_loader(cfg, store, mesh)
@@ -75,7 +75,8 @@ def _arrays(state) -> Arrays:  # type: ignore[no-untyped-def]
     return full_arrays(state.weights.parameters, splits) | {f"ema.{k}": v for k, v in averages.items()}
 
 
-def _processes() -> Processes:
+def joined_processes() -> Processes:
+    """The ranks of the default process group, as the processes of a run; this one alone if there is no group."""
     if not dist.is_initialized():
         return Processes()
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -227,11 +227,11 @@ def test_all_ranks_together_hold_each_state_once(workers: WorkerPool, layout: di
     """But for replicas, and what tensor parallelism shares (norms): a copy on each of its ranks."""
     cfg = in_layout(layout)
     names = build_state(replace(cfg, parallel=ParallelConfig()), torch.device("cpu"))
-    roles = names.parallel.plan.roles
+    weights = names.parallel.plan.weight_of
     replicated = sum(
         p.numel()
         for name, p in names.weights.parameters.items()
-        if tensor_placement(roles[name], p.ndim).is_replicate()
+        if tensor_placement(weights[name], p.ndim, cfg.parallel.tp).is_replicate()
     )
     size = n_params(cfg.model) + (cfg.parallel.tp - 1) * replicated
     held = workers.run(bytes_of_states, world_size(cfg.parallel), cfg)

@@ -149,9 +149,9 @@ def hidden_bytes() -> int:
 def local_shapes() -> dict[str, tuple[bool, tuple[int, ...]]]:
     """Whether the ranks of tp have copies of a parameter, and its shape on one of them, before FSDP."""
     state = build_state(replace(CFG, parallel=ParallelConfig()), CPU)
-    roles, found = state.parallel.plan.roles, {}
+    weights, found = state.parallel.plan.weight_of, {}
     for name, parameter in state.weights.parameters.items():
-        shape, placement = list(parameter.shape), tensor_placement(roles[name], parameter.ndim)
+        shape, placement = list(parameter.shape), tensor_placement(weights[name], parameter.ndim, LAYOUT.tp)
         is_copied = placement.is_replicate() and ".experts." not in name
         if ".experts." in name:
             shape[0] //= LAYOUT.ep
