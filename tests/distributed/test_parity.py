@@ -84,22 +84,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     # an optimizer that needs whole matrices
     *[("muon", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})],
     # sizes that the axes do not divide: heads, key heads fewer than ranks, widths, vocabularies, experts
-    *[("uneven", layout) for layout in ({"tp": 2}, {"tp": 4}, {"tp": 4, "cp": 2, "cp_kind": "ring"})],
+    ("uneven", {"tp": 4}),
     ("uneven_tied", {"tp": 4, "dp_shard": 2}),
-    ("uneven_tied", {"tp": 4, "pp": 2}),
     ("uneven_gpt2", {"tp": 2, "dp_shard": 4, "zero_stage": 2}),
-    ("uneven_experts", {"tp": 4, "dp_shard": 2}),
     ("uneven_experts", {"dp_shard": 4, "tp": 2, "ep": 4}),
-    ("uneven_latent", {"tp": 2, "dp_shard": 2, "ep": 4}),
     ("uneven_muon", {"tp": 4, "dp_shard": 2}),
-    ("uneven_muon", {"dp_shard": 4, "tp": 2, "ep": 4}),
-    *[("gpt2_vocabulary", {"tp": ranks}) for ranks in (2, 8)],
+    ("gpt2_vocabulary", {"tp": 8}),
     # operators that are kept, and an FSDP group of experts inside of the recomputed block
     ("experts", {"dp_shard": 2, "ep": 2, "activation_checkpointing": "selective"}),
-    (
-        "latent",
-        {"pp": 2, "dp_shard": 2, "ep": 2, "activation_checkpointing": "selective", "pp_schedule": "zbv"},
-    ),
     # triples on eight ranks
     ("tied", {"pp": 2, "dp_shard": 2, "tp": 2}),
     ("untied", {"dp_shard": 2, "cp": 2, "tp": 2, "zero_stage": 2}),
@@ -109,6 +101,25 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("untied", {"dp_shard": 4, "tp": 2}),
     ("tied", {"dp_shard": 8}),
 ]
+MORE_CASES: list[tuple[str, dict[str, Any]]] = [
+    *[("uneven", layout) for layout in ({"tp": 2}, {"tp": 4, "cp": 2, "cp_kind": "ring"})],
+    ("uneven_tied", {"tp": 4, "pp": 2}),
+    ("uneven_experts", {"tp": 4, "dp_shard": 2}),
+    ("uneven_latent", {"tp": 2, "dp_shard": 2, "ep": 4}),
+    ("uneven_muon", {"dp_shard": 4, "tp": 2, "ep": 4}),
+    ("gpt2_vocabulary", {"tp": 2}),
+    (
+        "latent",
+        {
+            "pp": 2,
+            "dp_shard": 2,
+            "ep": 2,
+            "activation_checkpointing": "selective",
+            "pp_schedule": "zbv",
+        },
+    ),
+]
+"""Further ones, of kinds that `CASES` has, for the long suite."""
 
 
 def label(case: tuple[str, dict[str, Any]]) -> str:
@@ -130,7 +141,9 @@ def check(found: Trace, truth: Trace, bound: float) -> None:
         assert errors[worst] <= bound, f"{kind} of {worst} are off by {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=label
+)
 def test_a_layout_computes_what_one_process_does(
     workers: WorkerPool, case: tuple[str, dict[str, Any]]
 ) -> None:
