@@ -116,6 +116,7 @@ def test_a_step_sends_what_the_theory_says(workers: WorkerPool, layout: dict[str
         assert all(each == wanted for each in heard)
 
 
+@pytest.mark.slow
 def test_every_pair_of_axes_sends_what_the_theory_says(workers: WorkerPool) -> None:
     """On fake groups, which are as good for counting, and much cheaper. What ep needs to be legal stands beside it."""
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")

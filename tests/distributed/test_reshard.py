@@ -76,7 +76,8 @@ def moves(per_layout: int) -> list[Any]:
                     layout_summary(config(name, layouts[n]).parallel) or "one process"
                     for n in (source, target)
                 )
-                in_default_suite = step == 1 and source % 2 == 0
+                small = world_size(config(name, layouts[target]).parallel) <= 4
+                in_default_suite = step == 1 and source % 2 == 0 and small
                 marks = [] if in_default_suite else [pytest.mark.slow]
                 found.append(pytest.param(name, source, target, id=f"{name} {label}", marks=marks))
     return found
