@@ -6,6 +6,7 @@ checkpoints/step-00000100/
   manifest.json               size and SHA-256 of each file, versions, metadata of the run
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,6 +58,7 @@ from megatrain.checkpoint.retention import (
 from megatrain.checkpoint.space import has_space, require_space
 from megatrain.checkpoint.writer import write_tensors
 from megatrain.config.errors import DamagedCheckpointError, UserError
+from megatrain.runtime.ownership import StaleOwnerError
 from megatrain.runtime.processes import Processes
 
 
@@ -177,7 +179,9 @@ class Checkpointer:
         self._parent = path.name
         self.saved_bytes = sum(record.size for record in manifest.files.values())
         if self.processes.is_first:
-            prune(self.directory, self.cfg)
+            with contextlib.suppress(StaleOwnerError):  # this process's next write says so
+                self.require_owner()
+                prune(self.directory, self.cfg)
         return path
 
     def _create_staging(self, staging: Path, step: int, specs: dict[str, TensorSpec]) -> None:

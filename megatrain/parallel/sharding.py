@@ -133,5 +133,7 @@ def view_of_heads(heads: Sequence[int], head_dim: int, name: str, parameter: nn.
     if list(heads) == list(range(heads[0], heads[0] + len(heads))):
         rows = rows.narrow(0, heads[0], len(heads))  # a view
     else:
-        rows = rows[torch.tensor(heads, device=rows.device)]
+        rows = torch.cat(
+            [rows.narrow(0, head, 1) for head in heads]
+        )  # an index would be sent to the device each time
     return rows.flatten(0, 1)

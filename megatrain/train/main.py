@@ -315,5 +315,6 @@ def _resume(run: Run) -> tuple[str, ...]:
 
 def _write_inputs(run: Run) -> None:
     """Write the files beside the checkpoints that resuming and using the model require."""
+    run.checkpointer.require_owner()  # loading may have taken long
     write_config(run.directory, run.cfg)
     run.data.tokenizer.save(run.directory / "tokenizer")

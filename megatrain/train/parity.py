@@ -93,12 +93,12 @@ def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Tr
         gradients=gradients,
         final=full_arrays(state.weights.parameters, splits),
         averages={} if state.average is None else full_arrays(state.average.averages, splits),
-        eval_loss=_validate(state, cfg, store),
+        eval_loss=validation_loss(state, cfg, store),
         copies={},
     )
 
 
-def _validate(state: TrainState, cfg: Config, store: TokenSource) -> float:
+def validation_loss(state: TrainState, cfg: Config, store: TokenSource) -> float:
     """Return the loss of five rows: an odd number, so that data-parallel ranks run out of them at different times."""
     batches = validation_batches(
         store,

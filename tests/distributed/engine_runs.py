@@ -11,13 +11,11 @@ from torch import nn
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
-from megatrain.data.loader import validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.mesh import make_mesh
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
-from megatrain.train.evaluate import evaluate
-from megatrain.train.parity import Arrays, full_arrays
+from megatrain.train.parity import Arrays, full_arrays, validation_loss
 from megatrain.train.step import train_step
 
 CPU = torch.device("cpu")
@@ -51,14 +49,7 @@ def course(cfg: Config, store: TokenSource, steps: int, directory: Path | None =
         losses.append(loss)
         norms.append(norm)
         digests.append(batch.digest)
-    rows = validation_batches(
-        store,
-        seq_len=cfg.seq_len,
-        tokens=5 * cfg.seq_len,
-        micro_batch_size=1,
-        mask_documents=cfg.data.mask_documents,
-    )
-    eval_loss = evaluate(state.parallel, list(rows), None).loss
+    eval_loss = validation_loss(state, cfg, store)
     if checkpointer is not None:
         checkpointer.save(state.step, state.tensors(), state.metadata())
     arrays = full_arrays(state.tensors(), {})

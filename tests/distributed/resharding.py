@@ -17,6 +17,7 @@ from megatrain.runtime.processes import Processes
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
 from megatrain.train.parity import Arrays, full_arrays
+from megatrain.train.state import TrainState
 from megatrain.train.step import train_step
 
 BEFORE, AFTER = 2, 3
@@ -40,7 +41,7 @@ def go_on(cfg: Config, store: TokenSource, source: str | None, target: str | Non
 
     With a source, `AFTER` steps follow it; with neither, `BEFORE + AFTER` are taken, and the last `AFTER` returned.
     """
-    processes = joined_processes()
+    processes = joined_processes() if dist.is_initialized() else Processes()
     mesh = make_mesh(cfg.parallel, torch.device("cpu")) if world_size(cfg.parallel) > 1 else None
     state = build_state(cfg, torch.device("cpu"), mesh)
     loader = build_loader(cfg, store, mesh)
@@ -69,16 +70,14 @@ def go_on(cfg: Config, store: TokenSource, source: str | None, target: str | Non
     return Part(found_so_far.losses, found_so_far.grad_norms, found_so_far.digests, start, end)
 
 
-def _arrays(state) -> Arrays:  # type: ignore[no-untyped-def]
+def _arrays(state: TrainState) -> Arrays:
     splits = state.parallel.splits
     averages = {} if state.average is None else full_arrays(state.average.averages, splits)
     return full_arrays(state.weights.parameters, splits) | {f"ema.{k}": v for k, v in averages.items()}
 
 
-def joined_processes() -> Processes:
-    """The ranks of the default process group, as the processes of a run; this one alone if there is no group."""
-    if not dist.is_initialized():
-        return Processes()
+def joined_processes(timeout_s: float = 60) -> JoinedProcesses:
+    """The ranks of the default process group, as the processes of a run."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=60)
+    meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=timeout_s)
     return JoinedProcesses(rank, size, rank, size, dist.new_group(backend="gloo"), meetings=meetings)

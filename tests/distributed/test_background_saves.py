@@ -4,6 +4,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from resharding import joined_processes
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,17 +15,9 @@ from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.errors import CheckpointSaveError
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import Checkpointer
-from megatrain.runtime.group import JoinedProcesses
-from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.workers import WorkerPool
 
 STEPS = 40
-
-
-def joined() -> JoinedProcesses:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=60)
-    return JoinedProcesses(rank, size, rank, size, dist.new_group(backend="gloo"), meetings=meetings)
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
@@ -58,7 +51,7 @@ def train(saver: Saver, tensors: dict[str, Tensor], until: int) -> int:
 
 def saves(folder: Path, failures_of_rank_1: int) -> tuple[list[tuple[str, int]], int]:
     """Save step 1 in the background and step 2 as the last one; return the reports and how far training came."""
-    processes = joined()
+    processes = joined_processes()
     checkpointer = Checkpointer(folder / "async", CheckpointConfig(async_save=True))
     checkpointer = Checkpointer(folder / "async", checkpointer.cfg, processes)
     saver = Saver(checkpointer, processes.beside("saves"))

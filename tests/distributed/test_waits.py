@@ -5,21 +5,18 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from resharding import joined_processes
 from torch import distributed as dist
 
 from megatrain.config.errors import StalledError
 from megatrain.runtime.group import JoinedProcesses, explained
-from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.workers import WorkerPool
 
 LIMIT_S = 1.0
 
 
 def join() -> tuple[JoinedProcesses, dist.Store]:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store()
-    meetings = Meetings(store, rank, size, timeout_s=LIMIT_S)
-    return JoinedProcesses(rank, size, rank, size, dist.new_group(backend="gloo"), meetings=meetings), store
+    return joined_processes(LIMIT_S), dist.distributed_c10d._get_default_store()
 
 
 def compute_for(seconds: float) -> None:
