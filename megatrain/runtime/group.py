@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from megatrain.config.errors import StalledError, UserError
+from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.meetings import Meetings
@@ -79,6 +79,9 @@ def joined() -> Iterator[Processes]:
     meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=JOINING_S)
     try:
         yield JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings)
+    except StopRequested as stop:
+        meetings.leave(stop.reason)
+        raise
     except Exception as error:
         meetings.leave()
         raise explained(error) from error
