@@ -60,6 +60,10 @@ def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int],
                 child.kill()
             continue
         codes[rank] = code
+        if code == SAVED_BY_SIGNAL:  # before the first step, the others may be waiting for it
+            for other, child in enumerate(children):
+                if other not in codes:
+                    child.send_signal(signal.SIGTERM)
         if failed is None and code not in (0, SAVED_BY_SIGNAL):
             failed = rank
     if failed is None:
@@ -86,12 +90,13 @@ def passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
 
     passed = [number for number in STOP_SIGNALS if number != signal.SIGINT]
     ignored = [number for number in passed if signal.getsignal(number) == signal.SIG_IGN]  # nohup
-    before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, pass_on) for number in passed if number not in ignored
-    }
+    before: dict[signal.Signals, Any] = {}
+    for number in passed:
+        if number not in ignored:
+            before[number] = signal.signal(number, pass_on)
     before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_children)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -27,7 +27,7 @@ from megatrain.resilience.signals import STARTED, StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
 from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
-from megatrain.runtime.ownership import Ownership, StaleOwnerError, take
+from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.build import (
@@ -104,8 +104,18 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     signals=signals,
                 )
             )
+    except StopRequested as stop:
+        if processes.is_first and is_own(directory):
+            _record_stop(RunLog(directory, cfg.run.id), stop, max(checkpointer.steps(), default=0))
+        raise
     finally:
         display.close()
+
+
+def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
+    """Record that a signal came before the first step of the attempt; `step` is that of the newest checkpoint."""
+    log.event("stop", step=step, reason=stop.reason)
+    log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
 
 
 def _require_same(fingerprints: list[str]) -> None:
@@ -233,10 +243,6 @@ def _train(run: Run) -> Outcome:
         warnings = _resume(run)
     except (DamagedCheckpointError, UnknownFormatError) as error:
         _record_failure(run, 0, error)
-        raise
-    except StopRequested as stop:
-        log.event("stop", step=state.step, reason=stop.reason)
-        log.status("stopped", step=state.step, reason=stop.reason, exit_code=stop.exit_code)
         raise
     is_first = run.processes.is_first
     sinks = cfg.log if is_first else dataclasses.replace(cfg.log, wandb="off", tensorboard=False)

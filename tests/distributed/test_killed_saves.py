@@ -45,7 +45,7 @@ def test_killed_saves(
         kills += killed_in_a_save(cfg, folder, LAST * (number + 1), draw, is_async=is_async)
         checkpoints = folder / "checkpoints"
         for step in committed_steps(checkpoints):
-            require_whole(checkpoints / step_name(step))
+            require_whole(checkpoints / step_name(step), progress=lambda name, share: None)
     assert kills >= COUNT - 1
     reached, differ = losses(folder)
     assert not differ, "a step was repeated with another loss"

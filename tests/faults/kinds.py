@@ -72,7 +72,7 @@ class Scene:
         require(not (directory / "quarantine").exists(), "a checkpoint was put aside")
         require(max(steps, default=0) >= max(before, default=0), f"checkpoints {before} became {steps}")
         for step in steps:
-            require_whole(directory / step_name(step))
+            require_whole(directory / step_name(step), progress=lambda name, share: None)
 
     def finish(self, *overrides: str) -> None:
         """Start again until the run ends, and compare it with the undisturbed one."""
