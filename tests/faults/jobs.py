@@ -22,6 +22,7 @@ from workplace import TINY
 
 from megatrain.runtime.launch import look_after
 from megatrain.runtime.processes import MEETING
+from megatrain.runtime.stop_signals import STOP_SIGNALS
 
 LIMIT_S = 120.0
 PRELOADED = ["megatrain.train.main", "megatrain.cli.main", "megatrain.train.loop", "torch._dynamo"]
@@ -101,7 +102,11 @@ class Attempt:
 
 
 def _rank(argv: Sequence[str], cwd: str, environment: Mapping[str, str], output: str, plant: Any) -> None:
-    """Be one rank: the command line `argv`, after `plant` has made its changes."""
+    """Be one rank: the command line `argv`, after `plant` has made its changes.
+
+    Signals wait until the command's handlers stand, as they do in a process that the launcher has started.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.chdir(cwd)
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

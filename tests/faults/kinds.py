@@ -163,7 +163,9 @@ def ask_early(scene: Scene) -> None:
     """The same while the run starts."""
     number = scene.draw.choice(SIGNALS)
     attempt = scene.job.start()
-    time.sleep(scene.draw.uniform(0.3, 2.0))
+    while not attempt.output.exists():
+        time.sleep(0.01)  # the process begins, which nothing announces
+    time.sleep(scene.draw.uniform(0, 2))
     with contextlib.suppress(ProcessLookupError):
         os.kill(scene.victim(attempt), number)
     code = _ended_in_time(scene, attempt)
