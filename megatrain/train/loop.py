@@ -92,8 +92,10 @@ def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str
         observer.step({"step": 0} | _evaluate(run, observer))  # of the untrained model
         ended = time.perf_counter()
     while True:
+        run.processes.doing("batch", state.step + 1)
         batch = next(batches)
         data_time = time.perf_counter() - ended
+        run.processes.doing("training", state.step + 1)
         lr = cfg.optim.lr * cfg.schedule.factor(state.step, cfg.train.steps)
         with signals.held_back() if cfg.parallel.compile else contextlib.nullcontext():
             stats = train_step(
@@ -103,6 +105,7 @@ def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str
                 lr=lr,
                 wants_stop=lambda: bool(signals.received or run.cache_check.damage or saver.has_failed()),
             )
+        run.processes.doing("result", state.step)
         loss, grad_norm, stop_wanted = stats.read()  # the only wait for the device in a step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
@@ -143,6 +146,8 @@ def _settle(run: Run, signals: StopSignals) -> bool:
 
 
 def _report_saves(run: Run, observer: Observer) -> None:
+    for found in run.processes.notices():
+        observer.notice(found["notice"])
     for report in run.saver.reports():
         if report.outcome == "saved":
             run.log.event("save", **report.facts)
@@ -178,6 +183,7 @@ def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) 
     if not run.eval_batches:
         return {}
     state = run.state
+    run.processes.doing("evaluating", state.step)
     with state.averaged():
         result = evaluate(state.parallel, run.eval_batches, run.data.token_bytes)
         if (text := sample(run)) is not None:

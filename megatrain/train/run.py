@@ -39,6 +39,8 @@ class Run:
     checkpointer: Checkpointer
     display: Display
     log: RunLog
+    notices: tuple[str, ...] = ()
+    """What the check of the machines has found."""
 
     @cached_property
     def flops_full(self) -> float:
@@ -78,6 +80,7 @@ class Run:
         Raises:
             DamagedDataError: the tokens are damaged; nothing was saved.
         """
+        self.processes.doing("saving", self.state.step)
         check, step, report = self.cache_check, self.state.step, self.processes.report
         verified = self.processes.agree(lambda: check.require_whole(step, waits=waits, report=report))
         info: dict[str, Any] = {
