@@ -1,5 +1,6 @@
 """Common part of every verb that takes a config: parse, compose, check; then print, sweep or run."""
 
+import contextlib
 import json
 import os
 import sys
@@ -77,8 +78,18 @@ def run_in_layout(
         return run_job(verb, words, partial(start_or_do, Processes()))
     from megatrain.runtime.group import joined  # imports torch
 
-    with joined() as processes:
+    with joined(**_limit(words)) as processes:
         return run_job(verb, words, partial(start_or_do, processes), processes)
+
+
+def _limit(words: list[str]) -> dict[str, float]:
+    """Return how long processes wait for one another, if the command line says so: the config comes after that."""
+    key, limit = "resilience.timeout_s=", {}
+    for word in words:
+        if word.startswith(key):
+            with contextlib.suppress(ValueError):  # refused when the config is checked
+                limit = {"timeout_s": max(float(word.removeprefix(key)), 1.0)}
+    return limit
 
 
 def _log_of(cfg: Config, rank: int) -> str:

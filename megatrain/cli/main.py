@@ -15,6 +15,7 @@ from megatrain.cli.help import HELP_FLAGS, command_help, verb_help
 from megatrain.cli.verbs import VERBS, find_verb
 from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.config.nearest import nearest
+from megatrain.runtime.ending import tell_launcher
 from megatrain.runtime.paths import name_user
 from megatrain.runtime.streams import abandon_output, output_is_broken, repair_streams
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         # Every process of a run raises it, but that the first one stands still can be said by others only.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, StalledError):
             print(f"megatrain: {error}", file=sys.stderr)
+        tell_launcher(f"megatrain: {error}")
         return error.exit_code
     except StopRequested as stop:
         if os.environ.get("RANK", "0") == "0":

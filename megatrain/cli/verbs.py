@@ -323,14 +323,23 @@ VERBS = (
     Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
-        usage="[--json]",
+        usage="[--cluster] [--json]",
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
             ("megatrain doctor --json", "the same for programs"),
-            ("megatrain doctor --json | grep -A9 cuda", "the CUDA part only"),
+            (
+                "megatrain doctor --cluster",
+                "under torchrun or srun: compare the machines of a job, and measure the network between them",
+            ),
         ),
         takes_config=False,
-        flags=(("--json", "print one JSON object instead of a table"),),
+        flags=(
+            (
+                "--cluster",
+                "compare the machines on which a launcher has started it; exit code 1 if one is unfit",
+            ),
+            ("--json", "print one JSON object instead of a table"),
+        ),
     ),
 )
 

@@ -34,3 +34,5 @@ class StalledError(UserError):
     """Processes waited in vain for another one: each says so itself, since the one that hangs cannot."""
 
     exit_code = 1
+    is_verdict = False
+    """Whether the message names the cause, as all ranks' guards found it together."""

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatrain.runtime.processes import MEETING
+from megatrain.runtime.processes import MEETING, VERDICT
 from megatrain.runtime.stop_signals import STOP_SIGNALS, held_back
 
 SAVED_BY_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; a scheduler may requeue
@@ -40,11 +41,15 @@ def start_here(command: Sequence[str], size: int, *, explain: Callable[[int], st
                 for rank in range(size):
                     here = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                     children.append(subprocess.Popen(command, env=os.environ | shared | here))
-            return look_after(children, explain)
+            return look_after(children, explain, Path(f"{folder}/meeting{VERDICT}"))
 
 
-def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int], str]) -> int:
-    """Wait for all; when one fails, end the others."""
+def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int], str], verdict: Path) -> int:
+    """Wait for all; when one fails, end the others.
+
+    Args:
+        verdict: a file that exists if their guards found what is wrong, said it, and ended those that could not.
+    """
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
     for rank, child in enumerate(children):
         threading.Thread(
@@ -52,6 +57,7 @@ def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int],
         ).start()
     codes: dict[int, int] = {}
     failed: int | None = None
+    ended_by_guard = False
     while len(codes) < len(children):
         try:
             rank, code = ended.get(timeout=None if failed is None else GRACE_S)
@@ -65,9 +71,11 @@ def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int],
                 if other not in codes:
                     child.send_signal(signal.SIGTERM)
         if failed is None and code not in (0, SAVED_BY_SIGNAL):
-            failed = rank
+            failed, ended_by_guard = rank, verdict.exists()
     if failed is None:
         return max(codes.values())
+    if ended_by_guard:
+        return 1
     code = codes[failed]
     if code not in (2, 3):  # those messages were printed already
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -8,6 +8,7 @@ from datetime import timedelta
 from torch import distributed as dist
 
 from megatrain.config.errors import StalledError, StopRequested
+from megatrain.runtime.guard.seam import Seam
 
 SHOWN = 8
 """Ranks that a message names at most."""
@@ -23,8 +24,19 @@ class Meetings:
     a long preparation has the time that it needs, but no wait is endless.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        *,
+        timeout_s: float,
+        seam: Seam | None = None,
+        name: str = "meetings",
+    ) -> None:
         self.timeout_s = timeout_s
+        self.seam = seam
+        self._name = name
         self._store = dist.PrefixStore("meetings", store)
         self._rank, self._size = rank, size
         self._number = 0
@@ -34,10 +46,12 @@ class Meetings:
     def beside(self, name: str) -> "Meetings":
         """Return other meetings of the same processes, for another thread: a store's client serves one at a time."""
         store = dist.PrefixStore(name, self._store.clone())  # type: ignore[attr-defined]
-        return Meetings(store, self._rank, self._size, timeout_s=self.timeout_s)
+        name = f"meetings of {name}"
+        return Meetings(store, self._rank, self._size, timeout_s=self.timeout_s, seam=self.seam, name=name)
 
     def report(self) -> None:
         """Tell those that wait that this process is at work. Any thread may."""
+        self._touch()
         with self._lock:
             if time.monotonic() - self._reported >= EVERY_S:
                 self._reported = time.monotonic()
@@ -49,6 +63,18 @@ class Meetings:
         Raises:
             StalledError: one of them has failed, or none gave a sign for `timeout_s`.
         """
+        if self.seam is None:
+            self._wait()
+            return
+        self.seam.met(self._name, list(range(self._size)))
+        try:
+            self._wait()
+        except StalledError as error:
+            self.seam.failure = error
+            raise
+        self.seam.record.waited()
+
+    def _wait(self) -> None:
         self._number += 1
         number = self._number
         self._store.set(f"place {self._rank}", str(number))
@@ -59,6 +85,7 @@ class Meetings:
             now = self._signs()
             if now != signs:
                 signs, since = now, time.monotonic()
+                self._touch()
             elif time.monotonic() - since >= self.timeout_s:
                 raise StalledError(self._who_is_missing())
 
@@ -89,6 +116,10 @@ class Meetings:
                 raise StopRequested(stopped_by)
             raise StalledError(f"Process {rank} of {self._size} has failed; its own message says why.")
         return True
+
+    def _touch(self) -> None:
+        if self.seam is not None:
+            self.seam.record.touch()
 
     def _signs(self) -> int:
         return int(self._store.add("signs", 0))

@@ -18,6 +18,8 @@ from megatrain.config.errors import UserError
 T = TypeVar("T")
 MEETING = "MEGATRAIN_MEETING"
 """Environment variable: the file over which processes that `megatrain` started find each other."""
+VERDICT = "-verdict"
+"""What follows the name of that file in the name of the file that says why they were ended."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,20 @@ class Processes:
 
     def report(self) -> None:
         """Tell processes that wait for this one that it is at work, so that they go on waiting."""
+
+    def doing(self, phase: str, step: int = -1) -> None:
+        """Note what this process does from now on, for those that may have to say where it stands still."""
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return what is behind `error`: the failure or silence of another process, if it is that."""
+        return error
+
+    def notices(self) -> list[dict[str, Any]]:
+        """Return what was found about the processes since the last call: a `notice`, and its facts."""
+        return []
+
+    def describe(self, **facts: Any) -> None:
+        """Tell what a report on hangs needs: the run's `directory`, this rank's pipeline `stage`, `axes` of groups."""
 
     def at_work(self) -> AbstractContextManager[None]:
         """Report by itself, in the `with` block, as long as this process computes."""

@@ -131,6 +131,7 @@ class _Attempt:
             )  # untrained
             self.ended = time.perf_counter()
         while True:
+            run.processes.doing("batch", state.step + 1)
             batch = next(batches)
             data_time = time.perf_counter() - self.ended
             lr, (stats, verdict) = self._lr(), self._step(batch)
@@ -138,6 +139,7 @@ class _Attempt:
                 batches.close()  # type: ignore[attr-defined]
                 batches, self.ended = self._batches(), time.perf_counter()
                 continue
+            run.processes.doing("result", state.step)
             loss, grad_norm, stop_wanted = stats.read()
             row: Row = {"step": state.step, "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
             row |= {"train/tokens": state.tokens, "data/sample_digest": batch.digest}
@@ -172,6 +174,7 @@ class _Attempt:
             verdicts.append(self.policy.judge(loss, grad_norm))
             return verdicts[0].action == "take"
 
+        self.run.processes.doing("training", self.run.state.step + 1)
         with held_back() if cfg.parallel.compile else contextlib.nullcontext():
             stats = train_step(
                 self.run.state,
@@ -249,6 +252,8 @@ def _settle(run: Run) -> bool:
 
 
 def _report_saves(run: Run, observer: Observer) -> None:
+    for found in run.processes.notices():
+        observer.notice(found["notice"])
     for report in run.saver.reports():
         if report.outcome == "saved":
             run.log.event("save", **report.facts)
@@ -284,6 +289,7 @@ def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) 
     if not run.eval_batches:
         return {}
     state, began = run.state, time.perf_counter()
+    run.processes.doing("evaluating", state.step)
     with state.averaged():
         try:
             result = evaluate(

@@ -18,14 +18,15 @@ from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
+from megatrain.observe.communication import axes_of_groups
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
 from megatrain.parallel.mesh import make_mesh
+from megatrain.resilience.preflight import require_same_data
 from megatrain.resilience.signals import STARTED, StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
-from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
@@ -49,6 +50,7 @@ from megatrain.train.files import (
 )
 from megatrain.train.import_hf import is_untrained_import, require_imported_weights, take_up_weights
 from megatrain.train.loop import reason_to_stop, train_loop
+from megatrain.train.machines import check_likeness, check_links
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
 from megatrain.train.sample import last_sample
@@ -71,12 +73,20 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     device = pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
     cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
+    processes.describe(directory=str(directory.absolute()))
+    processes.doing("comparing machines")
+    hosts, notices = check_likeness(processes, cfg.resilience, device)
+    processes.doing("preparing the data")
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
         data = prepare_together(cfg, processes, progress=display.phase)
-        _require_same(processes.gather(data.fingerprint))
+        require_same_data(processes, data.fingerprint)
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
         processes.limit_waits(cfg.resilience.timeout_s)
+        if mesh is not None:
+            processes.describe(axes=axes_of_groups(mesh), stage=mesh.coordinate("pp"))
+        notices += check_links(processes, cfg.resilience, mesh, hosts=hosts, device=device)
+        processes.doing("building the model")
         verifies = cfg.data.verify == "background" and processes.local_rank == 0
         check = CacheCheck(data.directory, verifies=verifies)
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
@@ -102,6 +112,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     display=display,
                     log=log(directory, cfg.run.id, require_owner),
                     signals=signals,
+                    notices=tuple(notices),
                 )
             )
     except StopRequested as stop:
@@ -116,14 +127,6 @@ def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
     """Record that a signal came before the first step of the attempt; `step` is that of the newest checkpoint."""
     log.event("stop", step=step, reason=stop.reason)
     log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
-
-
-def _require_same(fingerprints: list[str]) -> None:
-    if len(set(fingerprints)) > 1:
-        raise UserError(
-            "The processes read different data: the content of data.path differs between machines "
-            f"(fingerprints {', '.join(sorted({each[:12] for each in fingerprints}))})."
-        )
 
 
 def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device) -> Config:
@@ -239,6 +242,7 @@ def _taken(directory: Path, stack: contextlib.ExitStack, run_id: str) -> Ownersh
 def _train(run: Run) -> Outcome:
     """Resume, train, record status and events, and write the report, however it ends."""
     cfg, log, state = run.cfg, run.log, run.state
+    run.processes.doing("loading")
     try:
         warnings = _resume(run)
     except (DamagedCheckpointError, UnknownFormatError) as error:
@@ -247,7 +251,7 @@ def _train(run: Run) -> Outcome:
     is_first = run.processes.is_first
     sinks = cfg.log if is_first else dataclasses.replace(cfg.log, wandb="off", tensorboard=False)
     observer = Observer(run.directory, sinks, run.display, log, dump(cfg))
-    for warning in warnings:
+    for warning in (*run.notices, *warnings):
         observer.notice(warning)
     run.display.start(beginning(run))
     run.signals.defer()
@@ -272,7 +276,7 @@ def _train(run: Run) -> Outcome:
 def _record_failure(run: Run, step: int, error: BaseException) -> None:
     if isinstance(error, StaleOwnerError):
         return  # the record is somebody else's
-    error = explained(error)
+    error = run.processes.explain(error)
     text = f"{type(error).__name__}: {error}"
     run.log.event("failure", step=step, error=text)
     run.log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))

@@ -44,6 +44,8 @@ class Run:
     display: Display
     log: RunLog
     signals: StopSignals
+    notices: tuple[str, ...] = ()
+    """What the check of the machines has found."""
 
     @cached_property
     def flops_full(self) -> float:
@@ -95,6 +97,7 @@ class Run:
         Raises:
             DamagedDataError: the tokens are damaged; nothing was saved.
         """
+        self.processes.doing("saving", self.state.step)
         check, step, report = self.cache_check, self.state.step, self.processes.report
         verified = self.processes.agree(lambda: check.require_whole(step, waits=waits, report=report))
         info: dict[str, Any] = {

@@ -21,7 +21,7 @@ from typing import Any
 from workplace import TINY
 
 from megatrain.runtime.launch import look_after
-from megatrain.runtime.processes import MEETING
+from megatrain.runtime.processes import MEETING, VERDICT
 from megatrain.runtime.stop_signals import STOP_SIGNALS
 
 LIMIT_S = 120.0
@@ -166,7 +166,8 @@ class Job:
         attempt = Attempt(ranks, output)
 
         def supervise() -> None:
-            attempt.codes.append(look_after(ranks, lambda rank: f"see the log of rank {rank}"))
+            verdict = Path(f"{meeting}{VERDICT}")
+            attempt.codes.append(look_after(ranks, lambda rank: f"see the log of rank {rank}", verdict))
 
         attempt.thread = threading.Thread(target=supervise)
         attempt.thread.start()
