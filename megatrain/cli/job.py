@@ -19,6 +19,8 @@ from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
 from megatrain.train.config import Config
 
+JOINING_LEAST_S = 60.0
+"""How long processes wait for one another at least when they start: imports alone take long on a busy machine."""
 PROCESSES_PER_CORE = 16
 """Processes per core that a machine without GPUs may be asked to start: more of them would only fill its memory."""
 
@@ -74,6 +76,9 @@ def run_in_layout(
 
     if not is_started():
         return run_job(verb, words, partial(start_or_do, Processes()))
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else each part of a wait at the store is a warning
     from megatrain.runtime.group import joined  # imports torch
 
     with joined(**_limit(words)) as processes:
@@ -86,7 +91,7 @@ def _limit(words: list[str]) -> dict[str, float]:
     for word in words:
         if word.startswith(key):
             with contextlib.suppress(ValueError):  # refused when the config is checked
-                limit = {"timeout_s": max(float(word.removeprefix(key)), 1.0)}
+                limit = {"timeout_s": max(float(word.removeprefix(key)), JOINING_LEAST_S)}
     return limit
 
 
