@@ -17,6 +17,7 @@ from megatrain.engines.config import require_engine
 from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
+from megatrain.runtime.stop_signals import take_signals
 from megatrain.train.config import Config
 
 JOINING_LEAST_S = 60.0
@@ -74,6 +75,7 @@ def run_in_layout(
             return start_here(command, needed, explain=partial(_log_of, cfg))
         return job(cfg, processes)
 
+    take_signals()
     if not is_started():
         return run_job(verb, words, partial(start_or_do, Processes()))
     os.environ.setdefault(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from megatrain.config.errors import StalledError, UserError
+from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.guard.handle import Guard
@@ -125,6 +125,9 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
         processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings, guard=guard)
         try:
             yield processes
+        except StopRequested as stop:
+            meetings.leave(stop.reason)
+            raise
         except Exception as error:
             meetings.leave()
             raise processes.explain(error) from error
