@@ -23,7 +23,7 @@ from benchmarks.hosts import Hosts, can_make_hosts
 from benchmarks.machine import describe_machine
 
 LIMIT_S = 5
-LONGEST_S = 90
+LONGEST_S = 240
 RUN = (
     "data=synthetic",
     "model.n_layers=2",
@@ -116,6 +116,22 @@ class Job:
         before = self.rows()
         return self.until(lambda: self.rows() >= before + rows or self.ended(*self.processes))
 
+    def trains_again(self) -> float:
+        """Start on all hosts once more; return the seconds until the first new step."""
+        path = self.folder / "runs/default/events.jsonl"
+
+        def starts() -> int:
+            return sum('"event": "start"' in line or '"event": "resume"' in line for line in path.open())
+
+        before = starts()
+        began = time.monotonic()
+        for host in self.hosts.names:
+            self.hosts.heal(host)
+            self.start(host)
+        self.until(lambda: starts() > before or self.ended(*self.processes))
+        self.trains(1)
+        return time.monotonic() - began
+
     def ended(self, *hosts: str) -> bool:
         """Return whether the processes of these hosts have ended."""
         return all(self.processes[host].poll() is not None for host in hosts)
@@ -138,7 +154,7 @@ class Outcome:
     seconds_until_all_ended: float | None = None
     """From the fault until no process of the job runs on any host that still has power."""
     seconds_until_trains_again: float | None = None
-    """From the next start of the same command to its third new step."""
+    """From the next start of the same command to its first new step."""
     status: str = ""
     reason: str = ""
     said: str = ""
@@ -170,11 +186,7 @@ def strike(
         took = time.monotonic() - struck
         found = _outcome(run, name, "ends")
         found.seconds_until_all_ended = round(took, 1)
-        for host in run.hosts.names:
-            run.hosts.heal(host)
-        for host in run.hosts.names:
-            run.start(host)
-        found.seconds_until_trains_again = round(run.trains(), 1)
+        found.seconds_until_trains_again = round(run.trains_again(), 1)
         if run.ended(*run.hosts.names):
             found.outcome += "; the next start fails"
         return found
@@ -226,7 +238,10 @@ def late_host(launcher: str) -> Outcome:
     """The second host comes ten seconds later."""
     with job(launcher, 2) as run:
         run.start("h1", "resilience.timeout_s=60")
-        time.sleep(10)
+        if launcher == "variables":
+            run.until(lambda: "have not come" in run.output("h1").read_text())
+        else:
+            time.sleep(10)
         said = run.output("h1").read_text()
         run.start("h2", "resilience.timeout_s=60")
         run.trains()

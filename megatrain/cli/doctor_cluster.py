@@ -1,6 +1,7 @@
 """`megatrain doctor --cluster`: the machines of a job, compared, and the network between them."""
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def run(*, as_json: bool) -> int:
             "--cluster compares the machines of a job: start it with the launcher that starts the job, as in "
             "`torchrun --nnodes=2 ... -m megatrain doctor --cluster` or `srun ... megatrain doctor --cluster`."
         )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
     from megatrain.resilience.bandwidth import judge
     from megatrain.resilience.preflight import check_machines, look_around
     from megatrain.runtime.device import pick_device

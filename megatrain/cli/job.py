@@ -20,6 +20,8 @@ from megatrain.runtime.processes import Processes, is_started
 from megatrain.runtime.stop_signals import take_signals
 from megatrain.train.config import Config
 
+JOINING_LEAST_S = 60.0
+"""How long processes wait for one another at least when they start: imports alone take long on a busy machine."""
 PROCESSES_PER_CORE = 16
 """Processes per core that a machine without GPUs may be asked to start: more of them would only fill its memory."""
 
@@ -76,6 +78,9 @@ def run_in_layout(
     take_signals()
     if not is_started():
         return run_job(verb, words, partial(start_or_do, Processes()))
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else each part of a wait at the store is a warning
     from megatrain.runtime.group import joined  # imports torch
 
     with joined(**_limit(words)) as processes:
@@ -88,7 +93,7 @@ def _limit(words: list[str]) -> dict[str, float]:
     for word in words:
         if word.startswith(key):
             with contextlib.suppress(ValueError):  # refused when the config is checked
-                limit = {"timeout_s": max(float(word.removeprefix(key)), 1.0)}
+                limit = {"timeout_s": max(float(word.removeprefix(key)), JOINING_LEAST_S)}
     return limit
 
 

@@ -11,7 +11,7 @@ class ResilienceConfig:
     timeout_s: Annotated[float, Range(at_least=1, at_most=86400)] = 600.0
     """Seconds after which a process that waits for another one gives up, so that nothing stands still longer when one
     hangs; it need not cover what one process does alone (preparing data, checking a checkpoint), which may take as long
-    as it computes. Before the config is read, processes wait for one another as long as the command line says here."""
+    as it computes. At the start processes wait for one another as long as the command line says, at least a minute."""
     non_finite: Literal["skip", "stop"] = "skip"
     """When the loss or the gradient norm of a step is not finite. skip: leave the weights as they are and go on with
     the next batch; stop: end the run. Engines that partition the optimizer always stop."""

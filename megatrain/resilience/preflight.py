@@ -4,7 +4,6 @@ What must be equal is compared with what most machines have; who differs is name
 """
 
 import socket
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -36,8 +35,8 @@ class Problem:
 
 def look_around(processes: Processes, device: torch.device) -> list[MachineFacts]:
     """Return what every process finds, by rank; all of them call this together."""
-    own = machine_facts(processes.rank, device)
-    processes.gather(None)  # until all are here: their clocks are read at the same moment
+    own = processes.agree(lambda: machine_facts(processes.rank, device))
+    processes.gather(None)  # then all are here: their clocks are read at the same moment
     return processes.gather(replace(own, time=time.time()))
 
 
@@ -141,15 +140,19 @@ def _short_of_space(found: list[MachineFacts]) -> list[Problem]:
 
 
 def _skewed(found: list[MachineFacts]) -> list[Problem]:
-    usual = statistics.median_low(facts.time for facts in found)
-    first = {facts.host: facts for facts in reversed(found)}
+    """Return a problem for each machine whose clock is not that of most, or not the first one's where there are two."""
+    first = list({facts.host: facts for facts in reversed(found)}.values())
+    like = min(found, key=lambda facts: facts.rank)
+    if len(first) > 2:
+        like = sorted(first, key=lambda facts: facts.time)[len(first) // 2]
     problems = []
-    for facts in first.values():
-        late = facts.time - usual
+    for facts in first:
+        late = facts.time - like.time
         if abs(late) > SKEW_S:
             text = (
-                f"The clock of {facts.host} is {abs(late):.0f} s {'ahead' if late > 0 else 'behind'}: times in logs do "
-                "not fit together, and torchrun's c10d rendezvous can split the job. Synchronize it (NTP)."
+                f"The clock of {facts.host} is {abs(late):.0f} s {'ahead of' if late > 0 else 'behind'} that of "
+                f"{like.host}: times in logs do not fit together, and torchrun's c10d rendezvous can split the job. "
+                "Synchronize it (NTP)."
             )
             problems.append(Problem(text, False))
     return problems

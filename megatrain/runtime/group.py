@@ -17,7 +17,7 @@ from torch import distributed as dist
 from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
-from megatrain.runtime.guard.handle import START_S, Guard
+from megatrain.runtime.guard.handle import Guard
 from megatrain.runtime.guard.seam import Seam
 from megatrain.runtime.joining import meet
 from megatrain.runtime.meetings import Meetings
@@ -25,7 +25,7 @@ from megatrain.runtime.processes import MEETING, Processes
 
 T = TypeVar("T")
 JOINING_S = 600.0
-"""How long processes wait for one another before they know `resilience.timeout_s`."""
+"""How long processes wait for one another before they know `resilience.timeout_s`, by default."""
 TIMED_OUT = ("Timed out waiting", "Application timeout", "timed out", "collective operation timeout")
 """Words by which gloo, NCCL and stores say that another process did not answer."""
 NCCL_LATER_S = 30.0
@@ -93,7 +93,8 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
     """Join the other processes that the environment speaks of (`is_started`), until the end of the block.
 
     Args:
-        timeout_s: how long to wait for them; also the limit of other waits, until `limit_waits`.
+        timeout_s: how long to wait for them. Other waits have `JOINING_S` until `limit_waits`: importing takes long on
+            a busy machine.
 
     Raises:
         UserError: what the environment says is incomplete, or there is no GPU for this process.
@@ -108,20 +109,19 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = pick_device(local_rank)
     guard = Guard(
-        rank=rank, size=size, local_rank=local_rank, timeout_s=timeout_s, meeting=os.environ.get(MEETING)
+        rank=rank, size=size, local_rank=local_rank, timeout_s=JOINING_S, meeting=os.environ.get(MEETING)
     )
     with guard, Seam(guard.record, guard.tell) as seam:
         try:
             store, address = meet(rank, size, timeout_s=timeout_s)
             if rank == 0:
                 store.set("guard", json.dumps(guard.listen_at(address)))
-            store.wait(["guard"], timedelta(seconds=max(timeout_s, START_S)))
             guard.report_to(json.loads(store.get("guard")))
-            group = _join(rank, size, device, store, timeout_s)
+            group = _join(rank, size, device, store)
             guard.record.touch()
         except dist.DistError as error:
             raise explained(error) from error
-        meetings = Meetings(store, rank, size, timeout_s=timeout_s, seam=seam)
+        meetings = Meetings(store, rank, size, timeout_s=JOINING_S, seam=seam)
         processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings, guard=guard)
         try:
             yield processes
@@ -134,9 +134,7 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
         dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
 
 
-def _join(
-    rank: int, size: int, device: torch.device, store: dist.Store, timeout_s: float
-) -> dist.ProcessGroup:
+def _join(rank: int, size: int, device: torch.device, store: dist.Store) -> dist.ProcessGroup:
     """Make the default group, which is training's, and return the gloo group beside it.
 
     NCCL learns its device at once: it can then split communicators for subgroups, instead of connecting each anew.
@@ -144,7 +142,7 @@ def _join(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=JOINING_S)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("default", store),

@@ -38,7 +38,6 @@ def meet(rank: int, size: int, *, timeout_s: float) -> tuple[dist.Store, str]:
     )
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID", "")
     store = dist.PrefixStore(f"megatrain {job} {size}", store)
-    store.set_timeout(timedelta(seconds=timeout_s))
     _call_roll(store, rank, size, words)
     return store, address
 

@@ -27,7 +27,7 @@ from megatrain.runtime.group import joined
 from megatrain.runtime.processes import MEETING, Processes
 from megatrain.runtime.workers import WorkerPool
 
-LIMIT_S = 5.0
+LIMIT_S = 4.0
 LATE_S = 10.0
 """How long after the limit the sentence may come."""
 SLEEP_S = 60.0
@@ -186,7 +186,8 @@ def member(name: str, rank: int, folder: Path) -> None:
     began = time.monotonic()
     error: BaseException | None = None
     try:
-        with joined(LIMIT_S) as processes:
+        with joined() as processes:
+            processes.limit_waits(LIMIT_S)
             processes.describe(directory=str(folder))
             processes.gather(0)
             began = time.monotonic()

@@ -13,6 +13,8 @@ from megatrain.runtime.guard.verdict import Call, Statement, Verdict, judge
 
 DUMP_S = 3.0
 """How long the hub waits for what the ranks have to say."""
+SILENT_S = 4.0
+"""How long a guard is not called silent, whatever the limit: until it knows that, it writes every other second."""
 OWN_S = 2.0
 """How long it waits after an error of a rank for the others, which may have the same and end by themselves."""
 SLOW = 1.5
@@ -56,7 +58,13 @@ class Hub:
         self._asked: float | None = None
         self._ends: float = 0.0
         self._slow: set[int] = set()
+        self._limit_since = time.monotonic()
         self._ticked = time.monotonic()
+
+    def limit_to(self, limit: float) -> None:
+        """Let nothing stand still for longer than `limit` from now on."""
+        if limit != self.limit:
+            self.limit, self._limit_since = limit, time.monotonic()
 
     def admits(self, hello: Message) -> bool:
         """Return whether a guard that says `hello` belongs to this run."""
@@ -115,8 +123,9 @@ class Hub:
             return []
         alive = [each for each in self.members.values() if not (each.is_over or each.gone or each.failed)]
         are_all = len(self.members) == self.size  # before that, joining has its own limit
+        is_known = now - self._limit_since > self.limit
         if self._asked is None:
-            stuck = are_all and any(each.beat.get("age", 0.0) > self.limit for each in alive)
+            stuck = are_all and is_known and any(each.beat.get("age", 0.0) > self.limit for each in alive)
             silent = any(self._is_silent(each, now) for each in alive)
             ended = any(each.gone and now - each.gone > self.limit for each in self.members.values())
             if stuck or silent or ended:
@@ -135,7 +144,7 @@ class Hub:
                 member.send({"do": "dump"})
 
     def _is_silent(self, member: Member, now: float) -> bool:
-        return now - member.heard > self.limit
+        return now - member.heard > max(self.limit, SILENT_S)
 
     def _conclude(self, now: float) -> None:
         members = [each for each in self.members.values() if not each.is_over]

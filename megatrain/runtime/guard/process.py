@@ -30,6 +30,8 @@ LEAVING_S = 30.0
 """How long one that has raised its error may take to end: its report is written then."""
 RECENT = 64
 """Calls of the ring that a rank tells of."""
+MOST_S = 2.0
+"""Longest time between two beats."""
 LEAST = 0.1
 """Share of one core that a process uses at least which computes."""
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -83,7 +85,7 @@ class Watch:
     @property
     def every_s(self) -> float:
         """Seconds between two beats."""
-        return min(max(self.limit / 8, 0.25), 5.0)
+        return min(max(self.limit / 8, 0.25), MOST_S)
 
     def run(self) -> None:
         """Wait until the guarded process is gone, and report meanwhile."""
@@ -127,9 +129,10 @@ class Watch:
                 self.channels[message.pop("index")] = message
             elif what == "run":
                 self.run_facts |= message
-                self.limit = message.get("limit", self.limit)
+                if "limit" in message:  # the past was under another one
+                    self.limit, self.floor, self.next_beat = message["limit"], time.monotonic(), 0.0
                 if self.hub is not None:
-                    self.hub.limit = self.limit
+                    self.hub.limit_to(self.limit)
             elif what == "listen":
                 self._listen(message["address"])
             elif what == "report to":
@@ -165,8 +168,8 @@ class Watch:
                 time.sleep(0.01)
                 self.to_hub.flush()
             return
-        others = [rank for rank in self.hub.members if rank != self.rank]
-        while time.monotonic() < deadline and any(rank in self.linked for rank in others):
+        others = set(range(self.size)) - {self.rank}
+        while time.monotonic() < deadline and (self.linked or not others <= set(self.hub.members)):
             for key, _ in self.selector.select(0.1):
                 if key.data not in (self._gone, self._from_process):
                     key.data()
@@ -259,7 +262,7 @@ class Watch:
             return
         closed = self.to_hub is not None and not self.to_hub.is_open
         silent = now - self.heard
-        if silent > self.limit or (closed and self.asks and now - self.asks > 1.0):
+        if silent > max(self.limit, 2 * MOST_S) or (closed and self.asks and now - self.asks > 1.0):
             what = "ended, or its machine is down" if closed else "its machine or the network to it is down"
             who = f"Rank 0 (host {self.where['host']})"
             self._pass(f"{who} has given no sign since {clock(silent)} ({silent:.0f} s): {what}.")
