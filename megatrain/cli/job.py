@@ -15,7 +15,8 @@ from megatrain.config.text import to_yaml
 from megatrain.engines.config import require_engine
 from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
-from megatrain.runtime.processes import Processes, is_started
+from megatrain.runtime.processes import Processes, is_started, require_promised_size
+from megatrain.runtime.slurm import name_task
 from megatrain.train.config import Config
 
 PROCESSES_PER_CORE = 16
@@ -71,6 +72,8 @@ def run_in_layout(
             return start_here(command, needed, explain=partial(_log_of, cfg))
         return job(cfg, processes)
 
+    name_task()
+    require_promised_size()
     if not is_started():
         return run_job(verb, words, partial(start_or_do, Processes()))
     from megatrain.runtime.group import joined  # imports torch

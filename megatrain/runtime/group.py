@@ -78,7 +78,10 @@ def joined() -> Iterator[Processes]:
         raise explained(error) from error
     meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=JOINING_S)
     try:
-        yield JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings)
+        processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings)
+        yield processes
+        # Launchers end the others when one has ended, and the first may still be writing the run's record.
+        processes.gather(None)
     except Exception as error:
         meetings.leave()
         raise explained(error) from error

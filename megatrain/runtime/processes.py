@@ -20,6 +20,10 @@ MEETING = "MEGATRAIN_MEETING"
 """Environment variable: the file over which processes that `megatrain` started find each other."""
 
 
+PROMISED = "MEGATRAIN_EXPECT_WORLD"
+"""Environment variable: the number of processes that a launch script has promised to each of them."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among those of the run: the only one, unless it is a `runtime.group.JoinedProcesses`.
@@ -105,6 +109,22 @@ def _portable(error: Exception) -> Exception:
 def is_started() -> bool:
     """Return whether a launcher started this process as one of a number that it chose."""
     return "WORLD_SIZE" in os.environ
+
+
+def require_promised_size() -> None:
+    """Refuse to run among another number of processes than the launch script has promised.
+
+    torchrun can form a smaller group than it was asked for, where the clocks of two hosts differ.
+
+    Raises:
+        UserError: there are more or fewer of them.
+    """
+    promised, found = os.environ.get(PROMISED), os.environ.get("WORLD_SIZE", "1")
+    if promised not in (None, "", found):
+        raise UserError(
+            f"{promised} processes were promised ({PROMISED}), but {found} {'has' if found == '1' else 'have'} come "
+            "together: a node is missing, or started alone. Nothing was trained; see what the other nodes say."
+        )
 
 
 def redirect_output(path: Path) -> None:
