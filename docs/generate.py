@@ -83,8 +83,8 @@ def clusters_page() -> str:
     known = {key.path for key in common}
     parts = [
         "# Every key of a cluster",
-        "What `megatrain launch` needs to know of a site; [Clusters](clusters.md) tells how it is used. A key stands in "
-        "`conf/cluster/NAME.yaml`, with `kind: KIND`, or is given as a flag: `gpus_per_node: 4` is "
+        "What `megatrain launch` needs to know of a site; [Clusters](clusters.md) tells how it is used. A key stands "
+        "in `conf/cluster/NAME.yaml`, with `kind: KIND`, or is given as a flag: `gpus_per_node: 4` is "
         "`--gpus-per-node 4`, `exclusive: false` is `--no-exclusive`.",
         "## All kinds",
         head + "\n".join(map(_row, common)),

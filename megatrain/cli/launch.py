@@ -71,7 +71,9 @@ def _request(
     if options.multirun and kind != "slurm":
         raise UserError("launch: only SLURM queues the jobs of a sweep (--multirun); start them one by one.")
     if kind == "slurm" and options.multirun and flags.chain > 1:
-        raise UserError("launch: --chain is for one run; the jobs of a sweep (--multirun) requeue themselves.")
+        raise UserError(
+            "launch: --chain is for one run; the jobs of a sweep (--multirun) requeue themselves."
+        )
     if options.multirun:
         jobs = plan_sweep(options.overrides, source)
         configs = [(job.overrides, job.cfg) for job in jobs]
@@ -184,8 +186,8 @@ def _look(flags: Namespace, options: Options, source: Source) -> int:
     else:
         directory = run_directory(compose(options.overrides, source))
     if flags.cancel:
-        jobs = slurm.cancel(directory)
-        print(f"Asked to save and end: job {', '.join(jobs)}." if jobs else "No job is left to cancel.")
+        ended = slurm.cancel(directory)
+        print(f"Asked to save and end: job {', '.join(ended)}." if ended else "No job is left to cancel.")
         return 0
     jobs, record = slurm.status(directory)
     for job in jobs:

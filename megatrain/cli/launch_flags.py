@@ -28,7 +28,8 @@ def flags_of(kind: str, argv: list[str]) -> tuple[Namespace, dict[str, object], 
         parser.add_argument("--cancel", action="store_true")
         parser.add_argument("--chain", type=_positive, default=1)
         parser.add_argument("--array", type=_positive, default=0)
-    known = {name: hint for name, hint in hints(CLUSTERS[kind]).items() if name != "kind"}
+    cls: type = CLUSTERS[kind]
+    known = {name: hint for name, hint in hints(cls).items() if name != "kind"}
     for name, hint in known.items():
         _add(parser, name, hint)
     flags, rest = parser.parse_known_args(argv)

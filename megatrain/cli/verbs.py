@@ -344,17 +344,32 @@ VERBS = (
             ("--cluster NAME", "description of the site: conf/cluster/NAME.yaml; a flag wins over it"),
             ("--dry-run", "print the script or manifest, and start nothing"),
             ("--nodes N", "number of nodes; every other key of the cluster's description is a flag, too"),
-            ("--gpus-per-node N", "GPUs of each node, one process each; 0: CPUs, --processes-per-node N; default: 8"),
+            (
+                "--gpus-per-node N",
+                "GPUs of each node, one process each; 0: CPUs, --processes-per-node N; default: 8",
+            ),
             ("--container IMAGE", "slurm, k8s: run in a container; --venv DIR: in a Python environment"),
             ("--time LIMIT", "slurm: time limit of a job; the run saves before, and the job is queued again"),
             ("--partition NAME", "slurm: also --account, --qos, --reservation, --constraint, --exclude"),
             ("--detach", "slurm: do not follow the job's messages"),
             ("--status", "slurm: how the jobs and the run are"),
             ("--cancel", "slurm: have the run save and end, and start it no more"),
-            ("--chain N", "slurm: submit N jobs that go on one after another, where jobs may not queue themselves"),
-            ("--array N", "slurm, with --multirun: how many jobs of the sweep run at the same time; default: all"),
-            ("--master-addr ADDRESS", "torchrun, ssh: the first node, as the others reach it; --master-port N"),
-            ("--node-rank N", "torchrun: start the processes of this node; without it, print the script of all"),
+            (
+                "--chain N",
+                "slurm: submit N jobs that go on one after another, where jobs may not queue themselves",
+            ),
+            (
+                "--array N",
+                "slurm, with --multirun: how many jobs of the sweep run at the same time; default: all",
+            ),
+            (
+                "--master-addr ADDRESS",
+                "torchrun, ssh: the first node, as the others reach it; --master-port N",
+            ),
+            (
+                "--node-rank N",
+                "torchrun: start the processes of this node; without it, print the script of all",
+            ),
             ("--hosts A,B,...", "ssh: the hosts"),
         ),
         actions=(

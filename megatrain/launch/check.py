@@ -49,9 +49,14 @@ def warnings(cfg: Config) -> list[str]:
     """Return what may be a mistake, but can't be known here: the nodes may see other files than this machine."""
     given = cfg.data.path if cfg.data.kind == "text" else None
     paths = (given,) if isinstance(given, str) else given or ()
-    missing = [path for path in paths if not any(mark in path for mark in ("://", *"*?[")) and not Path(path).exists()]
+    missing = [
+        path
+        for path in paths
+        if not any(mark in path for mark in ("://", *"*?[")) and not Path(path).exists()
+    ]
     return [
-        f"data.path={path} does not exist on this machine; the run fails unless the nodes have it." for path in missing
+        f"data.path={path} does not exist on this machine; the run fails unless the nodes have it."
+        for path in missing
     ]
 
 
@@ -60,7 +65,9 @@ def _require_same_run(cfg: Config, directory: Path) -> None:
     has_steps = any(directory.glob("checkpoints/step-*"))
     if not has_steps or (directory / IMPORT_FILE).exists():
         if cfg.train.resume == "must" and not has_steps:
-            raise UserError(f"train.resume=must, but {directory} has no checkpoint to resume from. Nothing was submitted.")
+            raise UserError(
+                f"train.resume=must, but {directory} has no checkpoint to resume from. Nothing was submitted."
+            )
         return
     if cfg.train.resume == "never":
         raise UserError(

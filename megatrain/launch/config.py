@@ -54,7 +54,9 @@ class Cluster:
 
     def problems(self) -> Iterator[Problem]:
         if self.gpus_per_node and self.processes > self.gpus_per_node:
-            rule = f"must not exceed gpus_per_node: two processes can't share one of {self.gpus_per_node} GPUs"
+            rule = (
+                f"must not exceed gpus_per_node: two processes can't share one of {self.gpus_per_node} GPUs"
+            )
             yield Problem("processes_per_node", self.processes_per_node, rule, (self.gpus_per_node,))
         for text in self.env:
             if not VARIABLE.fullmatch(text):
@@ -62,7 +64,9 @@ class Cluster:
         if self.mounts and self.container is None:
             yield Problem("mounts", self.mounts, "requires a container", ((),))
         if self.venv is not None and self.container is not None:
-            yield Problem("venv", self.venv, "can't be used in a container, which has a Python of its own", (None,))
+            yield Problem(
+                "venv", self.venv, "can't be used in a container, which has a Python of its own", (None,)
+            )
 
 
 @config
@@ -138,7 +142,9 @@ class TorchrunCluster(Cluster):
         if self.node_rank is not None and self.node_rank >= self.nodes:
             yield Problem("node_rank", self.node_rank, f"must be less than nodes ({self.nodes})")
         if self.container is not None:
-            yield Problem("container", self.container, "start torchrun inside of the container instead", (None,))
+            yield Problem(
+                "container", self.container, "start torchrun inside of the container instead", (None,)
+            )
 
 
 @config
@@ -177,7 +183,9 @@ class SshCluster(Cluster):
         if len(set(self.host_names)) < len(self.host_names):
             yield Problem("hosts", self.hosts, "must not name a host twice; use processes_per_node")
         if self.container is not None:
-            yield Problem("container", self.container, "is not supported over ssh; name the command in setup", (None,))
+            yield Problem(
+                "container", self.container, "is not supported over ssh; name the command in setup", (None,)
+            )
 
 
 @config
@@ -213,7 +221,9 @@ class K8sCluster(Cluster):
         if self.container is None:
             yield Problem("container", None, "must name the image that the pods run")
         if self.volume is None:
-            yield Problem("volume", None, "must name a claim: checkpoints must outlive the pods, and all write them")
+            yield Problem(
+                "volume", None, "must name a claim: checkpoints must outlive the pods, and all write them"
+            )
         for text in self.node_selector:
             if not re.fullmatch(r"[^=\s]+=[^=\s]*", text):
                 yield Problem("node_selector", text, "must be NAME=VALUE")

@@ -12,9 +12,7 @@ LONGEST_NAME = 40
 """Characters of the JobSet's name: those of its pods, which are longer, must be host names."""
 
 
-def manifest(
-    template: Path, cluster: K8sCluster, name: str, directory: str, overrides: Sequence[str]
-) -> str:
+def manifest(template: Path, cluster: K8sCluster, name: str, directory: str, overrides: Sequence[str]) -> str:
     """Return the manifest as YAML with comments.
 
     Args:
@@ -54,7 +52,7 @@ def _command(cluster: K8sCluster, label: str, directory: str, overrides: Sequenc
             "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ends the first wait",
             "[ $code = 0 ] && exit 0",
             f"own=$(sed -n 's/^ *\"exit_code\": \\([0-9]*\\).*/\\1/p' {status} 2>/dev/null)",
-            "[ \"${own:-0}\" = 0 ] && exit $code",
+            '[ "${own:-0}" = 0 ] && exit $code',
             "exit $own",
         ]
     )

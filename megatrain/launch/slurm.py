@@ -88,7 +88,9 @@ def script(
         "chdir": _quoted(here),
         "site": [(name, getattr(cluster, name)) for name in SITE if getattr(cluster, name) is not None],
         "python": python(cluster.venv, cluster.container),
-        "mounts": [each if ":" in each else f"{each}:{each}" for each in dict.fromkeys([*inside, *cluster.mounts])],
+        "mounts": [
+            each if ":" in each else f"{each}:{each}" for each in dict.fromkeys([*inside, *cluster.mounts])
+        ],
         "name": options.name,
         "is_chain": options.is_chain,
         "at_once": options.at_once or len(runs),
@@ -103,9 +105,7 @@ def python(venv: str | None, container: str | None) -> str:
     return sys.executable if venv is None else f"{venv}/bin/python"
 
 
-def submit(
-    directory: Path, write: Callable[[Path], str], chain: int = 1
-) -> tuple[Path, list[str]]:
+def submit(directory: Path, write: Callable[[Path], str], chain: int = 1) -> tuple[Path, list[str]]:
     """Write the script of a launch and submit it; return the folder of the launch and the ids of its jobs.
 
     Args:
@@ -118,6 +118,7 @@ def submit(
     """
     _require("sbatch")
     _require_no_job(directory)
+    made = [each for each in (directory, *directory.parents) if not each.exists()]
     folder = new_folder(directory)
     path = folder / SCRIPT
     path.write_text(write(folder))
@@ -130,7 +131,7 @@ def submit(
         if jobs:
             _slurm("scancel", *jobs)
         shutil.rmtree(folder)
-        _remove_empty(folder.parent, directory)
+        _remove_empty(folder.parent, *made)
         raise
     (folder / JOBS).write_text("".join(f"{job}\n" for job in jobs))
     return folder, jobs
@@ -156,14 +157,18 @@ def cancel(directory: Path) -> list[str]:
     if waiting:
         _slurm("scancel", *waiting)
     for job in running:
-        _slurm("scancel", "--signal=TERM", job)  # to its processes, not to the script, which then sees the file
+        _slurm(
+            "scancel", "--signal=TERM", job
+        )  # to its processes, not to the script, which then sees the file
     return [job.id for job in jobs]
 
 
 def query(job: str) -> list[Job]:
     """Return a job, or each job of an array, with its state."""
     try:
-        found = _slurm("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i|%T|%R", "--states=all")
+        found = _slurm(
+            "squeue", "--noheader", "--array", f"--jobs={job}", "--format=%i|%T|%R", "--states=all"
+        )
     except UserError as error:  # SLURM forgets jobs some minutes after their end
         if "Invalid job id" not in str(error):
             raise
@@ -181,7 +186,9 @@ def follow(directory: Path, folder: Path, jobs: Sequence[str], say: Callable[[st
     logs = _Logs(folder)
     said, was_over, is_over = "", False, False
     found: list[Job] = []
-    while not (was_over and is_over):  # twice in a row: a job that is queued again passes through such a state
+    while not (
+        was_over and is_over
+    ):  # twice in a row: a job that is queued again passes through such a state
         time.sleep(POLL_S)
         try:
             found = [job for each in jobs for job in query(each)]
@@ -194,7 +201,11 @@ def follow(directory: Path, folder: Path, jobs: Sequence[str], say: Callable[[st
         say(logs.new())
         was_over, is_over = is_over, all(job.is_over for job in found)
     record = read_status(directory)
-    if all(job.state == "COMPLETED" for job in found) and record is not None and record.state in ("done", "stopped"):
+    if (
+        all(job.state == "COMPLETED" for job in found)
+        and record is not None
+        and record.state in ("done", "stopped")
+    ):
         return 0
     return record.exit_code if record is not None and record.exit_code else 1
 
@@ -228,7 +239,9 @@ def _jobs(folder: Path) -> list[str]:
 def _require_no_job(directory: Path) -> None:
     """Refuse a second job for a run: it would wait, start, and find the run directory taken."""
     folders = (directory / "launch").glob("*/" + JOBS)
-    active = [job for path in folders for each in _jobs(path.parent) for job in query(each) if not job.is_over]
+    active = [
+        job for path in folders for each in _jobs(path.parent) for job in query(each) if not job.is_over
+    ]
     if active:
         jobs = ", ".join(f"{job.id} ({job.state})" for job in active)
         raise UserError(

@@ -42,7 +42,7 @@ class Host:
         )
 
     def ask_to_stop(self) -> None:
-        """Have the run there save and end."""
+        """Ask the run there to save and end."""
         with contextlib.suppress(OSError, ValueError):  # it has ended
             assert self.process.stdin is not None
             self.process.stdin.write(b"TERM\n")
@@ -63,12 +63,21 @@ def commands(cluster: SshCluster, guard: Path, script: str) -> dict[str, list[st
     """
     found = {}
     for rank, host in enumerate(cluster.host_names):
-        words = ["bash", "-c", guard.read_text(), "guard", f"NODE_RANK={rank}\n{script}", str(cluster.grace_s)]
+        words = [
+            "bash",
+            "-c",
+            guard.read_text(),
+            "guard",
+            f"NODE_RANK={rank}\n{script}",
+            str(cluster.grace_s),
+        ]
         found[host] = ["ssh", *OPTIONS, *cluster.ssh, host, shlex.join(words)]
     return found
 
 
-def run_hosts(lines: dict[str, list[str]], directory: Path, grace_s: float, say: Callable[[str], None]) -> int:
+def run_hosts(
+    lines: dict[str, list[str]], directory: Path, grace_s: float, say: Callable[[str], None]
+) -> int:
     """Run a command for each host until all have ended; return the exit code of the run in `directory` if it is known.
 
     When one ends, the others have `grace_s` to end as well. Signals that ask to stop are passed on to all.
@@ -107,7 +116,9 @@ def _look_after(hosts: list[Host], grace_s: float, say: Callable[[Host, str], No
     running, first, deadline = len(hosts), 0, float("inf")
     while running:
         try:
-            host, line = events.get(timeout=None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
+            host, line = events.get(
+                timeout=None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+            )
         except queue.Empty:
             for each in hosts:
                 if each.process.poll() is None:

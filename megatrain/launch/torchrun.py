@@ -17,7 +17,7 @@ GRACE_S = 300
 
 
 class Agent(subprocess.Popen[bytes]):
-    """torchrun, which dies of SIGUSR1 and SIGUSR2 and takes its processes along: they become the SIGTERM it passes on."""
+    """torchrun, which dies of SIGUSR1 and SIGUSR2 with its processes: it gets the SIGTERM that it passes on instead."""
 
     def send_signal(self, sig: int) -> None:
         """Send a signal."""
@@ -51,9 +51,9 @@ def node_script(
 def run_node(script: str, node_rank: int, directory: Path) -> int:
     """Run a node's script here until it ends; return the exit code of the run in `directory` where it is known."""
     before = read_status(directory)
-    with Agent(["bash", "-c", script], env=os.environ | {"NODE_RANK": str(node_rank)}) as agent:
-        with passing_signals([agent]):
-            code = agent.wait()
+    command = ["bash", "-c", script]
+    with Agent(command, env=os.environ | {"NODE_RANK": str(node_rank)}) as agent, passing_signals([agent]):
+        code = agent.wait()
     return outcome(code, directory, attempt=before.attempt if before else 0)
 
 

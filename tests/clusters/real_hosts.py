@@ -27,7 +27,7 @@ SlurmctldHost=login({address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge/socket,cred_expire=3
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -60,7 +60,7 @@ NodeName=h2 NodeHostname=h2 NodeAddr={NETWORK}.2 CPUs=4 State=UNKNOWN
 PartitionName=low Nodes=h[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
 PartitionName=high Nodes=h[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-"""cred_expire is also what makes a requeued job wait, two minutes by default."""
+"""cred_expire is also what makes a requeued job wait, two minutes by default; the least is 5 s."""
 
 
 @dataclass
@@ -75,13 +75,26 @@ class Hosts:
         """The command line that runs `words` on a host."""
         namespace = f"/run/netns/{self.prefix}{host}"
         apart = ["unshare", "--uts", "--mount", "--propagation", "private"]
-        return ["nsenter", f"--net={namespace}", *apart, "bash", "-c", INSIDE, host, f"{self.root}/hosts", *words]
+        return [
+            "nsenter",
+            f"--net={namespace}",
+            *apart,
+            "bash",
+            "-c",
+            INSIDE,
+            host,
+            f"{self.root}/hosts",
+            *words,
+        ]
 
     def start(self, host: str, *words: str, log: Path) -> subprocess.Popen[bytes]:
         """Start a program on a host; its output goes to `log`."""
         with log.open("ab") as file:
             return subprocess.Popen(
-                self.command(host, *words), stdout=file, stderr=subprocess.STDOUT, env=os.environ | self.environment
+                self.command(host, *words),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment,
             )
 
     def run(
@@ -185,7 +198,9 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
             stack.callback(end, cluster.start(host, *words, log=root / "log" / f"{host}.out"))
 
         def nodes_are_idle() -> bool:
-            done = cluster.run(LOGIN, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", timeout=30)
+            done = cluster.run(
+                LOGIN, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", timeout=30
+            )
             return done.stdout.split() == ["idle"] * len(HOSTS)
 
         wait_until(nodes_are_idle, "slurm", 30)

@@ -1,12 +1,29 @@
 """Runs of two processes in a folder that every host sees, and what they have left there."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 from workplace import Workplace
 
-TWO = ("parallel.dp_shard=2", "train.steps=300", "checkpoint.every=20", "train.eval_every=100", "checkpoint.keep=3")
+TWO = (
+    "parallel.dp_shard=2",
+    "train.steps=60",
+    "checkpoint.every=10",
+    "train.eval_every=20",
+    "checkpoint.keep=2",
+)
 """Overrides of a run of two processes and some seconds."""
-STABLE = ("step", "train/loss", "train/grad_norm", "train/lr", "train/tokens", "data/sample_digest", "eval/loss")
+STABLE = (
+    "step",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens",
+    "data/sample_digest",
+    "eval/loss",
+)
 """What of a row of metrics must not depend on where and when it was computed."""
 
 
@@ -39,4 +56,25 @@ class Site:
         return [{key: row[key] for key in STABLE if key in row} for row in self.workplace.rows(name)]
 
     def logs(self) -> str:
-        return "\n".join(f"--- {path}\n{path.read_text()}" for path in sorted(self.folder.rglob("launch/**/*.log")))
+        return "\n".join(
+            f"--- {path}\n{path.read_text()}" for path in sorted(self.folder.rglob("launch/**/*.log"))
+        )
+
+    def pause(self, name: str) -> None:
+        """Stop the run where it is, so that it does not end before what comes next; a scheduler's signal wakes it."""
+        for pid in processes(name, ranks=True):
+            os.kill(pid, signal.SIGSTOP)
+
+
+def processes(name: str, *, ranks: bool = False) -> list[int]:
+    """Processes on all hosts whose command line has the run's name, but for the launcher's; or those that train."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        is_agent = b"torch.distributed.run" in words or not words[0].endswith(b"python")
+        if f"run.name={name}".encode() in words and b"launch" not in words and not (ranks and is_agent):
+            found.append(int(path.parent.name))
+    return sorted(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from real_hosts import HOSTS, LOGIN, Hosts, end, missing, wait_until
-from site_of_runs import TWO, Site
+from site_of_runs import TWO, Site, processes
 from workplace import TINY, Workplace, command
 
 SSHD = """
@@ -64,7 +64,15 @@ class Launch:
         hosts.environment |= {"MEGATRAIN_CACHE": str(workplace.folder / "cache"), "OMP_NUM_THREADS": "1"}
 
     def words(self, name: str, *more: str) -> list[str]:
-        flags = ["--hosts", "h1,h2", "--gpus-per-node", "0", f"--ssh=-F{self.hosts.root}/ssh/config", "--grace-s", "60"]
+        flags = [
+            "--hosts",
+            "h1,h2",
+            "--gpus-per-node",
+            "0",
+            f"--ssh=-F{self.hosts.root}/ssh/config",
+            "--grace-s",
+            "60",
+        ]
         data = f"data.path={self.site.workplace.text}"
         return command("launch", "ssh", *flags, data, *TINY, *TWO, f"run.name={name}", *more)
 
@@ -83,19 +91,6 @@ def launch(sshds: Hosts, workplace: Workplace) -> Launch:
     return Launch(sshds, workplace)
 
 
-def processes(name: str) -> list[int]:
-    """Processes on all hosts whose command line has the run's name, but for the launcher's own."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"run.name={name}".encode() in words and b"launch" not in words:
-            found.append(int(path.parent.name))
-    return found
-
-
 def test_two_hosts_train_as_one(launch: Launch, unbroken: list[dict[str, object]]) -> None:
     done = launch.run("mine")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,8 +103,7 @@ def test_two_hosts_train_as_one(launch: Launch, unbroken: list[dict[str, object]
 def test_all_end_when_the_processes_of_one_host_die(launch: Launch) -> None:
     process = launch.start("mine", "train.steps=100000", "schedule.warmup_steps=2")
     wait_until(lambda: launch.site.steps("mine") > 5, "training")
-    ranks = [pid for pid in processes("mine") if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(max(ranks), signal.SIGKILL)
+    os.kill(processes("mine", ranks=True)[-1], signal.SIGKILL)
     out, _ = process.communicate(timeout=100)
     assert process.returncode not in (0, 2), out
     assert "ended with exit code 1" in out

@@ -27,7 +27,9 @@ def test_time_limits(text: str, minutes: float | None) -> None:
     assert limit_minutes(text) == minutes
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "conf" / "cluster").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_example_loads(path: Path) -> None:
     given: dict[str, object] = {}
     assert read_cluster(path.stem, path.stem, given, None).kind == path.stem
@@ -57,7 +59,9 @@ def test_mistakes(kind: str, data: dict[str, object], says: str) -> None:
 def test_a_flag_wins_over_the_file_and_lists_are_added(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "mine.yaml").write_text("kind: slurm\npartition: a\nenv: [A=1]\nnodes: 3\n")
-    words = "--cluster mine --partition b --env B=2 --env C=3,4 --no-exclusive --gpus-per-node 4 optim.lr=1 -m"
+    words = (
+        "--cluster mine --partition b --env B=2 --env C=3,4 --no-exclusive --gpus-per-node 4 optim.lr=1 -m"
+    )
     flags, given, rest = flags_of("slurm", words.split())
     found = read_cluster("slurm", flags.cluster, given, str(tmp_path))
     assert found == SlurmCluster(
@@ -67,7 +71,9 @@ def test_a_flag_wins_over_the_file_and_lists_are_added(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no such file. Did you mean slurm\? Known: k8s, slurm, ssh, torchrun"):
+    with pytest.raises(
+        UserError, match=r"no such file. Did you mean slurm\? Known: k8s, slurm, ssh, torchrun"
+    ):
         read_cluster("slurm", "slurn", {}, None)
 
 
@@ -76,6 +82,36 @@ def test_clusters_are_no_part_of_a_runs_config(capsys: pytest.CaptureFixture[str
     assert "cluster" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0
     assert "cluster" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train.stepz=3",), "there is no such key"),
+        (("parallel.tp=3",), "parallel.tp=3"),
+        (("parallel.dp_shard=2",), "start 8, but the layout (dp_shard=2) needs 2"),
+        (("parallel.dp_shard=-1", "global_batch_size=3", "micro_batch_size=1"), "global_batch_size=3"),
+        (("--time", "soon"), "time=soon: must be minutes"),
+        (("--tyme", "1"), "unrecognized arguments: --tyme"),
+        (("--chain", "0"), "must be an integer of at least 1"),
+        (("-m", "train.seed=0,1", "--chain", "2"), "--chain is for one run"),
+        (
+            ("train.resume=must", "parallel.dp_shard=8", "global_batch_size=8"),
+            "has no checkpoint to resume from",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    words: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "slurm", "--nodes", "1", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 WITHOUT_TORCH = """

@@ -49,11 +49,19 @@ def made(found: K8sCluster) -> dict[str, Any]:
     [
         {},
         {"nodes": 4, "memory": "512Gi", "cpus": 64, "queue": "training", "node_selector": ("a.b/pool=h100",)},
-        {"nodes": 2, "gpus_per_node": 0, "processes_per_node": 3, "env": ("A=b c: d", "B="), "setup": ("echo hello",)},
+        {
+            "nodes": 2,
+            "gpus_per_node": 0,
+            "processes_per_node": 3,
+            "env": ("A=b c: d", "B="),
+            "setup": ("echo hello",),
+        },
     ],
 )
 def test_it_fits_the_schema(schema: Draft202012Validator, keys: dict[str, object]) -> None:
-    errors = [f"{error.json_path}: {error.message[:200]}" for error in schema.iter_errors(made(cluster(**keys)))]
+    errors = [
+        f"{error.json_path}: {error.message[:200]}" for error in schema.iter_errors(made(cluster(**keys)))
+    ]
     assert errors == []
 
 
@@ -87,16 +95,26 @@ def test_pods_meet_at_the_first_ones_name() -> None:
     assert (pod["completions"], pod["parallelism"], pod["completionMode"]) == (4, 4, "Indexed")
 
 
-@pytest.mark.parametrize(("torchrun", "own", "expected"), [(0, 75, 0), (1, 75, 75), (1, 2, 2), (1, None, 1), (1, 0, 1)])
-def test_a_pod_ends_with_the_runs_own_exit_code(tmp_path: Path, torchrun: int, own: int | None, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("torchrun", "own", "expected"), [(0, 75, 0), (1, 75, 75), (1, 2, 2), (1, None, 1), (1, 0, 1)]
+)
+def test_a_pod_ends_with_the_runs_own_exit_code(
+    tmp_path: Path, torchrun: int, own: int | None, expected: int
+) -> None:
     """Its shell commands run with a stand-in for Python: the schema says nothing about them."""
-    (container,) = made(cluster())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    (container,) = made(cluster())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ]
     directory = tmp_path / "runs" / "Big_Run" / "1"
     directory.mkdir(parents=True)
     if own is not None:
-        (directory / "status.json").write_text(json.dumps({"state": "x", "exit_code": own, "attempt": 1}, indent=1))
+        (directory / "status.json").write_text(
+            json.dumps({"state": "x", "exit_code": own, "attempt": 1}, indent=1)
+        )
     stand_in = f'python() {{ printf "%s\\n" "$@" > arguments; return {torchrun}; }}\n'
-    done = subprocess.run(["bash", "-c", stand_in + container["args"][0]], cwd=tmp_path, check=False, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", stand_in + container["args"][0]], cwd=tmp_path, check=False, timeout=60
+    )
     assert done.returncode == expected
     assert (tmp_path / "arguments").read_text().splitlines()[-3:] == list(OVERRIDES)
 

@@ -13,12 +13,21 @@ from megatrain.launch.slurm import JobOptions, Planned, script
 
 TEMPLATE = Path(__file__).parents[3] / "launchers" / "slurm" / "train.sbatch"
 STAND_INS = """
-srun() { printf '%s\\n' "$@" > arguments; printf '%s\\n' "$MASTER_ADDR $MEGATRAIN_EXPECT_WORLD" > environment; . ./attempt; }
+srun() {
+  printf '%s\\n' "$@" > arguments
+  printf '%s\\n' "$MASTER_ADDR $MEGATRAIN_EXPECT_WORLD" > environment
+  . ./attempt
+}
 scontrol() { if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> requeued; fi; }
 ip() { case "$*" in *route*) echo "10.0.0.2 dev ib0 src 10.0.0.1";; *) echo "3: ib0 inet 10.0.0.1/24 brd";; esac; }
 getent() { echo "10.0.0.2 STREAM second"; }
 """
-ENVIRONMENT = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "16", "PATH": "/usr/bin:/bin"}
+ENVIRONMENT = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_CPUS_ON_NODE": "16",
+    "PATH": "/usr/bin:/bin",
+}
 
 
 def text(cluster: SlurmCluster | None = None, **options: object) -> str:
@@ -30,7 +39,13 @@ def text(cluster: SlurmCluster | None = None, **options: object) -> str:
 def record(folder: Path, **facts: object) -> None:
     """Write the run's record as the run does."""
     (folder / "runs" / "mine").mkdir(parents=True, exist_ok=True)
-    full = {"state": "stopped", "step": 5, "reason": 'a "quoted", reason', "exit_code": 75, "attempt": 1} | facts
+    full = {
+        "state": "stopped",
+        "step": 5,
+        "reason": 'a "quoted", reason',
+        "exit_code": 75,
+        "attempt": 1,
+    } | facts
     (folder / "runs" / "mine" / "status.json").write_text(json.dumps(full, indent=1))
 
 
@@ -87,7 +102,9 @@ def test_every_process_gets_its_orders(folder: Path) -> None:
         ({"state": "failed", "exit_code": 3}, 3, 0, "a restart does not mend"),
     ],
 )
-def test_the_runs_record_decides(folder: Path, facts: dict[str, object], code: int, requeued: int, says: str) -> None:
+def test_the_runs_record_decides(
+    folder: Path, facts: dict[str, object], code: int, requeued: int, says: str
+) -> None:
     attempt(folder, saves=5, attempt=1, **facts)
     done = run_script(folder, text())
     assert (done.returncode, requeues(folder)) == (code, requeued), done.stdout + done.stderr
@@ -109,7 +126,10 @@ def test_restarts_without_progress_are_bounded(folder: Path) -> None:
     for number in range(1, 6):
         attempt(folder, saves=5, attempt=number, state="failed", exit_code=1)
         codes.append(run_script(folder, script).returncode)
-    assert (codes, requeues(folder)) == ([0, 0, 0, 1, 0], 3)  # the first made a checkpoint; the last started nothing
+    assert (codes, requeues(folder)) == (
+        [0, 0, 0, 1, 0],
+        3,
+    )  # the first made a checkpoint; the last started nothing
     assert "gave up" in (folder / "runs/mine/launch/1/ended").read_text()
 
 
@@ -141,7 +161,9 @@ def test_forms_of_the_script() -> None:
     assert "nccl-trace" in plain
     srun = text(SlurmCluster(nodes=2, gpus_per_node=4, tasks="srun", cpus_per_node=32, partition="gpu"))
     assert "torch.distributed.run" not in srun
-    assert {"#SBATCH --ntasks-per-node=4", "#SBATCH --cpus-per-task=8", "#SBATCH --partition=gpu"} <= set(srun.splitlines())
+    assert {"#SBATCH --ntasks-per-node=4", "#SBATCH --cpus-per-task=8", "#SBATCH --partition=gpu"} <= set(
+        srun.splitlines()
+    )
     pyxis = text(SlurmCluster(container="img", container_kind="pyxis", mounts=("/data",), env=("A=b c",)))
     assert "--container-image=img" in pyxis
     assert f"--container-mounts={os.getcwd()}:{os.getcwd()},/data:/data" in pyxis

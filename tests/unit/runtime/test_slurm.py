@@ -20,7 +20,13 @@ def test_a_tasks_place() -> None:
 
 @pytest.mark.parametrize(
     ("text", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-09,12],login1", "gpu07"), ("r[1-2]n[3,5]", "r1n3"), ("a-b[10]", "a-b10")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("r[1-2]n[3,5]", "r1n3"),
+        ("a-b[10]", "a-b10"),
+    ],
 )
 def test_first_host(text: str, first: str) -> None:
     assert slurm.first_host(text) == first
@@ -48,7 +54,11 @@ def test_only_tasks_without_another_launcher_are_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     slurm.name_task()
     assert processes.is_started()
-    assert [slurm.os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")] == ["6", "7", "10.0.0.1"]
+    assert [slurm.os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")] == [
+        "6",
+        "7",
+        "10.0.0.1",
+    ]
 
 
 def test_fewer_processes_than_promised_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +66,7 @@ def test_fewer_processes_than_promised_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "16")
     processes.require_promised_size()
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(UserError, match="16 processes were promised .*, but 8 have come together"):
+    with pytest.raises(UserError, match=r"16 processes were promised .*, but 8 have come together"):
         processes.require_promised_size()
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(UserError, match="but 1 has come together"):
