@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install extras train test test-all test-clusters corpora sweep values lint format docs bench bench-gpu test-gpu clean
+.PHONY: install extras train test test-all test-clusters corpora sweep kills faults values lint format docs bench bench-gpu test-gpu clean
 
 install: .venv/.dev
 
@@ -40,6 +40,15 @@ sweep: .venv/.dev
 # openssh-server iproute2; what is absent is skipped.
 test-clusters: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clusters $(ARGS)
+
+# Processes killed in the middle of saves that several make together; another draw: KILLS_SEED=21
+COUNT ?= 50
+kills: .venv/.dev
+	OMP_NUM_THREADS=1 KILLS=$(COUNT) $(BIN)/python -m pytest -s tests/distributed/test_killed_saves.py $(ARGS)
+
+# Faults at random moments of small runs in random layouts, with a table of what became of them.
+faults: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --count $(COUNT) $(ARGS)
 
 # Config values drawn at random from the schema: refused, or a run that trains. More: make values EXAMPLES=5000
 values: .venv/.dev

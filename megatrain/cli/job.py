@@ -17,6 +17,7 @@ from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started, require_promised_size
 from megatrain.runtime.slurm import name_task
+from megatrain.runtime.stop_signals import take_signals
 from megatrain.train.config import Config
 
 PROCESSES_PER_CORE = 16
@@ -72,6 +73,7 @@ def run_in_layout(
             return start_here(command, needed, explain=partial(_log_of, cfg))
         return job(cfg, processes)
 
+    take_signals()
     name_task()
     require_promised_size()
     if not is_started():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from megatrain.config.errors import StalledError, UserError
+from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.meetings import Meetings
@@ -82,6 +82,9 @@ def joined() -> Iterator[Processes]:
         yield processes
         # Launchers end the others when one has ended, and the first may still be writing the run's record.
         processes.gather(None)
+    except StopRequested as stop:
+        meetings.leave(stop.reason)
+        raise
     except Exception as error:
         meetings.leave()
         raise explained(error) from error

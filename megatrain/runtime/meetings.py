@@ -7,10 +7,11 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
-from megatrain.config.errors import StalledError
+from megatrain.config.errors import StalledError, StopRequested
 
 SHOWN = 8
 """Ranks that a message names at most."""
+PART_S = 3.0
 EVERY_S = 1.0
 """Signs of life are sent at most so often."""
 
@@ -61,22 +62,31 @@ class Meetings:
             elif time.monotonic() - since >= self.timeout_s:
                 raise StalledError(self._who_is_missing())
 
-    def leave(self) -> None:
-        """Tell the others, now and at the next meeting, not to wait for this process, which has failed."""
+    def leave(self, stopped_by: str = "") -> None:
+        """Tell the others, now and at the next meeting, not to wait for this process.
+
+        Args:
+            stopped_by: the signal that has stopped it; empty: it has failed.
+        """
         with contextlib.suppress(dist.DistError):
-            self._store.set("left", str(self._rank))
+            self._store.set("left", f"{self._rank} {stopped_by}")
             self._store.set(f"all {self._number + 1}", "")
 
     def _is_over(self, number: int) -> bool:
-        """Wait for a part of `timeout_s`: longer waits than polls, since a thousand processes wait at one store."""
+        """Wait for a part of `timeout_s`: seconds, since a thousand processes wait at one store.
+
+        Signals are heard after each such part only.
+        """
         try:
-            self._store.wait([f"all {number}"], timedelta(seconds=self.timeout_s / 4))
+            self._store.wait([f"all {number}"], timedelta(seconds=min(PART_S, self.timeout_s / 4)))
         except RuntimeError as error:  # that of a file's store has no class of its own
             if "timeout" in str(error).lower():
                 return False
             raise
         if self._store.check(["left"]):
-            rank = self._store.get("left").decode()
+            rank, _, stopped_by = self._store.get("left").decode().partition(" ")
+            if stopped_by:
+                raise StopRequested(stopped_by)
             raise StalledError(f"Process {rank} of {self._size} has failed; its own message says why.")
         return True
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import platform
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatrain.checkpoint.errors import UnknownFormatError
 from megatrain.checkpoint.manifest import installed_versions
 from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
-from megatrain.config.errors import DamagedCheckpointError, UserError
+from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
 from megatrain.observe.display import make_display
@@ -22,11 +23,11 @@ from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
 from megatrain.parallel.mesh import make_mesh
-from megatrain.resilience.signals import StopSignals
+from megatrain.resilience.signals import STARTED, StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
 from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
-from megatrain.runtime.ownership import Ownership, StaleOwnerError, take
+from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.build import (
@@ -55,13 +56,14 @@ from megatrain.train.state import TrainState
 from megatrain.train.words import Outcome, beginning, outcome
 
 
-def run(cfg: Config, processes: Processes) -> Outcome:
+def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     """Train as `cfg` says, resuming if the run directory has a checkpoint; return how that ended.
 
     All `processes` call this with the same `cfg`.
 
     Raises:
         UserError: the config, the data or the run directory is invalid; nothing was written.
+        StopRequested: a signal came before there was anything to save.
     """
     cfg = with_layout(cfg, processes.size)
     processes.limit_waits(cfg.resilience.timeout_s)
@@ -99,10 +101,21 @@ def run(cfg: Config, processes: Processes) -> Outcome:
                     checkpointer=checkpointer,
                     display=display,
                     log=log(directory, cfg.run.id, require_owner),
+                    signals=signals,
                 )
             )
+    except StopRequested as stop:
+        if processes.is_first and is_own(directory):
+            _record_stop(RunLog(directory, cfg.run.id), stop, max(checkpointer.steps(), default=0))
+        raise
     finally:
         display.close()
+
+
+def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
+    """Record that a signal came before the first step of the attempt; `step` is that of the newest checkpoint."""
+    log.event("stop", step=step, reason=stop.reason)
+    log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
 
 
 def _require_same(fingerprints: list[str]) -> None:
@@ -237,20 +250,20 @@ def _train(run: Run) -> Outcome:
     for warning in warnings:
         observer.notice(warning)
     run.display.start(beginning(run))
-    with StopSignals() as signals:  # until the outcome is written
-        log.status("running", step=state.step, reason="")
-        try:
-            reason = reason_to_stop(run) or train_loop(run, observer, signals)
-        except BaseException as error:
-            _record_failure(run, state.step, error)
-            raise
-        finally:
-            observer.close()
-        finished = reason in ("done", "early stop")
-        exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
-        log.event("stop", step=state.step, reason=reason)
-        log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
-        has_report = is_first and report_at_end(run.directory)
+    run.signals.defer()
+    log.status("running", step=state.step, reason="")
+    try:
+        reason = reason_to_stop(run) or train_loop(run, observer)
+    except BaseException as error:
+        _record_failure(run, state.step, error)
+        raise
+    finally:
+        observer.close()
+    finished = reason in ("done", "early stop")
+    exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
+    log.event("stop", step=state.step, reason=reason)
+    log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
+    has_report = is_first and report_at_end(run.directory)
     by_signal = exit_code == SAVED_BY_SIGNAL
     text = "" if by_signal or cfg.log.display == "off" else last_sample(run)
     return outcome(run, reason, exit_code, has_report=has_report, sample=text)
@@ -274,6 +287,7 @@ def _resume(run: Run) -> tuple[str, ...]:
         UserError: the checkpoint is another run's, or was made with a config that must not change.
     """
     cfg, state, log = run.cfg, run.state, run.log
+    began = time.monotonic()
     run.processes.from_first(run.checkpointer.remove_leftovers)
     found: VerifiedCheckpoint | None = None
     source: VerifiedCheckpoint | None = None
@@ -303,7 +317,9 @@ def _resume(run: Run) -> tuple[str, ...]:
         "processes": run.processes.size,
     }
     fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": changes}
-    fields |= {"machine": machine, "versions": installed_versions()}
+    fields |= {"machine": machine, "versions": installed_versions(), "lost": log.lost}
+    now = time.monotonic()
+    fields |= {"elapsed_s": now - STARTED, "load_s": now - began}
     if source is not None:
         facts = {"run_id": source.manifest.info.get("run_id"), "step": source.step}
         fields["weights_from"] = {"checkpoint": str(source.path), **facts}
