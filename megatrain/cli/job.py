@@ -15,7 +15,7 @@ from megatrain.config.text import to_yaml
 from megatrain.engines.config import require_engine
 from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
-from megatrain.runtime.processes import Processes, is_started, require_promised_size
+from megatrain.runtime.processes import Processes, is_started, require_promised_size, telling_launcher
 from megatrain.runtime.slurm import name_task
 from megatrain.runtime.stop_signals import take_signals
 from megatrain.train.config import Config
@@ -80,7 +80,7 @@ def run_in_layout(
         return run_job(verb, words, partial(start_or_do, Processes()))
     from megatrain.runtime.group import joined  # imports torch
 
-    with joined() as processes:
+    with telling_launcher(), joined() as processes:
         return run_job(verb, words, partial(start_or_do, processes), processes)
 
 

@@ -141,9 +141,7 @@ def _k8s(request: Request) -> int:
     cluster = request.cluster
     assert isinstance(cluster, K8sCluster)
     template = _launchers("k8s", "jobset.yaml")
-    text = k8s.manifest(
-        template, cluster, request.cfg.run.name, str(request.directory), request.runs[0].overrides
-    )
+    text = k8s.manifest(template, cluster, request.cfg.run.name, request.runs[0].overrides)
     if request.flags.dry_run:
         print(text, end="")
         return 0

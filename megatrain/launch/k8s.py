@@ -12,13 +12,12 @@ LONGEST_NAME = 40
 """Characters of the JobSet's name: those of its pods, which are longer, must be host names."""
 
 
-def manifest(template: Path, cluster: K8sCluster, name: str, directory: str, overrides: Sequence[str]) -> str:
+def manifest(template: Path, cluster: K8sCluster, name: str, overrides: Sequence[str]) -> str:
     """Return the manifest as YAML with comments.
 
     Args:
         template: `launchers/k8s/jobset.yaml`.
         name: of the run.
-        directory: its run directory, relative to the volume.
         overrides: arguments of `megatrain train`.
     """
     label = object_name(name)
@@ -26,7 +25,7 @@ def manifest(template: Path, cluster: K8sCluster, name: str, directory: str, ove
         "cluster": cluster,
         "title": name,
         "name": label,
-        "command": _command(cluster, label, directory, overrides),
+        "command": _command(cluster, label, overrides),
     }
     return render(template, values)
 
@@ -36,10 +35,9 @@ def object_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower())[:LONGEST_NAME].strip("-") or "run"
 
 
-def _command(cluster: K8sCluster, label: str, directory: str, overrides: Sequence[str]) -> str:
-    """Return the shell commands of a pod. They end with the run's own exit code, since torchrun's is always 1."""
+def _command(cluster: K8sCluster, label: str, overrides: Sequence[str]) -> str:
+    """Return the shell commands of a pod. They end with the run's own exit code where the user must mend something."""
     words = " ".join(shlex.quote(word) for word in overrides)
-    status = shlex.quote(f"{directory}/status.json")
     return "\n".join(
         [
             *cluster.setup,
@@ -51,8 +49,8 @@ def _command(cluster: K8sCluster, label: str, directory: str, overrides: Sequenc
             "wait $!; code=$?",
             "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ends the first wait",
             "[ $code = 0 ] && exit 0",
-            f"own=$(sed -n 's/^ *\"exit_code\": \\([0-9]*\\).*/\\1/p' {status} 2>/dev/null)",
-            '[ "${own:-0}" = 0 ] && exit $code',
-            "exit $own",
+            "[ -s $MEGATRAIN_EXIT_FILE ] && exit $(cat $MEGATRAIN_EXIT_FILE)",
+            "[ $JOB_COMPLETION_INDEX = 0 ] || sleep 10  # the first pod, which knows why, is to end first",
+            "exit $code",
         ]
     )

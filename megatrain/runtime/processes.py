@@ -4,10 +4,11 @@ torchrun, a scheduler or `megatrain` itself starts them and says so in the envir
 A run of one process needs none of that, nor torch (`runtime/group.py`).
 """
 
+import contextlib
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ MEETING = "MEGATRAIN_MEETING"
 
 PROMISED = "MEGATRAIN_EXPECT_WORLD"
 """Environment variable: the number of processes that a launch script has promised to each of them."""
+
+
+EXIT_FILE = "MEGATRAIN_EXIT_FILE"
+"""Environment variable: a file in which the first process leaves its exit code when the user must mend something. A run
+that has not begun has no other record, and the exit code of torchrun is always 1."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,19 @@ def require_promised_size() -> None:
             f"{promised} processes were promised ({PROMISED}), but {found} {'has' if found == '1' else 'have'} come "
             "together: a node is missing, or started alone. Nothing was trained; see what the other nodes say."
         )
+
+
+@contextlib.contextmanager
+def telling_launcher() -> Iterator[None]:
+    """Leave the exit code of a `UserError` in the block for the launch script, which then does not try again."""
+    try:
+        yield
+    except UserError as error:
+        path = os.environ.get(EXIT_FILE)
+        if path and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                Path(path).write_text(f"{error.exit_code}\n")
+        raise
 
 
 def redirect_output(path: Path) -> None:

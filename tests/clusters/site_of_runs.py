@@ -61,7 +61,7 @@ class Site:
         )
 
     def pause(self, name: str) -> None:
-        """Stop the run where it is, so that it does not end before what comes next; a scheduler's signal wakes it."""
+        """Stop the run where it is, so that it does not end before what comes next; SIGCONT wakes it."""
         for pid in processes(name, ranks=True):
             os.kill(pid, signal.SIGSTOP)
 

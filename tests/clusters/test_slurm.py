@@ -48,6 +48,11 @@ class Jobs(Site):
             raise AssertionError(f"{error}\n{self.logs()}") from None
         self.pause(name)
 
+    def ask_to_save(self, job: str) -> None:
+        """Signal the paused run as SLURM does before the time limit, and let it go on."""
+        self.slurm.say("scancel", "--signal=USR2", job)
+        self.slurm.say("scancel", "--signal=CONT", job)
+
     def await_attempt(self, name: str, attempt: int) -> None:
         """Wait until an attempt trains."""
         wait_until(
@@ -119,7 +124,7 @@ def test_the_script_without_torchrun_saves_at_a_signal_and_goes_on(
 ) -> None:
     job = jobs.submit("--tasks", "srun", name="mine")
     jobs.pause_at("mine", 12)
-    jobs.slurm.say("scancel", "--signal=USR2", job)  # as before the time limit
+    jobs.ask_to_save(job)
     jobs.await_end(job)
     assert jobs.slurm.restarts(job) == 1
     assert jobs.curve("mine") == unbroken
@@ -133,8 +138,8 @@ def test_following_ends_with_the_runs_exit_code(jobs: Jobs) -> None:
     assert "Finished: all 60 steps are done." in done.stdout
     assert "state: " not in done.stderr
     assert "run runs/mine: done" in jobs.launch("--status", name="mine").stdout
-    refused = jobs.launch("--nodes", "2", *TWO, "data.path=/none", name="other", expect=1)
-    assert "did not begin" in refused.stdout
+    refused = jobs.launch("--nodes", "2", *TWO, "data.path=/none", name="other", expect=2)
+    assert "a restart does not mend this" in refused.stdout
     assert "/none" in refused.stdout
 
 
@@ -207,7 +212,7 @@ def test_a_sweep_is_an_array_of_jobs(jobs: Jobs) -> None:
 def test_a_chain_goes_on_where_the_job_before_ended(jobs: Jobs, unbroken: list[dict[str, object]]) -> None:
     ids = jobs.submit("--chain", "3", name="mine").split(", ")
     jobs.pause_at("mine", 12)
-    jobs.slurm.say("scancel", "--signal=USR2", ids[0])
+    jobs.ask_to_save(ids[0])
     for job in ids:
         jobs.await_end(job)
     assert jobs.curve("mine") == unbroken

@@ -1,8 +1,10 @@
 """Places of srun's tasks, from SLURM's variables."""
 
+from pathlib import Path
+
 import pytest
 
-from megatrain.config.errors import UserError
+from megatrain.config.errors import StalledError, UserError
 from megatrain.runtime import processes, slurm
 
 TASK = {
@@ -71,3 +73,23 @@ def test_fewer_processes_than_promised_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(UserError, match="but 1 has come together"):
         processes.require_promised_size()
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "left"),
+    [
+        ("0", UserError("x"), "2\n"),
+        ("0", StalledError("x"), "1\n"),
+        ("1", UserError("x"), ""),
+        ("0", OSError("x"), ""),
+    ],
+)
+def test_the_launcher_is_told_of_what_the_user_must_mend(
+    rank: str, error: Exception, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "exit"
+    monkeypatch.setenv(processes.EXIT_FILE, str(path))
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(type(error)), processes.telling_launcher():
+        raise error
+    assert (path.read_text() if path.exists() else "") == left
