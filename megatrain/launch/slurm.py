@@ -3,6 +3,7 @@
 The folder of a launch, `runs/NAME/launch/N/`, holds the script, the ids of its jobs and the messages of their nodes.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ SCRIPT = "train.sbatch"
 JOBS = "jobs"
 ENDED = "ended"
 """Name of a file in the folder of a launch: why nothing more is to be started."""
+EXIT = "exit"
+"""Name of a file there: the exit code of a run that the user must mend."""
 SITE = ("partition", "account", "qos", "reservation", "constraint", "exclude")
 POLL_S = 1.0
 OVER = {
@@ -200,11 +203,13 @@ def follow(directory: Path, folder: Path, jobs: Sequence[str], say: Callable[[st
             said = now
         say(logs.new())
         was_over, is_over = is_over, all(job.is_over for job in found)
+    with contextlib.suppress(OSError, ValueError):  # there is one only if the user must mend something
+        return int((folder / EXIT).read_text())
     record = read_status(directory)
     if (
-        all(job.state == "COMPLETED" for job in found)
-        and record is not None
+        record is not None
         and record.state in ("done", "stopped")
+        and all(job.state == "COMPLETED" for job in found)
     ):
         return 0
     return record.exit_code if record is not None and record.exit_code else 1

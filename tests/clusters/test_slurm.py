@@ -145,7 +145,7 @@ def test_following_ends_with_the_runs_exit_code(jobs: Jobs) -> None:
 
 @pytest.mark.slow
 def test_the_time_limit_comes(jobs: Jobs) -> None:
-    job = jobs.submit("--time", "1", "--signal-s", "40", "train.steps=100000", name="mine")
+    job = jobs.submit("--time", "2", "--signal-s", "60", "train.steps=100000", name="mine")
     wait_until(lambda: jobs.slurm.restarts(job) == 1, "a restart")
     stopped = jobs.status("mine")
     assert (stopped["state"], stopped["reason"], stopped["exit_code"]) == ("stopped", "SIGUSR2", 75)
