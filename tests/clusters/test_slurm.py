@@ -3,12 +3,14 @@
 The reference is the same run on this machine, which nothing disturbs: rows of metrics must be equal to the last bit.
 """
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 from real_hosts import LOGIN, Slurm, wait_until
-from site_of_runs import TWO, Site
+from site_of_runs import TWO, Site, processes
 from workplace import TINY, Workplace, command
 
 CPU = ("--gpus-per-node", "0", "--processes-per-node", "1")
@@ -185,12 +187,14 @@ def test_a_node_is_set_down(jobs: Jobs, unbroken: list[dict[str, object]]) -> No
 
 @pytest.mark.slow
 def test_a_run_that_fails_every_time_is_given_up(jobs: Jobs) -> None:
-    """A checkpoint directory that can't be written is no mistake of the config."""
-    job = jobs.submit("--max-restarts", "1", "train.steps=100000", name="mine")
+    """Before it has made a checkpoint."""
+    job = jobs.submit("--max-restarts", "1", "train.steps=100000", "checkpoint.every=0", name="mine")
     for attempt in (1, 2):
         jobs.await_attempt("mine", attempt)
-        jobs.slurm.say("scancel", "--signal=KILL", job)
+        for pid in processes("mine", ranks=True):
+            os.kill(pid, signal.SIGKILL)
     jobs.await_end(job, "FAILED")
+    assert jobs.slurm.restarts(job) == 1
     assert "gave up: " in jobs.logs()
 
 
@@ -202,7 +206,7 @@ def test_a_sweep_is_an_array_of_jobs(jobs: Jobs) -> None:
     job = out.partition("job ")[2].partition(":")[0]
     wait_until(lambda: set(jobs.slurm.state(f"{job}").split()) == {"COMPLETED"}, "the sweep")
     names = sorted(path.parent.name for path in (jobs.folder / "runs" / "sweep").glob("*/status.json"))
-    assert names == [f"{n}-seed={n // 2},lr={1 + n % 2}e-3" for n in range(4)]
+    assert names == [f"{n}-seed={n // 2},lr=0.00{1 + n % 2}" for n in range(4)]
     assert {jobs.status(f"sweep/{name}")["state"] for name in names} == {"done"}
     status = jobs.launch("--status", "-m", "train.seed=0,1", "optim.lr=1e-3,2e-3", name="sweep").stdout
     assert status.count("COMPLETED") == 4
