@@ -132,6 +132,7 @@ def test_a_host_that_cannot_be_reached_ends_the_others(launch: Launch) -> None:
     assert processes("mine") == []
 
 
+@pytest.mark.slow
 def test_torchrun_on_each_host(hosts: Hosts, workplace: Workplace, unbroken: list[dict[str, object]]) -> None:
     site = Site(workplace)
     hosts.environment |= {"MEGATRAIN_CACHE": str(workplace.folder / "cache"), "OMP_NUM_THREADS": "1"}
