@@ -77,6 +77,8 @@ def train_loop(run: Run, observer: Observer, signals: StopSignals) -> str:
     except Exception as error:
         all_together = isinstance(error, DivergedError)  # else the others may have ended
         run.saver.abandon(run.cfg.resilience.timeout_s if all_together else ABANDONED_S)
+        if run.uploads is not None:
+            run.uploads.abandon(ABANDONED_S)
         raise
     finally:
         _report_saves(run, observer)
@@ -128,6 +130,7 @@ def _train_until_stop(run: Run, observer: Observer, signals: StopSignals) -> str
         if requests.save or stop:
             stalled = run.save(eval_loss=row.get("eval/loss"), is_last=bool(stop), waits=stop != "signal")
         _report_saves(run, observer)
+        report_uploads(run, observer)
         if stop:
             batches.close()  # type: ignore[attr-defined]
             return (signals.received or "signal to another process") if stop == "signal" else stop
@@ -150,6 +153,18 @@ def _report_saves(run: Run, observer: Observer) -> None:
             run.log.event("save_failed", **report.facts)
         else:
             run.log.event("save_skipped", **report.facts)
+        if report.notice:
+            observer.notice(report.notice)
+
+
+def report_uploads(run: Run, observer: Observer) -> None:
+    """Record what became of uploads to the durable tier.
+
+    Raises:
+        StaleOwnerError: the run goes on elsewhere.
+    """
+    for report in run.uploads.reports() if run.uploads is not None else ():
+        run.log.event(report.event, **report.facts)
         if report.notice:
             observer.notice(report.notice)
 
