@@ -1,4 +1,4 @@
-"""What a person does with the checkpoints of a durable tier: list, verify, prune and copy them."""
+"""What a person does with the checkpoints of a durable tier: verify, prune and copy them."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,18 +11,10 @@ from megatrain.checkpoint.listing import Listed
 from megatrain.checkpoint.manifest import MANIFEST_FILE
 from megatrain.checkpoint.retention import step_name
 from megatrain.checkpoint.tier import Tier
+from megatrain.checkpoint.tier_listing import list_tier
 from megatrain.checkpoint.upkeep import copy_checkpoint
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.runtime.urls import is_url, reachable
-
-
-def list_tier(tier: Tier) -> list[Listed]:
-    """Return the checkpoints of a tier by step, those of unfinished uploads too.
-
-    Raises:
-        UserError: the tier can't be reached.
-    """
-    return [_listed(tier, step, files) for step, files in sorted(tier.stored().items())]
 
 
 def verify_tier(tier: Tier, step: int | None, *, progress: Progress) -> list[Verified]:
@@ -99,26 +91,6 @@ def _to_tier(source: Path, destination: str, progress: Progress) -> str:
 def _nearest(path: Path) -> Path:
     """Return the nearest directory above `path`, or itself, that exists."""
     return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
-
-
-def _listed(tier: Tier, step: int, files: dict[str, int]) -> Listed:
-    size, place = sum(files.values()), tier.address(step)
-    if MANIFEST_FILE not in files:
-        return Listed(place, step, "unfinished", size, "")
-    try:
-        manifest = tier.manifest(step)
-    except CorruptCheckpointError as error:
-        return Listed(place, step, "damaged", size, "", reason=str(error))
-    except UserError as error:
-        return Listed(place, step, "unknown", size, "", reason=str(error))
-    for name, record in manifest.files.items():
-        if files.get(name) != record.size:
-            found = (
-                "is missing" if name not in files else f"has {files[name]:,} bytes instead of {record.size:,}"
-            )
-            return Listed(place, step, "damaged", size, manifest.created, reason=f"{name} {found}")
-    size = sum(record.size for record in manifest.files.values())
-    return Listed(place, step, "complete", size, manifest.created, manifest.parent, manifest.info)
 
 
 def _verified(tier: Tier, step: int, progress: Progress) -> Verified:

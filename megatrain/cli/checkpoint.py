@@ -32,7 +32,7 @@ def _ls(argv: list[str]) -> int:
     flags = _parsed(argv, "run")
     from megatrain.checkpoint.listing import checkpoint_directory, list_checkpoints
     from megatrain.checkpoint.tier import Tier
-    from megatrain.checkpoint.tier_upkeep import list_tier
+    from megatrain.checkpoint.tier_listing import list_tier
     from megatrain.cli.checkpoint_text import list_text
 
     place = flags.run if isinstance(flags.run, str) else checkpoint_directory(flags.run)

@@ -17,7 +17,8 @@ from megatrain.checkpoint.fetching import cached_checkpoint, fetch_newest, split
 from megatrain.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.checkpoint.tier import Tier
-from megatrain.checkpoint.tier_upkeep import copy_anywhere, list_tier, prune_tier, verify_tier
+from megatrain.checkpoint.tier_listing import list_tier
+from megatrain.checkpoint.tier_upkeep import copy_anywhere, prune_tier, verify_tier
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.runtime.ownership import Owner, StaleOwnerError
 
