@@ -45,7 +45,8 @@ def free() -> None:
 def one_round(source: Path, url: str, folder: Path, *, plain_first: bool) -> dict[str, float]:
     """Time each of the four copies, in seconds; what they wrote at `url` is removed."""
     tier = Tier(f"{url}/{uuid.uuid4().hex}")
-    store, place = open_file_system(f"{url}/{uuid.uuid4().hex}", auto_mkdir=True)
+    store, place = open_file_system(f"{url}/{uuid.uuid4().hex}")
+    store.makedirs(place, exist_ok=True)
     actions: list[tuple[str, Callable[[], object]]] = [
         ("upload", lambda: tier.upload(source, require_owner=free)),
         ("plain put", lambda: store.put(f"{source}/", f"{place}/", recursive=True)),

@@ -67,7 +67,7 @@ class Tier:
             UserError: a package is missing, or the protocol is unknown.
         """
         self.url = url.rstrip("/")
-        self._fs, root = open_file_system(self.url, use_listings_cache=False, auto_mkdir=True)
+        self._fs, root = open_file_system(self.url, use_listings_cache=False)
         self._root = root.rstrip("/")
         protocol = self._fs.protocol
         self._is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
