@@ -132,8 +132,8 @@ VERBS = (
     ),
     Verb(
         name="import",
-        summary="import a Hugging Face directory as a run, to generate from, export or continue training",
-        usage="DIRECTORY run.name=NAME [run.dir=DIR] [--check]",
+        summary="import a Hugging Face directory, or a checkpoint of Megatron-LM or DeepSpeed, as a run",
+        usage="DIRECTORY run.name=NAME [run.dir=DIR] [--like DIRECTORY] [--check]",
         examples=(
             (
                 "megatrain import Llama-3.2-1B run.name=llama",
@@ -146,7 +146,13 @@ VERBS = (
             ),
         ),
         takes_config=False,
-        flags=(("--check", "load it with transformers and print the largest difference of logits"),),
+        flags=(
+            (
+                "--like DIR",
+                "of a Megatron-LM or DeepSpeed checkpoint: a Hugging Face directory with its config.json and tokenizer",
+            ),
+            ("--check", "load it with transformers and print the largest difference of logits"),
+        ),
     ),
     Verb(
         name="bench",
@@ -258,7 +264,7 @@ VERBS = (
     Verb(
         name="checkpoint",
         summary="look into checkpoints, check them, compare, prune, copy, and write them as safetensors",
-        usage="ACTION RUN|CHECKPOINT ... [flags]",
+        usage="ACTION RUN|CHECKPOINT|URL ... [flags]",
         examples=(
             (
                 "megatrain checkpoint ls runs/default",

@@ -112,7 +112,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / ".venv" / "bin" / "activate").touch()
     with pytest.MonkeyPatch.context() as patch, chdir(folder):
         patch.setenv("MEGATRAIN_CACHE", str(folder / "cache"))
-        assert main(["train", "data.path=my.txt", "run.name=mine", *small("data.path=my.txt")]) == 0
+        kept = ["run.name=mine", "checkpoint.durable=store"]
+        assert main(["train", "data.path=my.txt", *kept, *small("data.path=my.txt")]) == 0
         assert main(["export", "runs/mine", "meta-llama-3.2-1b"]) == 0
         train_bpe(iter(lines), vocab_size=260).save_pretrained(folder / "meta-llama-3.2-1b")
         shutil.copytree("runs/mine", "runs/default")
