@@ -1,36 +1,8 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
-from dataclasses import dataclass
-from importlib import import_module
-from keyword import iskeyword
-
+from megatrain.cli.verb import Verb
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One verb of the command line, `megatrain <name>`."""
-
-    name: str
-    summary: str
-    """One line for the list of verbs."""
-    usage: str
-    """Arguments after the verb."""
-    examples: tuple[tuple[str, str], ...]
-    """Three example command lines, each with what it does."""
-    takes_config: bool
-    """Whether it takes Hydra overrides and the flags of `cli/options.py`."""
-    flags: tuple[tuple[str, str], ...] = ()
-    """Flags of this verb alone, each with what it does."""
-    actions: tuple[tuple[str, str], ...] = ()
-    """Words of which one follows the verb, each with what it does."""
-
-    def run(self, argv: list[str]) -> int:
-        """Run the verb; return the exit code of the process."""
-        module = f"{self.name}_" if iskeyword(self.name) else self.name
-        return int(import_module(f"megatrain.cli.{module}").run(argv))
-
 
 AVERAGE = (
     "--[no-]average",
