@@ -98,7 +98,7 @@ class Hosts:
             )
 
     def run(
-        self, host: str, *words: str, cwd: Path | None = None, timeout: float = 280
+        self, host: str, *words: str, cwd: Path | None = None, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
         """Run a program on a host until it ends."""
         return subprocess.run(
@@ -113,7 +113,7 @@ class Slurm(Hosts):
 
     def say(self, *words: str) -> str:
         """What a command of SLURM prints."""
-        done = self.run(LOGIN, *words, timeout=60)
+        done = self.run(LOGIN, *words, timeout=120)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -124,7 +124,7 @@ class Slurm(Hosts):
         return int(self.say("scontrol", "show", "job", job).partition("Restarts=")[2].split()[0])
 
 
-def wait_until(condition: object, what: str, seconds: float = 100) -> None:
+def wait_until(condition: object, what: str, seconds: float = 240) -> None:
     """Wait until a function returns something true; a file system and a scheduler have no event to wait for."""
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

@@ -13,6 +13,7 @@ from real_hosts import LOGIN, Slurm, wait_until
 from site_of_runs import TWO, Site, processes
 from workplace import TINY, Workplace, command
 
+pytestmark = pytest.mark.timeout(900)  # processes start slowly on a busy machine
 CPU = ("--gpus-per-node", "0", "--processes-per-node", "1")
 
 
