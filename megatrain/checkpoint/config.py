@@ -1,10 +1,12 @@
 """How often checkpoints are written, how many are kept, and how strictly they are checked."""
 
+import re
+from collections.abc import Iterator
 from typing import Literal
 
 from megatrain.config.paths import PathText
 from megatrain.config.ranges import Count
-from megatrain.config.schema import config
+from megatrain.config.schema import Problem, config
 
 
 @config
@@ -26,8 +28,18 @@ class CheckpointConfig:
     on_error: Literal["stop", "warn"] = "stop"
     """When a checkpoint can't be saved (an asynchronous one is tried twice). stop: end the run; warn: say so and train
     on. If the last save of a run fails, so does the run."""
+    durable: PathText | None = None
+    """URL (s3://bucket/runs, or any that fsspec knows) or directory to which each committed checkpoint is uploaded in
+    the background, under the run's name, with the run's records. A start on an empty disk resumes from there. Pruned by
+    the same `keep`, `keep_every` and `keep_best`. Credentials come from the environment. null: none."""
     adopt: PathText | None = None
     """Start from the weights of another run: its directory, or one of its checkpoints. Optimizer and data start anew; a
     run that has checkpoints of its own goes on from these."""
     verify: bool = True
     """Check the SHA-256 of every file before loading a checkpoint (file sizes are always checked)."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.durable is not None and re.match(r"[^/]+://[^/]*:[^/]*@", self.durable):
+            hidden = re.sub(r"://[^/]*@", "://***@", self.durable)
+            rule = "must not hold credentials, which every log would show; give them in the environment"
+            yield Problem("durable", hidden, rule)

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 WORKERS = 2
 """Files that a process writes, reads or hashes in parallel: one core hashes more slowly than a fast disk reads."""
@@ -99,6 +100,24 @@ def write_file(path: Path, data: bytes) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_stream(source: BinaryIO, path: Path, *, seen: Callable[[int], None]) -> FileRecord:
+    """Write and sync a new file of what is left of `source`; return its record. `seen` is told the bytes of each piece.
+
+    Raises:
+        OSError: the disk is full, for instance.
+    """
+    writer = HashingWriter(path)
+    try:
+        for piece in iter(partial(source.read, READ_BYTES), b""):
+            writer.write(piece)
+            seen(len(piece))
+        writer.close()
+    finally:
+        writer.abandon()
+    assert writer.record is not None
+    return writer.record
 
 
 def hash_file(path: Path, *, seen: Callable[[int], None] = lambda size: None) -> str:

@@ -65,7 +65,8 @@ class Damage:
 class Verified:
     """Result of reading every byte of a checkpoint."""
 
-    path: Path
+    path: Path | str
+    """A text if it is a URL."""
     damages: tuple[Damage, ...]
     bytes: int
     unknown: str = ""

@@ -32,7 +32,8 @@ State = Literal["complete", "damaged", "unknown", "quarantined", "unfinished", "
 class Listed:
     """One entry of a checkpoint directory, as its name, its manifest and the sizes of its files tell."""
 
-    path: Path
+    path: Path | str
+    """A text if it is a URL."""
     step: int
     state: State
     """`unknown`: this version or this user can't read it, which says nothing about the checkpoint."""
@@ -110,7 +111,7 @@ def list_checkpoints(directory: Path) -> list[Listed]:
         elif name.startswith(TRASH):
             found.append(_aside(directory / name, "being deleted"))
     found += [_aside(directory / QUARANTINE / name, "quarantined") for name in quarantined(directory)]
-    return sorted((each for each in found if each is not None), key=lambda each: (each.step, each.path.name))
+    return sorted((each for each in found if each is not None), key=lambda each: (each.step, str(each.path)))
 
 
 def is_complete(path: Path) -> bool:

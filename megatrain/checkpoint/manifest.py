@@ -68,20 +68,29 @@ def read_manifest(directory: Path) -> Manifest:
     """
     if directory.is_symlink():
         raise CorruptCheckpointError("it is a symbolic link")
-    raw = read_bounded(directory / MANIFEST_FILE)
+    manifest = parse_manifest(read_bounded(directory / MANIFEST_FILE), place=str(directory))
+    if directory.name != f"step-{manifest.step:08d}":
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} belongs to step {manifest.step}")
+    return manifest
+
+
+def parse_manifest(raw: bytes, *, place: str) -> Manifest:
+    """Parse and check the bytes of the manifest of the checkpoint in `place`.
+
+    Raises:
+        CorruptCheckpointError: it was changed.
+        UserError: it was written by a later version of megatrain.
+    """
     fields = parse_json(raw, MANIFEST_FILE)
     if not isinstance(fields, dict) or _render(fields) != raw:
         raise CorruptCheckpointError(f"{MANIFEST_FILE} was changed: its own hash is wrong")
     version = fields.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{directory} was written by a later version of megatrain (format {version}, this one reads up to "
+            f"{place} was written by a later version of megatrain (format {version}, this one reads up to "
             f"{FORMAT_VERSION}; {fields.get('versions')}). Update megatrain to read it."
         )
-    manifest = _from_fields(fields)
-    if directory.name != f"step-{manifest.step:08d}":
-        raise CorruptCheckpointError(f"{MANIFEST_FILE} belongs to step {manifest.step}")
-    return manifest
+    return _from_fields(fields)
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -158,6 +167,20 @@ def parse_json(raw: bytes, name: str) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{name} is not JSON ({type(error).__name__})") from None
+
+
+def encode_state(state: dict[str, Any]) -> bytes:
+    """Return the bytes of `state.json`.
+
+    Raises:
+        ValueError: `state` does not survive a round trip through JSON.
+    """
+    encoded = json.dumps(state, indent=1)
+    if json.loads(encoded) != state:
+        raise ValueError(
+            "The state does not survive a round trip through JSON (non-string keys, tuples, NaN)."
+        )
+    return encoded.encode() + b"\n"
 
 
 def _changed(name: str) -> str:

@@ -78,16 +78,18 @@ that can claim any amount of memory, are refused."""
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that refuses everything outside `ALLOWED` before it is imported or called."""
+    """An unpickler that refuses everything outside `allowed` before it is imported or called."""
+
+    allowed: Mapping[tuple[str, str], Any] = ALLOWED
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the allowed object of that name.
 
         Raises:
-            pickle.UnpicklingError: it is not in `ALLOWED`.
+            pickle.UnpicklingError: it is not in `allowed`.
         """
         try:
-            return ALLOWED[module, name]
+            return self.allowed[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
 
@@ -149,16 +151,25 @@ def read_metadata(raw: bytes, files: dict[str, FileRecord]) -> Metadata:
         CorruptCheckpointError: it describes anything but complete tensors stored in `files`.
     """
     try:
-        if strange := {opcode.name for opcode, _, _ in pickletools.genops(raw)} - OPCODES:
-            raise pickle.UnpicklingError(f"it uses {', '.join(sorted(strange))}")
+        require_plain(raw)
         found = MetadataUnpickler(io.BytesIO(raw)).load()
     except Exception as error:  # a broken pickle may raise anything
         raise CorruptCheckpointError(f".metadata is refused: {error or type(error).__name__}") from None
     try:
-        _check_metadata(found, files)
+        check_metadata(found, files)
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise CorruptCheckpointError(f".metadata is not of the expected form ({error})") from None
     return found
+
+
+def require_plain(raw: bytes) -> None:
+    """Refuse a pickle with instructions that a metadata file does not need.
+
+    Raises:
+        pickle.UnpicklingError: it has some; or any other error, if it is broken.
+    """
+    if strange := {opcode.name for opcode, _, _ in pickletools.genops(raw)} - OPCODES:
+        raise pickle.UnpicklingError(f"it uses {', '.join(sorted(strange))}")
 
 
 def read_tensors(reader: CheckedReader, tensors: dict[str, Tensor]) -> None:
@@ -180,7 +191,7 @@ def check_same_tensors(
     problems += [f"{name}: only in the checkpoint" for name in sorted(have.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & have.keys()):
         stored = have[name]
-        assert isinstance(stored, TensorStorageMetadata)  # nothing else passes _check_metadata
+        assert isinstance(stored, TensorStorageMetadata)  # nothing else passes check_metadata
         was, now = TensorSpec(stored.properties.dtype, stored.size), wanted[name]
         if was != now:
             problems.append(f"{name}: {was} in the checkpoint, {now} here")
@@ -193,8 +204,13 @@ def check_same_tensors(
         )
 
 
-def _check_metadata(found: Any, files: dict[str, FileRecord]) -> None:
-    """Check that unpickled metadata describes nothing but complete tensors stored inside `files`."""
+def check_metadata(found: Any, files: dict[str, FileRecord]) -> None:
+    """Check that unpickled metadata describes nothing but complete tensors stored inside `files`.
+
+    Raises:
+        CorruptCheckpointError: it does not.
+        TypeError: it is not metadata; or another error of a form that was not expected.
+    """
     if not isinstance(found, Metadata):
         raise TypeError(f"it holds a {type(found).__name__}")
     for index, place in found.storage_data.items():

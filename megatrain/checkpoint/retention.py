@@ -73,7 +73,9 @@ def retained(steps: Collection[int], losses: Mapping[int, float], cfg: Checkpoin
     return {*recent, *regular, *(step for _, step in ranked[: cfg.keep_best])}
 
 
-def prune(directory: Path, cfg: CheckpointConfig, *, adding: int | None = None) -> None:
+def prune(
+    directory: Path, cfg: CheckpointConfig, *, adding: int | None = None, spare: Collection[int] = ()
+) -> None:
     """Delete the checkpoints that `cfg` does not keep, but never the newest whole one.
 
     Each is renamed first, so that a partly deleted one is never mistaken for a checkpoint. Failed deletions are retried
@@ -81,13 +83,14 @@ def prune(directory: Path, cfg: CheckpointConfig, *, adding: int | None = None) 
 
     Args:
         adding: step that is saved next, and has a place already.
+        spare: steps that stay, for now.
     """
     if not cfg.keep:
         return
     steps = committed_steps(directory)
     losses = _losses(directory, steps) if cfg.keep_best else {}
     kept = retained({*steps} if adding is None else {*steps, adding}, losses, cfg)
-    for step in sorted({*steps} - kept - _newest_whole(directory, steps)):
+    for step in sorted({*steps} - kept - {*spare} - _newest_whole(directory, steps)):
         try:
             os.rename(directory / step_name(step), directory / unique_name(TRASH, step))
         except OSError:

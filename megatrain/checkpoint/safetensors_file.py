@@ -1,16 +1,18 @@
-"""Writer of safetensors files of a known content, tensor by tensor: no file is ever in memory as a whole.
+"""Safetensors files, written and read a few rows of a tensor at a time: neither is ever in memory as a whole.
 
 The format (https://huggingface.co/docs/safetensors): the length of the header as 8 bytes, little-endian; the header,
 JSON that gives each tensor its dtype, shape and place; the values, row-major, little-endian, without gaps.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from megatrain.checkpoint.reader import TensorSpec
@@ -41,6 +43,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self._places: dict[str, int] = {}
+        self._done: dict[str, int] = {}
         self._specs = dict(specs)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
@@ -61,17 +64,24 @@ class SafetensorsFile:
         self._file = path.open("xb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, of the dtype and shape that were announced."""
-        spec = self._specs.pop(name)
-        assert (tensor.dtype, tensor.shape) == (spec.dtype, spec.size), (
+    def write(self, name: str, rows: Tensor) -> None:
+        """Write a tensor of the dtype and shape that were announced, or its next rows."""
+        spec, done = self._specs[name], self._done.get(name, 0)
+        assert (rows.dtype, rows.shape[1:]) == (spec.dtype, spec.size[1:]), (
             f"{name} is another tensor than announced"
         )
+        assert done + rows.nbytes <= spec.nbytes, f"{name} has more rows than announced"
         assert sys.byteorder == "little"
-        self._file.seek(self._start + self._places[name])
-        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+        self._file.seek(self._start + self._places[name] + done)
+        raw = rows.detach().contiguous().flatten().view(torch.uint8).numpy().data
         for start in range(0, len(raw), PIECE_BYTES):
             self._file.write(raw[start : start + PIECE_BYTES])
+        self._done[name] = done + rows.nbytes
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every announced tensor was written."""
+        return all(self._done.get(name, -1) == spec.nbytes for name, spec in self._specs.items())
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -81,7 +91,59 @@ class SafetensorsFile:
     ) -> None:
         self._file.close()
         if error is None:
-            assert not self._specs, f"{sorted(self._specs)[:3]} were announced and not written"
+            assert self.is_complete, "a tensor was announced and not written"
+
+
+class SafetensorsSource:
+    """Tensors of a safetensors file, read without mapping it into memory, where every page read would count."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and check its header.
+
+        Raises:
+            SafetensorError: it is no safetensors file, or damaged.
+            OSError: it can't be read.
+            UserError: it has a dtype that this version does not know.
+        """
+        self.specs: dict[str, TensorSpec] = {}
+        self._path = path
+        self._places: dict[str, int] = {}
+        with safe_open(path, framework="pt"):  # checks every field of the header; reads no tensor
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        kinds = {name: dtype for dtype, name in DTYPES.items()}
+        for name, field in header.items():
+            if field["dtype"] not in kinds:
+                raise UserError(f"{path}: {name} has the dtype {field['dtype']}, which is not known")
+            self.specs[name] = TensorSpec(kinds[field["dtype"]], torch.Size(field["shape"]))
+            self._places[name] = HEADER_ALIGNMENT + size + field["data_offsets"][0]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the rows from `start` to before `stop`; of a tensor without dimensions, all of it."""
+        spec = self.specs[name]
+        shape = (stop - start, *spec.size[1:]) if spec.size else ()
+        row_bytes = spec.dtype.itemsize * math.prod(spec.size[1:])
+        found = torch.empty(shape, dtype=spec.dtype)
+        if not found.nbytes:
+            return found
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._places[name] + (start * row_bytes if spec.size else 0))
+            buffer = found.flatten().view(torch.uint8).numpy().data
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise OSError(f"{self._path} ended while it was read")
+                done += count
+        return found
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor with all its rows."""
+        size = self.specs[name].size
+        return self.rows(name, 0, size[0] if size else 0)
 
 
 def into_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> Iterator[dict[str, TensorSpec]]:
@@ -114,6 +176,8 @@ def write_shards(
 ) -> int:
     """Write `tensors`, which come in the order of `specs`, into files of about `shard_bytes`; return their number.
 
+    A large tensor may come as several pairs, each with its next rows.
+
     Several files get an index (`model.safetensors.index.json`), which says in which of them a tensor is.
 
     Raises:
@@ -125,7 +189,7 @@ def write_shards(
     source = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
         with SafetensorsFile(directory / name, shard, metadata) as file:
-            for _ in shard:
+            while not file.is_complete:
                 file.write(*next(source))
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

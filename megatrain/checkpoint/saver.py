@@ -6,8 +6,6 @@ outcome at the same step.
 """
 
 import copy
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,10 +18,8 @@ from torch import Tensor
 from megatrain.checkpoint.errors import CheckpointSaveError
 from megatrain.checkpoint.staging import HostCopy, Stager
 from megatrain.checkpoint.store import Checkpointer
+from megatrain.runtime.priority import lower_priority
 from megatrain.runtime.processes import Processes
-
-NICENESS = 5
-"""Priority of the writing threads below that of training, where both want the same cores (Linux)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +155,7 @@ class Saver:
         job.thread.start()
 
     def _write(self, job: _Job) -> None:
-        if sys.platform == "linux":  # elsewhere a priority is that of the whole process
-            thread = threading.get_native_id()
-            nice = min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
-            os.setpriority(os.PRIO_PROCESS, thread, nice)
+        lower_priority()
         try:
             staged = job.staged
             job.path = self._checkpointer.save(

@@ -7,7 +7,6 @@ checkpoints/step-00000100/
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from megatrain.checkpoint.manifest import (
     Manifest,
     check_hashes,
     check_sizes,
+    encode_state,
     parse_json,
     read_listed,
     read_manifest,
@@ -99,6 +99,10 @@ class Checkpointer:
         self.processes = processes or Processes()
         self.require_owner: Callable[[], None] = lambda: None
         """Called immediately before a commit; raises if the run directory belongs to another process."""
+        self.on_commit: Callable[[int], None] = lambda step: None
+        """Called with each step that was committed, by the process that commits."""
+        self.in_use: Callable[[], set[int]] = set
+        """Returns steps that are not deleted now, since their files are being read."""
         self.saved_bytes = 0
         """Size of the last checkpoint that was saved here, in bytes."""
         self._moves_damaged = moves_damaged
@@ -159,7 +163,7 @@ class Checkpointer:
                 earlier checkpoints are untouched.
             ValueError: `state` does not survive a round trip through JSON.
         """
-        encoded = _encode(state)
+        encoded = encode_state(state)
         specs = self._gathered(specs or {name: spec_of(tensor) for name, tensor in tensors.items()})
         staging = self.directory / self.processes.from_first(lambda: unique_name(TEMPORARY, step))
         try:
@@ -179,9 +183,10 @@ class Checkpointer:
         self._parent = path.name
         self.saved_bytes = sum(record.size for record in manifest.files.values())
         if self.processes.is_first:
+            self.on_commit(step)
             with contextlib.suppress(StaleOwnerError):  # this process's next write says so
                 self.require_owner()
-                prune(self.directory, self.cfg)
+                prune(self.directory, self.cfg, spare=self.in_use())
         return path
 
     def _create_staging(self, staging: Path, step: int, specs: dict[str, TensorSpec]) -> None:
@@ -189,7 +194,7 @@ class Checkpointer:
         make_directory(self.directory)
         if self.cfg.on_error == "warn" and not has_space(self.directory, specs):
             self.require_owner()
-            prune(self.directory, self.cfg, adding=step)
+            prune(self.directory, self.cfg, adding=step, spare=self.in_use())
         require_space(self.directory, specs)
         staging.mkdir()
 
@@ -390,12 +395,3 @@ class Checkpointer:
             raise CorruptCheckpointError(f"{STATE_FILE} is not a JSON object")
         found = VerifiedCheckpoint(step=step, path=path, state=state, manifest=manifest)
         return found, CheckedReader(path, checked)
-
-
-def _encode(state: dict[str, Any]) -> bytes:
-    encoded = json.dumps(state, indent=1)
-    if json.loads(encoded) != state:
-        raise ValueError(
-            "The state does not survive a round trip through JSON (non-string keys, tuples, NaN)."
-        )
-    return encoded.encode() + b"\n"

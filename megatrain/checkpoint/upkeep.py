@@ -7,20 +7,19 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatrain.checkpoint.compare import natural
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.files import READ_BYTES, HashingWriter, free_bytes, make_directory, sync_directory
+from megatrain.checkpoint.files import free_bytes, make_directory, sync_directory, write_file, write_stream
 from megatrain.checkpoint.inspect import Opened, Progress, kind_of, naming, open_checkpoint, require_whole
 from megatrain.checkpoint.listing import CHECKPOINTS, Listed, list_checkpoints, run_of
 from megatrain.checkpoint.manifest import MANIFEST_FILE, Manifest, check_hashes, check_sizes, read_bounded
-from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
+from megatrain.checkpoint.reader import CheckedReader, TensorSpec
 from megatrain.checkpoint.retention import TEMPORARY, prune, remove_leftovers, step_name, unique_name
+from megatrain.checkpoint.rows import read_pieces
 from megatrain.checkpoint.safetensors_file import SafetensorsFile, write_shards
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.runtime.ownership import LOCK_FILE, read_owner
@@ -81,7 +80,7 @@ def plan_prune(directory: Path, keep: int, *, progress: Progress) -> tuple[list[
         stay += 1
         if each.state == "complete":
             with contextlib.suppress(UserError):
-                require_whole(each.path, progress=progress)
+                require_whole(Path(each.path), progress=progress)
                 good += 1
     leftovers = [each for each in found if each.state in ("unfinished", "being deleted")]
     return [*committed[: len(committed) - stay], *leftovers], stay
@@ -186,29 +185,26 @@ def _whole_tensors(
     reader: CheckedReader, specs: dict[str, TensorSpec], progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     total, done = sum(spec.nbytes for spec in specs.values()) or 1, 0
-    for name, spec in specs.items():
-        progress("writing", done / total)
-        tensor = torch.empty(spec.size, dtype=spec.dtype)
-        read_tensors(reader, {name: tensor})
-        yield name, tensor
-        done += spec.nbytes
+    for name in specs:
+        for rows in read_pieces(reader, name):
+            progress("writing", done / total)
+            yield name, rows
+            done += rows.nbytes
 
 
 def _copy_files(opened: Opened, staging: Path, progress: Progress) -> None:
     """Copy all files, synced, and check that the copies have the listed hashes."""
     manifest, done = opened.manifest, 0
+
+    def seen(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("copying", done / (opened.bytes or 1))
+
     for name in sorted(manifest.files):
         with (opened.path / name).open("rb", buffering=0) as file:
-            writer = HashingWriter(staging / name)
-            try:
-                for piece in iter(partial(file.read, READ_BYTES), b""):
-                    writer.write(piece)
-                    done += len(piece)
-                    progress("copying", done / (opened.bytes or 1))
-                writer.close()
-            finally:
-                writer.abandon()
-        if writer.record != manifest.files[name]:
+            record = write_stream(file, staging / name, seen=seen)
+        if record != manifest.files[name]:
             raise DamagedCheckpointError(
                 f"{opened.path} is damaged: {name} was changed: its hash is wrong. It was not copied."
             )
@@ -219,12 +215,7 @@ def _copy_files(opened: Opened, staging: Path, progress: Progress) -> None:
 
 def _check_copy(source: Path, staging: Path, manifest: Manifest) -> None:
     """Add the manifest, byte by byte that of the source, and read the copy again."""
-    writer = HashingWriter(staging / MANIFEST_FILE)
-    try:
-        writer.write(read_bounded(source / MANIFEST_FILE))
-        writer.close()
-    finally:
-        writer.abandon()
+    write_file(staging / MANIFEST_FILE, read_bounded(source / MANIFEST_FILE))
     check_sizes(staging, manifest)
     check_hashes(staging, manifest)
 

@@ -1,14 +1,17 @@
-"""What verbs with actions share: the choice of the action, and progress that leaves standard output alone."""
+"""What verbs share: the choice of an action, progress that leaves standard output alone, and runs behind a URL."""
 
 import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain.cli.verbs import find_verb
 from megatrain.config.errors import UserError
 from megatrain.config.nearest import nearest
+from megatrain.config.paths import expanded
+from megatrain.runtime.urls import is_url
 
 if TYPE_CHECKING:
     from megatrain.observe.display import Display
@@ -42,6 +45,23 @@ def progress_display(as_json: bool) -> "Iterator[Display]":
             yield display
         finally:
             display.close()
+
+
+def run_here(place: str) -> Path:
+    """Return a run directory of this machine: the path `place`, or a copy in the cache of the run at that URL.
+
+    Raises:
+        UserError: there is no run at the URL, or it can't be reached.
+    """
+    if not is_url(place):
+        return Path(expanded(place))
+    from megatrain.train.durable import local_run
+
+    with progress_display(as_json=False) as display:
+        directory, warnings = local_run(place, progress=display.phase)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    return directory
 
 
 def strict_json(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatrain.cli.actions import progress_display, run_action, strict_json
 from megatrain.cli.options import Parser
 from megatrain.config.errors import DamagedCheckpointError, UserError
 from megatrain.config.paths import expanded
+from megatrain.runtime.urls import is_url
 
 KINDS = ("weights", "optimizer", "average")
 DIFFERENT = 1
@@ -29,14 +31,16 @@ def run(argv: list[str]) -> int:
 def _ls(argv: list[str]) -> int:
     flags = _parsed(argv, "run")
     from megatrain.checkpoint.listing import checkpoint_directory, list_checkpoints
+    from megatrain.checkpoint.tier import Tier
+    from megatrain.checkpoint.tier_listing import list_tier
     from megatrain.cli.checkpoint_text import list_text
 
-    directory = checkpoint_directory(flags.run)
-    found = list_checkpoints(directory)
+    place = flags.run if isinstance(flags.run, str) else checkpoint_directory(flags.run)
+    found = list_tier(Tier(place)) if isinstance(place, str) else list_checkpoints(place)
     if flags.json:
         _print_json([_plain(each) for each in found])
     else:
-        print(list_text(found, directory))
+        print(list_text(found, place))
     return 0
 
 
@@ -55,13 +59,25 @@ def _show(argv: list[str]) -> int:
 
 def _verify(argv: list[str]) -> int:
     flags = _parsed(argv, "checkpoints", many=True)
-    from megatrain.checkpoint.inspect import verify
+    from megatrain.checkpoint.fetching import split_address
+    from megatrain.checkpoint.inspect import Verified, verify
     from megatrain.checkpoint.listing import find_checkpoints
+    from megatrain.checkpoint.tier import Tier
+    from megatrain.checkpoint.tier_upkeep import verify_tier
     from megatrain.cli.checkpoint_text import verify_text
 
-    paths = [path for each in flags.checkpoints for path in find_checkpoints(each)]
+    places = flags.checkpoints
+    paths = {
+        each: find_checkpoints(each) for each in places if isinstance(each, Path)
+    }  # before the first is read
+    found: list[Verified] = []
     with progress_display(flags.json) as display:
-        found = [verify(path, progress=display.phase) for path in paths]
+        for each in places:
+            if isinstance(each, Path):
+                found += [verify(path, progress=display.phase) for path in paths[each]]
+            else:
+                run, step = split_address(each)
+                found += verify_tier(Tier(run), step, progress=display.phase)
     if flags.json:
         _print_json([_plain(each) | {"state": each.state} for each in found])
     else:
@@ -99,26 +115,37 @@ def _diff(argv: list[str]) -> int:
 def _prune(argv: list[str]) -> int:
     flags = _parsed(argv, "run", prune=True)
     from megatrain.checkpoint.listing import checkpoint_directory
+    from megatrain.checkpoint.tier import Tier
+    from megatrain.checkpoint.tier_upkeep import prune_tier
     from megatrain.checkpoint.upkeep import prune_checkpoints
     from megatrain.cli.checkpoint_text import removals_text
 
-    directory = checkpoint_directory(flags.run)
+    place = flags.run if isinstance(flags.run, str) else checkpoint_directory(flags.run)
     with progress_display(flags.json) as display:
-        removals = prune_checkpoints(directory, flags.keep, dry_run=flags.dry_run, progress=display.phase)
+        if isinstance(place, str):
+            removals = prune_tier(Tier(place), flags.keep, dry_run=flags.dry_run, progress=display.phase)
+        else:
+            removals = prune_checkpoints(place, flags.keep, dry_run=flags.dry_run, progress=display.phase)
     if flags.json:
         _print_json({"dry_run": flags.dry_run, "removals": [_plain(each) for each in removals]})
     else:
-        print(removals_text(removals, directory, dry_run=flags.dry_run))
+        print(removals_text(removals, place, dry_run=flags.dry_run))
     return 0
 
 
 def _copy(argv: list[str]) -> int:
     flags = _parsed(argv, "checkpoint", "directory")
+    from megatrain.checkpoint.tier_upkeep import copy_anywhere
     from megatrain.checkpoint.upkeep import copy_checkpoint
 
-    source = _newest(flags.checkpoint)
+    source, target = flags.checkpoint, flags.directory
+    if isinstance(source, Path):
+        source = _newest(source)
     with progress_display(flags.json) as display:
-        target = copy_checkpoint(source, flags.directory, progress=display.phase)
+        if isinstance(source, Path) and isinstance(target, Path):
+            target = copy_checkpoint(source, target, progress=display.phase)
+        else:
+            target = copy_anywhere(str(source), str(target), progress=display.phase)
     if flags.json:
         _print_json({"source": str(source), "copy": str(target)})
     else:
@@ -131,6 +158,8 @@ def _consolidate(argv: list[str]) -> int:
     from megatrain.checkpoint.upkeep import consolidate
     from megatrain.observe.figures import byte_size
 
+    if isinstance(flags.out, str):
+        raise UserError(f"checkpoint: consolidate writes to a path of this machine, not to {flags.out}")
     source = _newest(flags.checkpoint)
     with progress_display(flags.json) as display:
         done = consolidate(
@@ -152,10 +181,10 @@ def _consolidate(argv: list[str]) -> int:
 
 
 def _parsed(argv: list[str], *places: str, many: bool = False, **extras: bool) -> Namespace:
-    """Parse the words of an action: paths, `--json`, and the flags of `extras` (only, rtol, prune, shards)."""
+    """Parse the words of an action: paths and URLs, `--json`, and the flags of `extras` (only, rtol, prune, shards)."""
     parser = Parser("checkpoint")
     for place in places:
-        parser.add_argument(place, type=_path, nargs="+" if many else None)
+        parser.add_argument(place, type=_place, nargs="+" if many else None)
     parser.add_argument("--json", action="store_true")
     if extras.get("only"):
         parser.add_argument("--only", choices=KINDS)
@@ -174,15 +203,23 @@ def _parsed(argv: list[str], *places: str, many: bool = False, **extras: bool) -
     return flags
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
+def _place(text: str) -> Path | str:
+    """Return a path, or the text of a URL."""
+    return text if is_url(text) else Path(expanded(text))
 
 
-def _newest(path: Path) -> Path:
-    """Return the checkpoint at `path`, or the newest one of the run there."""
+def _newest(place: Path | str) -> Path:
+    """Return the checkpoint at `place`, or the newest one of the run there; a URL's is fetched into the cache."""
+    from megatrain.checkpoint.fetching import cached_checkpoint
     from megatrain.checkpoint.listing import find_checkpoints
 
-    return find_checkpoints(path)[-1]
+    if isinstance(place, Path):
+        return find_checkpoints(place)[-1]
+    with progress_display(as_json=False) as display:
+        path, warnings = cached_checkpoint(place, progress=display.phase)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    return path
 
 
 def _plain(value: Any) -> dict[str, Any]:

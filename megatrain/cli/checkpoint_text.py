@@ -19,7 +19,7 @@ WIDTH = 100
 """Characters of a value that the text shows."""
 
 
-def list_text(found: "list[Listed]", directory: Path) -> str:
+def list_text(found: "list[Listed]", directory: Path | str) -> str:
     """Return a table of checkpoints."""
     if not found:
         return f"There are no checkpoints in {directory}."
@@ -188,12 +188,14 @@ def comparison_json(found: "Comparison") -> dict[str, Any]:
     }
 
 
-def removals_text(removals: "list[Listed]", directory: Path, *, dry_run: bool) -> str:
+def removals_text(removals: "list[Listed]", directory: Path | str, *, dry_run: bool) -> str:
     """Return what was removed, or would be."""
     if not removals:
         return f"There is nothing to remove in {directory}."
     done = "would be removed" if dry_run else "removed"
-    lines = [f"{each.path.name}  {byte_size(each.bytes):>8}  {done} ({each.state})" for each in removals]
+    lines = [
+        f"{Path(each.path).name}  {byte_size(each.bytes):>8}  {done} ({each.state})" for each in removals
+    ]
     freed = byte_size(sum(each.bytes for each in removals))
     lines.append(f"{freed} would be freed; leave out --dry-run to do it." if dry_run else f"{freed} freed.")
     return "\n".join(lines)

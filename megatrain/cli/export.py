@@ -4,6 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
+from megatrain.cli.actions import run_here
 from megatrain.config.errors import UserError
 from megatrain.config.paths import expanded
 from megatrain.runtime.packages import require_package
@@ -34,7 +35,7 @@ def run(argv: list[str]) -> int:
     from megatrain.train.export import export
     from megatrain.train.export_check import check_logits
 
-    source, target = Path(expanded(options.run)), Path(expanded(options.directory))
+    source, target = run_here(options.run), Path(expanded(options.directory))
     display = make_display("auto")
     try:
         done = export(

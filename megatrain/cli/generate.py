@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from megatrain.cli.actions import run_here
 from megatrain.config.errors import UserError
-from megatrain.config.paths import expanded
 from megatrain.config.ranges import Range
 
 NUMBERS = {
@@ -44,9 +43,7 @@ def run(argv: list[str]) -> int:
     from megatrain.train.restore import restore_model
     from megatrain.train.sample import continue_text
 
-    model, tokenizer, cfg, step = restore_model(
-        Path(expanded(options.run)), pick_device(), average=options.average
-    )
+    model, tokenizer, cfg, step = restore_model(run_here(options.run), pick_device(), average=options.average)
     print(f"{options.run}, step {step}, seed {options.seed}", file=sys.stderr)
     print(options.prompt, end="", flush=True)
     for piece in continue_text(

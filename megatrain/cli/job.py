@@ -16,7 +16,8 @@ from megatrain.config.text import to_yaml
 from megatrain.engines.config import require_engine
 from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
-from megatrain.runtime.processes import Processes, is_started
+from megatrain.runtime.processes import Processes, is_started, require_promised_size, telling_launcher
+from megatrain.runtime.slurm import name_task
 from megatrain.runtime.stop_signals import take_signals
 from megatrain.train.config import Config
 
@@ -76,6 +77,8 @@ def run_in_layout(
         return job(cfg, processes)
 
     take_signals()
+    name_task()
+    require_promised_size()
     if not is_started():
         return run_job(verb, words, partial(start_or_do, Processes()))
     os.environ.setdefault(
@@ -83,7 +86,7 @@ def run_in_layout(
     )  # else each part of a wait at the store is a warning
     from megatrain.runtime.group import joined  # imports torch
 
-    with joined(**_limit(words)) as processes:
+    with telling_launcher(), joined(**_limit(words)) as processes:
         return run_job(verb, words, partial(start_or_do, processes), processes)
 
 

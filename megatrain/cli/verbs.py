@@ -1,36 +1,8 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
-from dataclasses import dataclass
-from importlib import import_module
-from keyword import iskeyword
-
+from megatrain.cli.verb import Verb
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One verb of the command line, `megatrain <name>`."""
-
-    name: str
-    summary: str
-    """One line for the list of verbs."""
-    usage: str
-    """Arguments after the verb."""
-    examples: tuple[tuple[str, str], ...]
-    """Three example command lines, each with what it does."""
-    takes_config: bool
-    """Whether it takes Hydra overrides and the flags of `cli/options.py`."""
-    flags: tuple[tuple[str, str], ...] = ()
-    """Flags of this verb alone, each with what it does."""
-    actions: tuple[tuple[str, str], ...] = ()
-    """Words of which one follows the verb, each with what it does."""
-
-    def run(self, argv: list[str]) -> int:
-        """Run the verb; return the exit code of the process."""
-        module = f"{self.name}_" if iskeyword(self.name) else self.name
-        return int(import_module(f"megatrain.cli.{module}").run(argv))
-
 
 AVERAGE = (
     "--[no-]average",
@@ -132,8 +104,8 @@ VERBS = (
     ),
     Verb(
         name="import",
-        summary="import a Hugging Face directory as a run, to generate from, export or continue training",
-        usage="DIRECTORY run.name=NAME [run.dir=DIR] [--check]",
+        summary="import a Hugging Face directory, or a checkpoint of Megatron-LM or DeepSpeed, as a run",
+        usage="DIRECTORY run.name=NAME [run.dir=DIR] [--like DIRECTORY] [--check]",
         examples=(
             (
                 "megatrain import Llama-3.2-1B run.name=llama",
@@ -146,7 +118,13 @@ VERBS = (
             ),
         ),
         takes_config=False,
-        flags=(("--check", "load it with transformers and print the largest difference of logits"),),
+        flags=(
+            (
+                "--like DIR",
+                "of a Megatron-LM or DeepSpeed checkpoint: a Hugging Face directory with its config.json and tokenizer",
+            ),
+            ("--check", "load it with transformers and print the largest difference of logits"),
+        ),
     ),
     Verb(
         name="bench",
@@ -258,7 +236,7 @@ VERBS = (
     Verb(
         name="checkpoint",
         summary="look into checkpoints, check them, compare, prune, copy, and write them as safetensors",
-        usage="ACTION RUN|CHECKPOINT ... [flags]",
+        usage="ACTION RUN|CHECKPOINT|URL ... [flags]",
         examples=(
             (
                 "megatrain checkpoint ls runs/default",
@@ -318,6 +296,66 @@ VERBS = (
             ("--rtol R", "ignore relative differences of up to R; default: 0, exactly equal"),
             ("--no-tensors", "leave out the tensors of the newest checkpoint that both have"),
             ("--json", "print one JSON object instead of text; progress goes to stderr"),
+        ),
+    ),
+    Verb(
+        name="launch",
+        summary="start a run on this machine or on many: torchrun, SLURM, ssh, Kubernetes",
+        usage="KIND [flags] [group=option] [key=value]",
+        examples=(
+            (
+                "megatrain launch slurm --nodes 2 --time 12:00:00 run.name=mine model=llama3_1b parallel.dp_shard=-1 "
+                "global_batch_size=256",
+                "check the config, submit a job that requeues itself until the run is done, and follow it",
+            ),
+            (
+                "megatrain launch slurm --nodes 2 --dry-run run.name=mine parallel.dp_shard=-1 global_batch_size=256",
+                "print the script and submit nothing; --status and --cancel ask for a job that was submitted",
+            ),
+            (
+                "megatrain launch ssh --hosts node1,node2 run.name=mine parallel.dp_shard=-1 global_batch_size=256",
+                "start the processes on two machines without a scheduler",
+            ),
+        ),
+        takes_config=True,
+        flags=(
+            ("--cluster NAME", "description of the site: conf/cluster/NAME.yaml; a flag wins over it"),
+            ("--dry-run", "print the script or manifest, and start nothing"),
+            ("--nodes N", "number of nodes; every other key of the cluster's description is a flag, too"),
+            (
+                "--gpus-per-node N",
+                "GPUs of each node, one process each; 0: CPUs, --processes-per-node N; default: 8",
+            ),
+            ("--container IMAGE", "slurm, k8s: run in a container; --venv DIR: in a Python environment"),
+            ("--time LIMIT", "slurm: time limit of a job; the run saves before, and the job is queued again"),
+            ("--partition NAME", "slurm: also --account, --qos, --reservation, --constraint, --exclude"),
+            ("--detach", "slurm: do not follow the job's messages"),
+            ("--status", "slurm: how the jobs and the run are"),
+            ("--cancel", "slurm: have the run save and end, and start it no more"),
+            (
+                "--chain N",
+                "slurm: submit N jobs that go on one after another, where jobs may not queue themselves",
+            ),
+            (
+                "--array N",
+                "slurm, with --multirun: how many jobs of the sweep run at the same time; default: all",
+            ),
+            (
+                "--master-addr ADDRESS",
+                "torchrun, ssh: the first node, as the others reach it; --master-port N",
+            ),
+            (
+                "--node-rank N",
+                "torchrun: start the processes of this node; without it, print the script of all",
+            ),
+            ("--hosts A,B,...", "ssh: the hosts"),
+        ),
+        actions=(
+            ("local", "start the processes on this machine, as `train` does"),
+            ("torchrun", "start the processes of one node with torchrun, or print the script that does"),
+            ("slurm", "submit a job, or a sweep as an array of jobs (--multirun)"),
+            ("k8s", "write a JobSet manifest for Kubernetes"),
+            ("ssh", "start every host's processes over ssh, show what they print, and end all when one ends"),
         ),
     ),
     Verb(

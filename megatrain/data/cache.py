@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatrain.config.errors import UserError
-from megatrain.data.sources.remote import is_url
 from megatrain.data.store import DAMAGED_FILE, FORMAT_VERSION, INDEX_FILE, SOURCES_FILE, read_index
+from megatrain.runtime.urls import is_url
 
 USED_FILE = ".last-used"
 DAY_S = 86400.0

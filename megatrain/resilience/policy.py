@@ -37,7 +37,7 @@ class FailurePolicy:
     """The verdicts of one attempt."""
 
     def __init__(self, cfg: ResilienceConfig, losses: Iterable[float] = ()) -> None:
-        """Judge by `cfg`.
+        """Take over what is known of earlier attempts.
 
         Args:
             losses: of the latest steps of earlier attempts, the oldest first.

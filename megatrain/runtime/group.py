@@ -125,6 +125,8 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
         processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings, guard=guard)
         try:
             yield processes
+            # Launchers end the others when one has ended, and the first may still be writing the run's record.
+            processes.gather(None)
         except StopRequested as stop:
             meetings.leave(stop.reason)
             raise

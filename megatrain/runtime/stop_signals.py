@@ -27,5 +27,13 @@ def held_back() -> Iterator[None]:
 
 
 def take_signals() -> None:
-    """Take the stop signals that came while the launcher of this process held them back, and later ones at once."""
+    """Take the stop signals that came while the launcher of this process held them back, and later ones at once.
+
+    Launch scripts have SIGUSR1 and SIGUSR2 ignored, of which torchrun would die. A process that has no handler for them
+    yet holds them back until it has one; then it calls this again.
+    """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+            signal.signal(number, signal.SIG_DFL)  # the system drops a signal that is ignored

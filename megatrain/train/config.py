@@ -51,6 +51,12 @@ class RunConfig:
             )
         if not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", self.id):
             yield Problem("id", self.id, "must consist of at most 64 letters, digits, - and _")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", self.dir):
+            rule = (
+                "must be a directory of this machine: locks, and files that grow line by line, can't be in an object "
+                "store. checkpoint.durable=URL copies each checkpoint and the run's records there"
+            )
+            yield Problem("dir", self.dir, rule)
         for field, path in (("name", self.name), ("dir", self.dir)):
             if any(len(part.encode(errors="replace")) > LONGEST_NAME for part in path.split("/")):
                 yield Problem(field, path, f"must not have a part of more than {LONGEST_NAME} bytes")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
+from megatrain.checkpoint.rows import read_pieces
 from megatrain.checkpoint.safetensors_file import write_shards
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
@@ -100,12 +101,25 @@ class _Source:
         hollow = {name: torch.empty(spec.size, device="meta") for name, (_, spec) in stored.items()}
         return {name: TensorSpec(self.dtype, tensor.shape) for name, tensor in part.export(hollow).items()}
 
-    def read(self, part: WeightMap) -> dict[str, Tensor]:
-        """Return the tensors of a part of the map under Hugging Face's names, in the checkpoint's dtype."""
+    def read(self, part: WeightMap) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a part of the map under Hugging Face's names, in the checkpoint's dtype.
+
+        One whose elements keep their order comes by rows, as many at a time as are stored together.
+        """
         stored = self._stored(part)
+        if part.stacks:
+            (stack,), ((key, _),) = part.stacks, stored.values()
+            matrices = (each for rows in read_pieces(self.reader, key) for each in rows)
+            yield from zip(stack.theirs, matrices, strict=True)
+            return
+        (rule,) = part.rules
+        if len(rule.ours) == 1 and not rule.transpose and rule.pairs is None:
+            ((key, _),) = stored.values()
+            yield from ((rule.theirs, rows) for rows in read_pieces(self.reader, key))
+            return
         ours = {key: torch.empty(spec.size, dtype=spec.dtype) for key, spec in stored.values()}
         read_tensors(self.reader, ours)
-        return part.export({name: ours[key] for name, (key, _) in stored.items()})
+        yield from part.export({name: ours[key] for name, (key, _) in stored.items()}).items()
 
     def _stored(self, part: WeightMap) -> dict[str, tuple[str, TensorSpec]]:
         """Return the parameters of a part of the map, each with its key in the checkpoint."""
@@ -122,10 +136,10 @@ class _Source:
 def _tensors(
     source: _Source, parts: list[WeightMap], progress: Callable[[str, float], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in turn; no more than one part of the map is in memory."""
+    """Yield every tensor in turn, or its rows; no more than one part of the map is in memory."""
     for done, part in enumerate(parts):
         progress("exporting", done / len(parts))
-        for name, tensor in source.read(part).items():
+        for name, tensor in source.read(part):
             yield name, tensor.to(source.dtype)
 
 

@@ -55,7 +55,7 @@ def note_skipped(
 def roll_back(
     run: Run, policy: FailurePolicy, verdict: Verdict, batch: StepBatch, observer: Observer
 ) -> bool:
-    """Go back to the latest checkpoint, and pass over the batches since; all processes call this together.
+    """Restore the latest checkpoint, and pass over the batches since; all processes call this together.
 
     Returns False if there is no checkpoint, so that only the step is left out.
 

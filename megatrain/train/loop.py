@@ -102,6 +102,8 @@ def train_loop(run: Run, observer: Observer) -> str:
             error, DivergedError | ReplicasDifferError
         )  # else the others may have ended
         run.saver.abandon(run.cfg.resilience.timeout_s if all_together else ABANDONED_S)
+        if run.uploads is not None:
+            run.uploads.abandon(ABANDONED_S)
         raise
     finally:
         _report_saves(run, observer)
@@ -234,6 +236,7 @@ class _Attempt:
             if cfg.checkpoint.every == "auto":
                 self.next_save = run.state.step + run.processes.from_first(self._steps_to_next_save)
         _report_saves(run, observer)
+        report_uploads(run, observer)
         return stop
 
 
@@ -261,6 +264,18 @@ def _report_saves(run: Run, observer: Observer) -> None:
             run.log.event("save_failed", **report.facts)
         else:
             run.log.event("save_skipped", **report.facts)
+        if report.notice:
+            observer.notice(report.notice)
+
+
+def report_uploads(run: Run, observer: Observer) -> None:
+    """Record what became of uploads to the durable tier.
+
+    Raises:
+        StaleOwnerError: the run goes on elsewhere.
+    """
+    for report in run.uploads.reports() if run.uploads is not None else ():
+        run.log.event(report.event, **report.facts)
         if report.notice:
             observer.notice(report.notice)
 

@@ -39,6 +39,7 @@ from megatrain.train.build import (
     with_layout,
 )
 from megatrain.train.config import Config
+from megatrain.train.durable import fetch_run
 from megatrain.train.files import (
     CONFIG_FILE,
     new_run_id,
@@ -48,8 +49,8 @@ from megatrain.train.files import (
     saved_config,
     write_config,
 )
-from megatrain.train.import_hf import is_untrained_import, require_imported_weights, take_up_weights
-from megatrain.train.loop import reason_to_stop, train_loop
+from megatrain.train.imported import is_untrained_import, require_imported_weights, take_up_weights
+from megatrain.train.loop import reason_to_stop, report_uploads, train_loop
 from megatrain.train.machines import check_likeness, check_links
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
@@ -72,13 +73,14 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     directory = run_directory(cfg)
     device = pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
-    cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
-    processes.describe(directory=str(directory.absolute()))
-    processes.doing("comparing machines")
-    hosts, notices = check_likeness(processes, cfg.resilience, device)
-    processes.doing("preparing the data")
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
+        fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=display.phase))
+        cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
+        processes.describe(directory=str(directory.absolute()))
+        processes.doing("comparing machines")
+        hosts, notices = check_likeness(processes, cfg.resilience, device)
+        processes.doing("preparing the data")
         data = prepare_together(cfg, processes, progress=display.phase)
         require_same_data(processes, data.fingerprint)
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
@@ -113,6 +115,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     log=log(directory, cfg.run.id, require_owner),
                     signals=signals,
                     notices=tuple(notices),
+                    fetched=fetched,
                 )
             )
     except StopRequested as stop:
@@ -257,7 +260,12 @@ def _train(run: Run) -> Outcome:
     run.signals.defer()
     log.status("running", step=state.step, reason="")
     try:
+        run.processes.from_first(run.begin_uploads)
         reason = reason_to_stop(run) or train_loop(run, observer)
+        try:
+            run.finish_uploads()
+        finally:
+            report_uploads(run, observer)
     except BaseException as error:
         _record_failure(run, state.step, error)
         raise
@@ -267,6 +275,8 @@ def _train(run: Run) -> Outcome:
     exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
     log.event("stop", step=state.step, reason=reason)
     log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
+    if run.uploads is not None:
+        run.uploads.copy_records()
     has_report = is_first and report_at_end(run.directory)
     by_signal = exit_code == SAVED_BY_SIGNAL
     text = "" if by_signal or cfg.log.display == "off" else last_sample(run)
@@ -297,7 +307,7 @@ def _resume(run: Run) -> tuple[str, ...]:
     source: VerifiedCheckpoint | None = None
     changes: dict[str, Any] = {}
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
-        source = take_up_weights(run.checkpointer, state)
+        source = take_up_weights(run.checkpointer, state, moments=True)
         require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)
     elif found := run.checkpointer.load(tensors := state.tensors()):
         info = found.manifest.info
@@ -312,7 +322,7 @@ def _resume(run: Run) -> tuple[str, ...]:
     unverified = None if found is None else found.manifest.info.get("data_unverified_since")
     run.cache_check.begin(state.step, unverified_since=unverified)
     loaded = found or source
-    warnings = () if loaded is None else loaded.warnings
+    warnings = (run.fetched.warnings if run.fetched else ()) + (() if loaded is None else loaded.warnings)
     run.processes.from_first(lambda: _write_inputs(run))
     log.open(state.step)
     machine = {
@@ -324,6 +334,8 @@ def _resume(run: Run) -> tuple[str, ...]:
     fields |= {"machine": machine, "versions": installed_versions(), "lost": log.lost}
     now = time.monotonic()
     fields |= {"elapsed_s": now - STARTED, "load_s": now - began}
+    if run.fetched is not None and run.fetched.step is not None:
+        log.event("fetch", step=run.fetched.step, url=run.fetched.url)
     if source is not None:
         facts = {"run_id": source.manifest.info.get("run_id"), "step": source.step}
         fields["weights_from"] = {"checkpoint": str(source.path), **facts}

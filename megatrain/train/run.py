@@ -12,6 +12,7 @@ import torch
 from megatrain.checkpoint.retention import EVAL_LOSS
 from megatrain.checkpoint.saver import Saver
 from megatrain.checkpoint.store import Checkpointer
+from megatrain.checkpoint.uploads import Uploader
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
 from megatrain.data.loader import Batch, Loader
@@ -24,6 +25,7 @@ from megatrain.runtime.device import Peak, peak_flops
 from megatrain.runtime.processes import Processes
 from megatrain.train.build import COMPUTE_DTYPE
 from megatrain.train.config import Config
+from megatrain.train.durable import Fetched, begin_uploads, finish_uploads
 from megatrain.train.files import tokenizer_digest
 from megatrain.train.state import TrainState
 
@@ -46,6 +48,8 @@ class Run:
     signals: StopSignals
     notices: tuple[str, ...] = ()
     """What the check of the machines has found."""
+    fetched: Fetched | None = None
+    """What was fetched from the durable tier; None without one."""
 
     @cached_property
     def flops_full(self) -> float:
@@ -84,6 +88,31 @@ class Run:
         if self.processes.size == 1:
             return wanted
         return bool(parallel.total(torch.tensor(float(wanted), device=parallel.device)) > 0)
+
+    @cached_property
+    def uploads(self) -> Uploader | None:
+        """Uploads to the durable tier, by the first process; the run is resumed and owned when they begin."""
+        if not self.processes.is_first:
+            return None
+        return begin_uploads(self.cfg, self.directory, self.checkpointer.require_owner)
+
+    def begin_uploads(self) -> None:
+        """Upload what the durable tier lacks, and from now on each checkpoint that is committed."""
+        if self.uploads is not None:
+            self.checkpointer.on_commit = self.uploads.submit
+            self.checkpointer.in_use = self.uploads.in_use
+
+    def finish_uploads(self) -> None:
+        """Wait for the last upload; all processes call this together, at the end.
+
+        Raises:
+            CheckpointSaveError: it failed, and the config does not let a run end without it.
+        """
+        self.processes.from_first(self._finish_uploads)
+
+    def _finish_uploads(self) -> None:
+        if self.uploads is not None:
+            finish_uploads(self.uploads, self.cfg, progress=self.display.phase)
 
     def save(self, *, eval_loss: float | None, is_last: bool, waits: bool = True) -> float:
         """Save a checkpoint of the present state, or begin to; all processes call this together.

@@ -86,7 +86,7 @@ def test_each_tensor_is_written_before_the_next_is_read(
             log.append(("write", tensor.numel()))
             super().write(name, tensor)
 
-    monkeypatch.setattr("megatrain.train.export.read_tensors", read)
+    monkeypatch.setattr("megatrain.checkpoint.rows.read_tensors", read)
     monkeypatch.setattr("megatrain.checkpoint.safetensors_file.SafetensorsFile", Spy)
     exported(run, tmp_path / "out", shard_bytes=shard_bytes)
     assert [what for what, _ in log] == ["read", "write"] * (len(log) // 2)

@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from megatrain.config.errors import UserError
 from megatrain.data.sources.left_out import LeftOut
-from megatrain.data.sources.remote import is_url, list_url, open_url
+from megatrain.data.sources.remote import list_url, open_url
+from megatrain.runtime.urls import is_url
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 TEXT_HINT = (

@@ -1,21 +1,13 @@
 """Files behind a URL, through fsspec: object stores, the Hugging Face hub, web servers."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from megatrain.config.errors import UserError
 from megatrain.data.sources.left_out import LeftOut
-from megatrain.runtime.packages import how_to_install
+from megatrain.runtime.urls import open_file_system, reachable
 
 Listed = tuple[str, str, int, tuple[int | str, ...]]
 """Path, name, size in bytes and stamp of a file."""
-
-
-def is_url(path: str) -> bool:
-    """Return whether `path` names a protocol, such as `s3://` or `hf://`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
 def list_url(url: str, left_out: LeftOut) -> list[Listed]:
@@ -24,7 +16,7 @@ def list_url(url: str, left_out: LeftOut) -> list[Listed]:
     Raises:
         UserError: the protocol is unknown or its package missing, or the place can't be reached or holds no file.
     """
-    file_system, path = _file_system(url)
+    file_system, path = open_file_system(url)
     with reachable(url):
         if any(sign in path for sign in "*?["):
             found = file_system.glob(path, detail=True)
@@ -53,44 +45,6 @@ def open_url(url: str) -> BinaryIO:
     Raises:
         UserError: it can't be reached.
     """
-    file_system, path = _file_system(url)
+    file_system, path = open_file_system(url)
     with reachable(url):
         return cast(BinaryIO, file_system.open(path, "rb"))
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise UserError(f"{url}: reading from a URL needs fsspec: {how_to_install('fsspec')}") from None
-    protocol = url.partition("://")[0]
-    try:
-        with reachable(url):
-            return cast(tuple[Any, str], url_to_fs(url))
-    except ImportError as error:
-        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(protocol)
-        package = package or {"hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}.get(
-            protocol, ""
-        )
-        how = f": {how_to_install(package)}" if package else f" ({error})"
-        raise UserError(
-            f"{url}: reading from {protocol}:// needs a package that is not installed{how}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{url}: {error}") from None
-
-
-@contextmanager
-def reachable(url: str) -> Iterator[None]:
-    """Turn the failure of a remote file system into a UserError."""
-    try:
-        yield
-    except (UserError, ImportError, ValueError):
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{url}: there is no such file") from None
-    except Exception as error:  # every backend has errors of its own
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{url} can't be read: {said}. Is the address right, and can this machine reach it?"
-        ) from None
