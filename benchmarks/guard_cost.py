@@ -31,7 +31,7 @@ from megatrain.train.step import train_step
 CALLS = 20000
 DEPTHS = (2, 12)
 """Frames of torch between the project's line and a collective: of a direct call, and of one that FSDP's hooks make."""
-STEPS = 5
+STEPS = 2
 
 
 class Nothing:
