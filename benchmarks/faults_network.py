@@ -306,45 +306,51 @@ def _outcome(run: Job, name: str, outcome: str) -> Outcome:
     )
 
 
-CASES: list[Callable[[], Outcome]] = [
-    *(lambda launcher=launcher: link_cut(launcher) for launcher in ("variables", "torchrun")),
-    *(lambda launcher=launcher: link_cut_of_first(launcher) for launcher in ("variables", "torchrun")),
-    *(lambda launcher=launcher: host_killed(launcher) for launcher in ("variables", "torchrun")),
-    lambda: link_cut("variables", 4),
-    lambda: host_killed("variables", 4),
-    lambda: link_blinks("variables"),
-    lambda: link_slow("variables"),
-    *(lambda launcher=launcher: late_host(launcher) for launcher in ("variables", "torchrun")),
-    lambda: missing_host("variables"),
-    lambda: clock_off("variables"),
-]
+CASES: dict[str, Callable[[], Outcome]] = {
+    "link cut, variables": lambda: link_cut("variables"),
+    "host killed, variables": lambda: host_killed("variables"),
+    "host late, variables": lambda: late_host("variables"),
+    "clock off, variables": lambda: clock_off("variables"),
+    "link slow, variables": lambda: link_slow("variables"),
+    "link blinks, variables": lambda: link_blinks("variables"),
+    "link cut, torchrun": lambda: link_cut("torchrun"),
+    "host killed, torchrun": lambda: host_killed("torchrun"),
+    "link of rank 0 cut, variables": lambda: link_cut_of_first("variables"),
+    "link of rank 0 cut, torchrun": lambda: link_cut_of_first("torchrun"),
+    "link cut, variables, 4 hosts": lambda: link_cut("variables", 4),
+    "host killed, variables, 4 hosts": lambda: host_killed("variables", 4),
+    "host late, torchrun": lambda: late_host("torchrun"),
+    "host missing, variables": lambda: missing_host("variables"),
+}
 
 
 def main() -> None:
-    """Run every case and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run every case, or those that are named, and write the results; those of other cases stay in the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     if not can_make_hosts():
         sys.exit("Network namespaces can't be made here: they take root, and iproute2.")
-    found: list[Outcome] = []
-    lacking: list[str] = []
-    for case in CASES:
+    before = json.loads(options.out.read_text()) if options.out.exists() else {"faults": {}}
+    found: dict[str, Any] = before["faults"]
+    for name in options.only:
+        load = os.getloadavg()[0]
         try:
-            found.append(case())
+            outcome = asdict(CASES[name]())
         except (RuntimeError, TimeoutError) as error:
-            print(error, flush=True)
-            lacking.append(str(error)[-500:])
-            continue
-        print(json.dumps(asdict(found[-1])), flush=True)
-    result = {
-        "command": f"python -m benchmarks.faults_network --out {options.out}",
-        "machine": describe_machine(),
-        "limit_s": LIMIT_S,
-        "faults": [asdict(each) for each in found],
-        "not_measured": lacking,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            outcome = {"outcome": "not measured", "why": str(error)[-1000:]}
+        found[name] = outcome | {"load_before": round(load, 1)}
+        print(name, json.dumps(found[name]), flush=True)
+        result = {
+            "command": f"python -m benchmarks.faults_network --out {options.out.name}",
+            "machine": describe_machine(),
+            "limit_s": LIMIT_S,
+            "faults": found,
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
