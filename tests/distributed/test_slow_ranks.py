@@ -49,6 +49,7 @@ def test_equal_ranks_are_not(workers: WorkerPool, tmp_path: Path) -> None:
     assert team.result(0)[1] == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_again_and_again_is_named(workers: WorkerPool, tmp_path: Path) -> None:
     team = teams.start(partial(train, slow=None, at=""), 3, tmp_path, limit_s=20)
     stopped = team.ranks[1].pid
