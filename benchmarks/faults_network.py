@@ -274,7 +274,8 @@ def clock_off(launcher: str) -> Outcome:
         (run.folder / "skew").mkdir()
         (run.folder / "skew" / "sitecustomize.py").write_text(code)
         run.start("h1")
-        run.start("h2", PYTHONPATH=str(run.folder / "skew"))
+        paths = [str(run.folder / "skew"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        run.start("h2", PYTHONPATH=os.pathsep.join(paths))
         run.trains()
         events = (run.folder / "runs/default/events.jsonl").read_text()
         found = _outcome(
