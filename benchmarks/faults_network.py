@@ -346,7 +346,7 @@ def main() -> None:
         found[name] = outcome | {"load_before": round(load, 1)}
         print(name, json.dumps(found[name]), flush=True)
         result = {
-            "command": f"python -m benchmarks.faults_network --out {options.out.name}",
+            "command": f"python -m benchmarks.faults_network --out {options.out}",
             "machine": describe_machine(),
             "limit_s": LIMIT_S,
             "faults": found,

@@ -120,7 +120,9 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
             group = _join(rank, size, device, store)
             guard.record.touch()
         except dist.DistError as error:
-            text = f"The processes can't meet: that of rank 0 has ended, or can't be reached ({_first(error)})."
+            text = (
+                f"The processes can't meet: that of rank 0 has ended, or can't be reached ({_first(error)})."
+            )
             raise StalledError(text) from error
         meetings = Meetings(store, rank, size, timeout_s=JOINING_S, seam=seam)
         processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings, guard=guard)
