@@ -19,10 +19,11 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: Sequence[str], signals: StopSignals, cfg: Config, processes: Processes) -> int:
-    from megatrain.observe.report.page import REPORT_FILE
-    from megatrain.train.failures import DivergedError
-    from megatrain.train.files import run_directory
-    from megatrain.train.main import run as train  # imports torch, so only once the config is valid
+    with processes.at_work():  # on a busy machine this takes long, and not for all processes alike
+        from megatrain.observe.report.page import REPORT_FILE
+        from megatrain.train.failures import DivergedError
+        from megatrain.train.files import run_directory
+        from megatrain.train.main import run as train  # imports torch, so only once the config is valid
 
     try:
         done = train(cfg, processes, signals)

@@ -120,7 +120,10 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
             group = _join(rank, size, device, store)
             guard.record.touch()
         except dist.DistError as error:
-            raise explained(error) from error
+            text = (
+                f"The processes can't meet: that of rank 0 has ended, or can't be reached ({_first(error)})."
+            )
+            raise StalledError(text) from error
         meetings = Meetings(store, rank, size, timeout_s=JOINING_S, seam=seam)
         processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings, guard=guard)
         try:
@@ -156,12 +159,16 @@ def _join(rank: int, size: int, device: torch.device, store: dist.Store) -> dist
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
+def _first(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
 def explained(error: BaseException) -> BaseException:
     """Return a `StalledError` in place of a library's error that says that another process did not answer."""
     if isinstance(error, RuntimeError) and any(words in str(error) for words in TIMED_OUT):
         return StalledError(
             "Another process did not answer within resilience.timeout_s: it hangs, or its machine or network does. "
-            f"What was saved stays; start again to go on from it. ({str(error).splitlines()[0][:200]})"
+            f"What was saved stays; start again to go on from it. ({_first(error)})"
         )
     return error
 

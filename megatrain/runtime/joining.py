@@ -36,10 +36,19 @@ def meet(rank: int, size: int, *, timeout_s: float) -> tuple[dist.Store, str]:
     store, address = (
         (dist.FileStore(meeting, size), LOOPBACK) if meeting else _store_at_address(rank, size, words)
     )
-    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID", "")
-    store = dist.PrefixStore(f"megatrain {job} {size}", store)
+    store = dist.PrefixStore(f"megatrain {_job(size)} {size}", store)
     _call_roll(store, rank, size, words)
     return store, address
+
+
+def _job(size: int) -> str:
+    """Return what tells this job's keys from those of another job, or an earlier attempt, at the same store.
+
+    torchrun counts restarts on each machine by itself, so the count is the same everywhere on a single machine only.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID", "")
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    return f"{job} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '') if is_alone else ''}"
 
 
 class Words:

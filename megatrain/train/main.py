@@ -18,12 +18,10 @@ from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
-from megatrain.observe.communication import axes_of_groups
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
-from megatrain.parallel.mesh import make_mesh
 from megatrain.resilience.preflight import require_same_data
 from megatrain.resilience.signals import STARTED, StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
@@ -51,7 +49,7 @@ from megatrain.train.files import (
 )
 from megatrain.train.imported import is_untrained_import, require_imported_weights, take_up_weights
 from megatrain.train.loop import reason_to_stop, report_uploads, train_loop
-from megatrain.train.machines import check_likeness, check_links
+from megatrain.train.machines import check_likeness, make_checked_mesh
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
 from megatrain.train.sample import last_sample
@@ -78,17 +76,11 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=display.phase))
         cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
         processes.describe(directory=str(directory.absolute()))
-        processes.doing("comparing machines")
         hosts, notices = check_likeness(processes, cfg.resilience, device)
         processes.doing("preparing the data")
         data = prepare_together(cfg, processes, progress=display.phase)
         require_same_data(processes, data.fingerprint)
-        mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
-        processes.limit_waits(cfg.resilience.timeout_s)
-        if mesh is not None:
-            processes.describe(axes=axes_of_groups(mesh), stage=mesh.coordinate("pp"))
-        notices += check_links(processes, cfg.resilience, mesh, hosts=hosts, device=device)
-        processes.doing("building the model")
+        mesh, told = make_checked_mesh(cfg, processes, hosts, device)
         verifies = cfg.data.verify == "background" and processes.local_rank == 0
         check = CacheCheck(data.directory, verifies=verifies)
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
@@ -114,7 +106,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     display=display,
                     log=log(directory, cfg.run.id, require_owner),
                     signals=signals,
-                    notices=tuple(notices),
+                    notices=(*notices, *told),
                     fetched=fetched,
                 )
             )

@@ -4,27 +4,23 @@ All cases run at the same time, since most of it is waiting.
 """
 
 import ctypes
-import json
-import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+import teams
 import torch
 from torch import distributed as dist
 
 from megatrain.config.errors import StalledError
-from megatrain.runtime.group import joined
-from megatrain.runtime.processes import MEETING, Processes
+from megatrain.runtime.processes import Processes
 from megatrain.runtime.workers import WorkerPool
 
 LIMIT_S = 4.0
@@ -175,59 +171,19 @@ CASES = {
 }
 
 
-def member(name: str, rank: int, folder: Path) -> None:
-    """Be one rank of a case: leave what is said, and when."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ[MEETING] = str(folder / "meeting")
-    with (folder / f"rank-{rank}.log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    error: BaseException | None = None
-    try:
-        with joined() as processes:
-            processes.limit_waits(LIMIT_S)
-            processes.describe(directory=str(folder))
-            processes.gather(0)
-            began = time.monotonic()
-            CASES[name].plant(processes)
-    except BaseException as raised:
-        error = raised
-    said = [type(error).__name__, str(error), time.monotonic() - began]
-    (folder / f"rank-{rank}.json").write_text(json.dumps(said))
-    sys.stderr.flush()
-    os._exit(1)
-
-
 @dataclass(frozen=True)
 class Ended:
-    folder: Path
+    team: teams.Team
     codes: list[int | None]
-
-    def said(self, rank: int) -> tuple[str, str, float]:
-        kind, text, seconds = json.loads((self.folder / f"rank-{rank}.json").read_text())
-        return kind, text, seconds
 
 
 @pytest.fixture(scope="module")
 def ended(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    context = multiprocessing.get_context("forkserver")
-    teams: dict[str, tuple[Path, list[ForkServerProcess]]] = {}
-    for name in CASES:
-        folder = tmp_path_factory.mktemp(name)
-        team = [context.Process(target=member, args=(name, rank, folder), daemon=True) for rank in (0, 1)]
-        for process in team:
-            process.start()
-        teams[name] = folder, team
-    found = {}
-    for name, (folder, team) in teams.items():
-        for process in team:
-            process.join(LIMIT_S + LATE_S + 30)
-        found[name] = Ended(folder, [process.exitcode for process in team])
-        for process in team:
-            process.kill()
-    return found
+    started = {
+        name: teams.start(case.plant, 2, tmp_path_factory.mktemp(name), limit_s=LIMIT_S)
+        for name, case in CASES.items()
+    }
+    return {name: Ended(team, team.codes(LIMIT_S + LATE_S + 30)) for name, team in started.items()}
 
 
 def sentence(case: Case) -> str:
@@ -237,9 +193,9 @@ def sentence(case: Case) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_the_rank_and_the_operation_are_named(ended: dict[str, Ended], name: str) -> None:
     case, found = CASES[name], ended[name]
-    assert found.codes == [case.first_code, case.code], (found.folder / "rank-0.log").read_text()
+    assert found.codes == [case.first_code, case.code], found.team.log(0)
     for rank in [rank for rank in (0, 1) if found.codes[rank] == 1 and (case.hears or rank == 0)]:
-        kind, text, seconds = found.said(rank)
+        kind, text, seconds = found.team.result(rank)
         assert kind == StalledError.__name__, text
         assert re.search(sentence(case), text), text
         assert seconds < LATE_S + (LIMIT_S if case.waits else 0)
@@ -247,7 +203,7 @@ def test_the_rank_and_the_operation_are_named(ended: dict[str, Ended], name: str
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_report_tells_what_all_ranks_did(ended: dict[str, Ended], name: str) -> None:
-    (report,) = (ended[name].folder / "logs").glob("hang-*.txt")
+    (report,) = (ended[name].team.folder / "logs").glob("hang-*.txt")
     text = report.read_text()
     assert re.search(sentence(CASES[name]), text.splitlines()[0])
     assert re.search(r"^Rank 1 on .*: phase '.*', step", text, re.MULTILINE)
@@ -258,7 +214,7 @@ def test_a_report_tells_what_all_ranks_did(ended: dict[str, Ended], name: str) -
 
 def test_no_guard_is_left(ended: dict[str, Ended]) -> None:
     deadline = time.monotonic() + 15
-    while left := [line for line in _guards() for each in ended.values() if str(each.folder) in line]:
+    while left := [line for line in _guards() for each in ended.values() if str(each.team.folder) in line]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 

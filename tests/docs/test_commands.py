@@ -195,6 +195,9 @@ def check_torchrun(words: list[str]) -> None:
     options = get_args_parser().parse_args(words)
     assert (options.module, options.training_script) == (True, "megatrain")
     verb, *rest = options.training_script_args
+    if verb == "doctor":
+        assert rest == ["--cluster"]
+        return
     assert verb == "train"
     processes = int(options.nnodes) * int(options.nproc_per_node)
     assert options.rdzv_backend == "c10d"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from megatrain.runtime.guard.record import WINDOW
 from megatrain.runtime.guard.verdict import Call, Statement, Verdict, judge
 
 DUMP_S = 3.0
@@ -18,11 +19,9 @@ SILENT_S = 4.0
 OWN_S = 2.0
 """How long it waits after an error of a rank for the others, which may have the same and end by themselves."""
 SLOW = 1.5
-"""Times the median of the others' own seconds a step from which a rank is called slow."""
+"""Times the median of the others' own seconds a step from which a rank is called slow, if it is so over two windows."""
 SLOW_S = 0.005
 """Seconds a step that a slow rank is slower than that, at least."""
-SLOW_STEPS = 16
-"""Steps that were timed before a rank is called slow: twice the window of its median."""
 Message = dict[str, Any]
 
 
@@ -57,7 +56,8 @@ class Hub:
         self.reported = False
         self._asked: float | None = None
         self._ends: float = 0.0
-        self._slow: set[int] = set()
+        self._slow: dict[int, int | None] = {}
+        """Rank -> its timed steps when it was first found slow, None once that has been told."""
         self._limit_since = time.monotonic()
         self._ticked = time.monotonic()
 
@@ -193,16 +193,21 @@ class Hub:
         """Return a notice for each rank that is found slow for the first time, among those of its pipeline stage."""
         stages: dict[Any, list[Member]] = defaultdict(list)
         for member in alive:
-            if member.beat.get("timed", 0) >= SLOW_STEPS:
+            if member.beat.get("timed", 0) >= WINDOW:
                 stages[member.beat.get("stage")].append(member)
         notices = []
         for members in stages.values():
             for each in members:
                 others = [other.beat["own"] for other in members if other is not each]
                 usual, own = statistics.median_low(others) if others else 0.0, each.beat["own"]
-                if not others or each.rank in self._slow or own < max(SLOW * usual, usual + SLOW_S):
+                if not others or own < max(SLOW * usual, usual + SLOW_S):
+                    if self._slow.get(each.rank) is not None:  # a single long step, which is over
+                        del self._slow[each.rank]
                     continue
-                self._slow.add(each.rank)
+                since = self._slow.setdefault(each.rank, each.beat["timed"])
+                if since is None or each.beat["timed"] < since + WINDOW:
+                    continue
+                self._slow[each.rank] = None
                 text = (
                     f"Rank {each.rank} (host {each.host}) is slow: {own:.3g} s of its own work a step, without "
                     f"waiting, where the others take {usual:.3g} s. All wait for it."

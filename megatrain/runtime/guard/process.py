@@ -273,9 +273,11 @@ class Watch:
         now = time.monotonic()
         if now - max(found.progress, self.floor) > self.limit / 3 and not found.waits_from:
             self._excuse(found, now)
+        on_device = found.phase == "result"  # NCCL's collectives are waited for there
+        waits_from = found.waits_from or (found.progress if on_device else 0.0)
         return {
             "age": now - max(found.progress, self.floor),
-            "waits": now - found.waits_from if found.waits_from else None,
+            "waits": now - waits_from if waits_from else None,
             "phase": found.phase,
             "step": found.step,
             "own": found.own_s,

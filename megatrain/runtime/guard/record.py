@@ -24,8 +24,8 @@ RING = 512
 TEXT = 176
 """Bytes of an entry's text."""
 HEAD = struct.Struct("<ddqqdq")
-"""Time of the last sign of progress (s, monotonic), start of the present wait (0: none), entries so far, step, median
-own seconds a step, steps timed."""
+"""Time of the last sign of progress (s, monotonic), start of the present wait (0: none), entries so far, step, mean own
+seconds of the last steps, steps timed."""
 TIME, COUNT = struct.Struct("<d"), struct.Struct("<q")
 PROGRESS_AT, WAIT_AT, ENTRIES_AT = 0, 8, 16
 PHASE = 64
@@ -35,8 +35,8 @@ ENTRY = struct.Struct(f"<qd{TEXT}s")
 TABLE = HEAD.size + PHASE
 SIZE = TABLE + (CHANNELS + RING) * ENTRY.size
 SEPARATOR = "\x1f"
-WINDOW = 8
-"""Steps over which the median of own seconds is taken."""
+WINDOW = 16
+"""Steps over which the mean of own seconds is taken."""
 WARM_UP = 3
 """First steps, which are not timed: compiling, connecting."""
 TIMED = (b"batch", b"training")
@@ -68,6 +68,11 @@ class Record:
             self._numbers.append(0)
             return len(self._numbers) - 1
 
+    @property
+    def entries(self) -> int:
+        """Number of entries so far."""
+        return self._entries
+
     def touch(self) -> None:
         """Note a sign of progress."""
         TIME.pack_into(self._memory, PROGRESS_AT, time.monotonic())
@@ -91,7 +96,7 @@ class Record:
                     self._own.append(self._spent)
             self._spent = 0.0
         self._phase, self._since, self._waited_before = name, now, self._waited
-        own = statistics.median(self._own) if self._own else 0.0
+        own = statistics.fmean(self._own) if self._own else 0.0
         with self._lock:
             HEAD.pack_into(self._memory, 0, now, 0.0, self._entries, step, own, max(self._timed, 0))
             self._memory[HEAD.size : TABLE] = name[:PHASE].ljust(PHASE, b"\0")
@@ -161,7 +166,7 @@ class Snapshot:
     waits_from: float
     """Since when it waits for other ranks; 0: it does not."""
     own_s: float
-    """Median seconds of own work a step, without waiting."""
+    """Mean seconds of own work a step, without waiting, of the last steps."""
     timed_steps: int
     last: list[Entry]
     """The last entry of each channel."""
