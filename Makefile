@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
-.PHONY: install extras train test test-all corpora sweep values lint format docs bench bench-gpu test-gpu clean
+.PHONY: install extras train test test-all test-clusters corpora sweep kills faults values lint format docs bench bench-gpu test-gpu clean
 
 install: .venv/.dev
 
@@ -19,12 +19,12 @@ train: .venv/.run
 # Two workers with one compute thread each: the suite is made for two cores. Layouts start up to eight processes of
 # their own, so they come after the rest.
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed -m "not slow and not gpu" $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed --ignore tests/clusters -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/clusters -m "not slow" $(ARGS)
 
 test-all: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed -m "not gpu" $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/distributed --ignore tests/clusters -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/clusters $(ARGS)
 
 # Real text for tests/e2e/test_real_corpora.py, which is skipped without it.
 corpora: .venv/bin/python
@@ -35,6 +35,20 @@ EXAMPLES ?= 100
 sweep: .venv/.dev
 	OMP_NUM_THREADS=1 SWEEP_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -s tests/distributed/test_random_layouts.py \
 	  --hypothesis-show-statistics $(ARGS)
+
+# The launchers on real SLURM and ssh hosts, each in a network namespace. Needs root and: apt-get install slurm-wlm munge
+# openssh-server iproute2; what is absent is skipped.
+test-clusters: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clusters $(ARGS)
+
+# Processes killed in the middle of saves that several make together; another draw: KILLS_SEED=21
+COUNT ?= 50
+kills: .venv/.dev
+	OMP_NUM_THREADS=1 KILLS=$(COUNT) $(BIN)/python -m pytest -s tests/distributed/test_killed_saves.py $(ARGS)
+
+# Faults at random moments of small runs in random layouts, with a table of what became of them.
+faults: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --count $(COUNT) $(ARGS)
 
 # Config values drawn at random from the schema: refused, or a run that trains. More: make values EXAMPLES=5000
 values: .venv/.dev

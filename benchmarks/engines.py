@@ -51,7 +51,8 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in RUNS}
     for number in range(options.rounds):
         for name, (engine, layout) in RUNS.items():
-            times[name].append(measure((*SMALL, f"engine={engine}", *layout), options.steps))
+            seconds, _ = measure((*SMALL, f"engine={engine}", *layout), options.steps)
+            times[name].append(seconds)
             print(f"round {number + 1}/{options.rounds}  {name}: {times[name][-1]:.3f} s", flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     base, rows = 0.0, dict[str, Any]()

@@ -14,11 +14,13 @@ from mkdocs.structure.files import File, Files
 from megatrain.cli.compose import compose
 from megatrain.cli.conf import group_options, shipped_dir
 from megatrain.config.docs import Key, describe
+from megatrain.launch.config import CLUSTERS, Cluster
 from megatrain.models.flops import n_params
 from megatrain.train.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
+    "launch": ROOT / "megatrain" / "launch",
     "train": ROOT / "megatrain" / "train",
     "engines": ROOT / "megatrain" / "engines",
     "parallel": ROOT / "megatrain" / "parallel",
@@ -43,6 +45,7 @@ GENERATED = "<!-- Made by docs/generate.py; edit that, or the source it reads. -
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     pages = {"config.md": config_page(), "presets.md": presets_page(), "api/index.md": api_index()}
+    pages["cluster-keys.md"] = clusters_page()
     pages |= {f"api/{name}.md": api_page(name) for name in PACKAGES}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=GENERATED + text))
@@ -70,6 +73,26 @@ def config_page() -> str:
         if options := groups.get(name):
             parts.append(f"Options of the group: {', '.join(f'`{name}={option}`' for option in options)}.")
         parts.append("| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(map(_row, keys)))
+    return "\n\n".join(parts) + "\n"
+
+
+def clusters_page() -> str:
+    """Return the page of every key of a cluster (`conf/cluster/`): those of all kinds, and those of each."""
+    head = "| key | type | default | meaning |\n|---|---|---|---|\n"
+    common = describe(Cluster)
+    known = {key.path for key in common}
+    parts = [
+        "# Every key of a cluster",
+        "What `megatrain launch` needs to know of a site; [Clusters](clusters.md) tells how it is used. A key stands "
+        "in `conf/cluster/NAME.yaml`, with `kind: KIND`, or is given as a flag: `gpus_per_node: 4` is "
+        "`--gpus-per-node 4`, `exclusive: false` is `--no-exclusive`.",
+        "## All kinds",
+        head + "\n".join(map(_row, common)),
+    ]
+    for kind, cls in CLUSTERS.items():
+        own = [key for key in describe(cls) if key.path not in known | {"kind"}]
+        if own:
+            parts += [f"## `{kind}`", head + "\n".join(map(_row, own))]
     return "\n\n".join(parts) + "\n"
 
 

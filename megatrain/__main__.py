@@ -3,6 +3,7 @@
 import sys
 
 from megatrain.cli.main import main
+from megatrain.runtime.ending import run_to_the_end
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_the_end(main))

@@ -1,6 +1,7 @@
 """A small corpus and a small run, started as a user starts it: as a process, from the command line."""
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 TINY = (
     "data.tokenizer.kind=bytes",
@@ -71,3 +75,35 @@ class Workplace:
     def rows(self, name: str) -> list[dict[str, object]]:
         lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+
+def final_weights(run: Path, into: Path) -> dict[str, str]:
+    """Hash of every tensor of the last checkpoint, read by plain torch."""
+    last = max((run / "checkpoints").glob("step-*"))
+    dcp_to_torch_save(last, into)
+    found: dict[str, str] = {}
+    stack = [("", torch.load(into, weights_only=True))]
+    while stack:
+        prefix, node = stack.pop()
+        if isinstance(node, dict):
+            stack += [(f"{prefix}/{key}", value) for key, value in node.items()]
+        else:
+            raw = node.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            found[prefix] = hashlib.sha256(raw).hexdigest()
+    return found
+
+
+STABLE = (
+    "step",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens",
+    "data/sample_digest",
+    "eval/loss",
+)
+
+
+def stable(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """What of the metrics must not depend on time."""
+    return [{key: row[key] for key in STABLE if key in row} for row in rows]

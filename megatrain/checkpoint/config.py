@@ -11,8 +11,9 @@ from megatrain.config.schema import Problem, config
 
 @config
 class CheckpointConfig:
-    every: Count = 100
-    """Steps between checkpoints. The last step is always saved; 0: only that one."""
+    every: Count | Literal["auto"] = 100
+    """Steps between checkpoints. The last step is always saved; 0: only that one. auto: first after 10 steps, then so
+    often that the least time is lost, from what a save and a step take and how often runs fail."""
     keep: Count = 3
     """Number of most recent checkpoints to keep; 0: all."""
     keep_every: Count = 0

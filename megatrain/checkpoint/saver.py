@@ -114,6 +114,10 @@ class Saver:
         if any(self.processes.gather(self.has_failed())):
             self._settle(superseded=False)
 
+    def finish(self) -> None:
+        """Wait for the save in the background; its failure counts as in `save`. All processes call this together."""
+        self._settle(superseded=True)
+
     def abandon(self, wait_s: float) -> None:
         """Wait for the save in the background for at most `wait_s`, whatever becomes of it: the run has failed."""
         if self._job is not None and self._job.thread is not None:

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from megatrain.cli.conf import group_options
 from megatrain.cli.options import FLAGS
-from megatrain.cli.verbs import VERBS, Verb, find_verb
+from megatrain.cli.verb import Verb
+from megatrain.cli.verbs import VERBS, find_verb
 from megatrain.config.errors import UserError
 from megatrain.config.load import accepts, config_classes, hint_at, keys, kind_of, members
 from megatrain.train.config import Config

@@ -10,6 +10,10 @@ from megatrain.config.paths import expanded
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+CLUSTERS = "cluster"
+"""Directory of the cluster files, which are no part of a run's config."""
+
+
 def shipped_dir() -> Path:
     """Return the project's `conf/`: beside the package in a checkout, under `share/megatrain` when installed.
 
@@ -42,5 +46,7 @@ def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for root in config_dirs(config_dir):
         for path in root.glob("*/**/*.yaml"):
+            if path.parent.name == CLUSTERS:
+                continue
             found.setdefault(path.parent.relative_to(root).as_posix(), set()).add(path.stem)
     return {group: sorted(found[group]) for group in sorted(found)}

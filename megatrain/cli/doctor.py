@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from megatrain.cli import machine
+from megatrain.cli import doctor_cluster, machine
 from megatrain.cli.machine import Row
 from megatrain.cli.options import Parser
 
@@ -25,7 +25,10 @@ def run(argv: list[str]) -> int:
     """Check every part and print the findings; return 1 if something that every run needs is broken, else 0."""
     parser = Parser("doctor")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cluster", action="store_true")
     options = parser.parse_args(argv)
+    if options.cluster:
+        return doctor_cluster.run(as_json=options.json)
     found = {part: _look(function) for part, function in PARTS.items()}
     broken = [f"{part}: {row.name}" for part, rows in found.items() for row in rows if row.state == "broken"]
     if options.json:

@@ -5,7 +5,8 @@ import textwrap
 
 from megatrain.cli.conf import group_options
 from megatrain.cli.options import FLAGS, Options, parse_options
-from megatrain.cli.verbs import VERBS, Verb
+from megatrain.cli.verb import Verb
+from megatrain.cli.verbs import VERBS
 from megatrain.config.docs import Key, describe
 from megatrain.config.load import flatten
 from megatrain.config.schema import ConfigError, shown

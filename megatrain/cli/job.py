@@ -1,5 +1,6 @@
 """Common part of every verb that takes a config: parse, compose, check; then print, sweep or run."""
 
+import contextlib
 import json
 import os
 import sys
@@ -15,9 +16,13 @@ from megatrain.config.text import to_yaml
 from megatrain.engines.config import require_engine
 from megatrain.parallel.layout import fill, layout_summary, world_size
 from megatrain.runtime.launch import start_here
-from megatrain.runtime.processes import Processes, is_started
+from megatrain.runtime.processes import Processes, is_started, require_promised_size, telling_launcher
+from megatrain.runtime.slurm import name_task
+from megatrain.runtime.stop_signals import take_signals
 from megatrain.train.config import Config
 
+JOINING_LEAST_S = 60.0
+"""How long processes wait for one another at least when they start: imports alone take long on a busy machine."""
 PROCESSES_PER_CORE = 16
 """Processes per core that a machine without GPUs may be asked to start: more of them would only fill its memory."""
 
@@ -71,12 +76,28 @@ def run_in_layout(
             return start_here(command, needed, explain=partial(_log_of, cfg))
         return job(cfg, processes)
 
+    take_signals()
+    name_task()
+    require_promised_size()
     if not is_started():
         return run_job(verb, words, partial(start_or_do, Processes()))
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else each part of a wait at the store is a warning
     from megatrain.runtime.group import joined  # imports torch
 
-    with joined() as processes:
+    with telling_launcher(), joined(**_limit(words)) as processes:
         return run_job(verb, words, partial(start_or_do, processes), processes)
+
+
+def _limit(words: list[str]) -> dict[str, float]:
+    """Return how long processes wait for one another, if the command line says so: the config comes after that."""
+    key, limit = "resilience.timeout_s=", {}
+    for word in words:
+        if word.startswith(key):
+            with contextlib.suppress(ValueError):  # refused when the config is checked
+                limit = {"timeout_s": max(float(word.removeprefix(key)), JOINING_LEAST_S)}
+    return limit
 
 
 def _log_of(cfg: Config, rank: int) -> str:

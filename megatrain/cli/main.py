@@ -1,8 +1,8 @@
 """The command `megatrain`: finds the verb, runs it, and turns errors into exit codes.
 
 Exit codes: 0 done; 1 unexpected error (with traceback), or processes that waited in vain for another; 2 invalid config
-or input; 3 no intact checkpoint is left; 75 stopped by a signal with everything saved; 130 interrupted before training
-began.
+or input; 3 no intact checkpoint is left; 75 training was stopped by a signal, with everything saved; 130 another verb
+was interrupted.
 """
 
 import errno
@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from megatrain.cli.completion import candidates, script
 from megatrain.cli.help import HELP_FLAGS, command_help, verb_help
 from megatrain.cli.verbs import VERBS, find_verb
-from megatrain.config.errors import StalledError, UserError
+from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.config.nearest import nearest
+from megatrain.runtime.ending import tell_launcher
 from megatrain.runtime.paths import name_user
 from megatrain.runtime.streams import abandon_output, output_is_broken, repair_streams
 
@@ -31,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
         # Every process of a run raises it, but that the first one stands still can be said by others only.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, StalledError):
             print(f"megatrain: {error}", file=sys.stderr)
+        tell_launcher(f"megatrain: {error}")
         return error.exit_code
+    except StopRequested as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatrain: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("megatrain: interrupted", file=sys.stderr)
         return 130

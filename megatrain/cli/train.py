@@ -7,23 +7,25 @@ from functools import partial
 from megatrain.cli.closing import close
 from megatrain.cli.job import run_in_layout
 from megatrain.observe.figures import unbreakable_output
+from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
 
 def run(argv: list[str]) -> int:
     """Compose and check the config, train, and show the result; return the exit code."""
-    return run_in_layout("train", argv, argv, partial(_train, argv))
+    with StopSignals() as signals:
+        return run_in_layout("train", argv, argv, partial(_train, argv, signals))
 
 
-def _train(argv: Sequence[str], cfg: Config, processes: Processes) -> int:
+def _train(argv: Sequence[str], signals: StopSignals, cfg: Config, processes: Processes) -> int:
     from megatrain.observe.report.page import REPORT_FILE
+    from megatrain.train.failures import DivergedError
     from megatrain.train.files import run_directory
-    from megatrain.train.loop import DivergedError
     from megatrain.train.main import run as train  # imports torch, so only once the config is valid
 
     try:
-        done = train(cfg, processes)
+        done = train(cfg, processes, signals)
     except DivergedError as error:
         if processes.is_first:
             page = run_directory(cfg) / REPORT_FILE

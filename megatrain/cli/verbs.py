@@ -1,36 +1,8 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
-from dataclasses import dataclass
-from importlib import import_module
-from keyword import iskeyword
-
+from megatrain.cli.verb import Verb
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One verb of the command line, `megatrain <name>`."""
-
-    name: str
-    summary: str
-    """One line for the list of verbs."""
-    usage: str
-    """Arguments after the verb."""
-    examples: tuple[tuple[str, str], ...]
-    """Three example command lines, each with what it does."""
-    takes_config: bool
-    """Whether it takes Hydra overrides and the flags of `cli/options.py`."""
-    flags: tuple[tuple[str, str], ...] = ()
-    """Flags of this verb alone, each with what it does."""
-    actions: tuple[tuple[str, str], ...] = ()
-    """Words of which one follows the verb, each with what it does."""
-
-    def run(self, argv: list[str]) -> int:
-        """Run the verb; return the exit code of the process."""
-        module = f"{self.name}_" if iskeyword(self.name) else self.name
-        return int(import_module(f"megatrain.cli.{module}").run(argv))
-
 
 AVERAGE = (
     "--[no-]average",
@@ -327,16 +299,85 @@ VERBS = (
         ),
     ),
     Verb(
+        name="launch",
+        summary="start a run on this machine or on many: torchrun, SLURM, ssh, Kubernetes",
+        usage="KIND [flags] [group=option] [key=value]",
+        examples=(
+            (
+                "megatrain launch slurm --nodes 2 --time 12:00:00 run.name=mine model=llama3_1b parallel.dp_shard=-1 "
+                "global_batch_size=256",
+                "check the config, submit a job that requeues itself until the run is done, and follow it",
+            ),
+            (
+                "megatrain launch slurm --nodes 2 --dry-run run.name=mine parallel.dp_shard=-1 global_batch_size=256",
+                "print the script and submit nothing; --status and --cancel ask for a job that was submitted",
+            ),
+            (
+                "megatrain launch ssh --hosts node1,node2 run.name=mine parallel.dp_shard=-1 global_batch_size=256",
+                "start the processes on two machines without a scheduler",
+            ),
+        ),
+        takes_config=True,
+        flags=(
+            ("--cluster NAME", "description of the site: conf/cluster/NAME.yaml; a flag wins over it"),
+            ("--dry-run", "print the script or manifest, and start nothing"),
+            ("--nodes N", "number of nodes; every other key of the cluster's description is a flag, too"),
+            (
+                "--gpus-per-node N",
+                "GPUs of each node, one process each; 0: CPUs, --processes-per-node N; default: 8",
+            ),
+            ("--container IMAGE", "slurm, k8s: run in a container; --venv DIR: in a Python environment"),
+            ("--time LIMIT", "slurm: time limit of a job; the run saves before, and the job is queued again"),
+            ("--partition NAME", "slurm: also --account, --qos, --reservation, --constraint, --exclude"),
+            ("--detach", "slurm: do not follow the job's messages"),
+            ("--status", "slurm: how the jobs and the run are"),
+            ("--cancel", "slurm: have the run save and end, and start it no more"),
+            (
+                "--chain N",
+                "slurm: submit N jobs that go on one after another, where jobs may not queue themselves",
+            ),
+            (
+                "--array N",
+                "slurm, with --multirun: how many jobs of the sweep run at the same time; default: all",
+            ),
+            (
+                "--master-addr ADDRESS",
+                "torchrun, ssh: the first node, as the others reach it; --master-port N",
+            ),
+            (
+                "--node-rank N",
+                "torchrun: start the processes of this node; without it, print the script of all",
+            ),
+            ("--hosts A,B,...", "ssh: the hosts"),
+        ),
+        actions=(
+            ("local", "start the processes on this machine, as `train` does"),
+            ("torchrun", "start the processes of one node with torchrun, or print the script that does"),
+            ("slurm", "submit a job, or a sweep as an array of jobs (--multirun)"),
+            ("k8s", "write a JobSet manifest for Kubernetes"),
+            ("ssh", "start every host's processes over ssh, show what they print, and end all when one ends"),
+        ),
+    ),
+    Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
-        usage="[--json]",
+        usage="[--cluster] [--json]",
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
             ("megatrain doctor --json", "the same for programs"),
-            ("megatrain doctor --json | grep -A9 cuda", "the CUDA part only"),
+            (
+                "megatrain doctor --cluster",
+                "under torchrun or srun: compare the machines of a job, and measure the network between them",
+            ),
         ),
         takes_config=False,
-        flags=(("--json", "print one JSON object instead of a table"),),
+        flags=(
+            (
+                "--cluster",
+                "compare the machines on which a launcher has started it; exit code 1 if one is unfit",
+            ),
+            ("--json", "print one JSON object instead of a table"),
+        ),
     ),
 )
 

@@ -13,7 +13,26 @@ class DamagedCheckpointError(UserError):
     exit_code = 3
 
 
+class StopRequested(BaseException):
+    """A signal asks a run to stop that has nothing to save yet; no more an `Exception` than KeyboardInterrupt is."""
+
+    exit_code = 75
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """The signal's name."""
+
+    def __str__(self) -> str:
+        return (
+            f"stopped by {self.reason} before the first step of this attempt; nothing is lost. Start the same command "
+            "again to go on."
+        )
+
+
 class StalledError(UserError):
     """Processes waited in vain for another one: each says so itself, since the one that hangs cannot."""
 
     exit_code = 1
+    is_verdict = False
+    """Whether the message names the cause, as all ranks' guards found it together."""

@@ -113,6 +113,16 @@ class Loader:
             digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16],
         )
 
+    def documents_of(self, ids: np.ndarray) -> list[list[int]]:
+        """Return the first and the last document, numbered from 0 in the data, of each sample in `ids` `(samples,)`."""
+        starts = self.store.document_starts
+        if starts is None or not len(starts):
+            return []
+        first = np.searchsorted(starts, ids * self.seq_len, side="right") - 1
+        last = np.searchsorted(starts, (ids + 1) * self.seq_len - 1, side="right") - 1
+        pairs: list[list[int]] = np.maximum(np.stack([first, last], 1), 0).tolist()
+        return pairs
+
     def _sample_ids(self, step: int) -> np.ndarray:
         """Return the ids of one step's samples, from those of a block of steps, which cost little more."""
         steps = max(1, min(BLOCK_SAMPLES, self.n_samples) // self.global_batch_size)

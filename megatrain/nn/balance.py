@@ -38,6 +38,12 @@ def take_expert_counts(models: Iterable[Decoder], cfg: DecoderConfig, device: to
     return found
 
 
+def forget_expert_counts(models: Iterable[Decoder]) -> None:
+    """Drop the counts of a step that is not taken."""
+    for _, moe in _moe_layers(models):
+        moe.balance.counts = None
+
+
 @torch.no_grad()
 def update_expert_bias(models: Iterable[Decoder], counts: Tensor, rate: float) -> None:
     """Move each expert's bias by `rate`: up where its load is below the mean, down where above (arXiv 2408.15664).

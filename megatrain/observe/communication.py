@@ -15,29 +15,8 @@ from torch import distributed as dist
 from torch.profiler import record_function
 
 from megatrain.parallel.mesh import Mesh
+from megatrain.runtime.guard.seam import METHODS
 
-METHODS = {
-    "allreduce": "all_reduce",
-    "allreduce_coalesced": "all_reduce",
-    "_allgather_base": "all_gather",
-    "allgather": "all_gather",
-    "all_gather_single": "all_gather",
-    "all_gather_single_coalesced": "all_gather",
-    "allgather_into_tensor_coalesced": "all_gather",
-    "_reduce_scatter_base": "reduce_scatter",
-    "reduce_scatter": "reduce_scatter",
-    "reduce_scatter_single": "reduce_scatter",
-    "reduce_scatter_single_coalesced": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "alltoall_base": "all_to_all",
-    "all_to_all_single": "all_to_all",
-    "broadcast": "broadcast",
-    "send": "send",
-    "recv": "receive",
-    "recv_anysource": "receive",
-}
-"""Method of `ProcessGroup` -> the collective; torch 2.13 renamed some of them."""
 PREFIX = "communication "
 WAITING = "waiting for other pipeline stages"
 """Class of the time in which a pipeline rank waits for its neighbors: the bubble, and the transfer."""

@@ -48,6 +48,8 @@ def throughput(
 
 
 STALL = "checkpoint/stall_s"
+EVALUATION = "perf/eval_time_s"
+ELAPSED = "perf/elapsed_s"
 
 
 class Interval:

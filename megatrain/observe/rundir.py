@@ -1,4 +1,7 @@
-"""The run's own record: metrics.jsonl (one row per step), events.jsonl (what happened) and status.json (its state).
+"""The run's own record: what was measured at each step, what happened, and how it stands.
+
+metrics.jsonl has one row per step, fingerprints.jsonl too if asked for, events.jsonl one per event; status.json tells
+the state.
 
 A failure to write does not end a run: it is reported once, on standard error, and training continues. What does end it
 is another owner of the run directory. A number that JSON does not have (nan, inf) is written as null.
@@ -11,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,10 @@ class RunLog:
         self._is_stale = False
         self.first_step = 0
         """Steps that were done when this attempt began."""
+        self.lost: dict[str, float] = {"steps": 0, "seconds": 0.0}
+        """Recorded steps that `open` has dropped, since they are done again, and the time that they took."""
         self._metrics = directory / "metrics.jsonl"
+        self._fingerprints = directory / "fingerprints.jsonl"
         self._events = directory / "events.jsonl"
         self._status = directory / "status.json"
         self._attempt = _read_attempt(self._status) + 1
@@ -48,12 +55,18 @@ class RunLog:
         Lines that a kill or a full disk left torn are dropped, from the events too.
         """
         self.first_step = step
-        self._attempted(lambda: _rewrite(self._metrics, keep=lambda row: 0 < step >= row.get("step", 0)))
+        self.lost = _lost(self._metrics, step)
+        for path in (self._metrics, self._fingerprints):
+            self._attempted(partial(_rewrite, path, keep=lambda row: 0 < step >= row.get("step", 0)))
         self._attempted(lambda: _rewrite(self._events, keep=lambda row: True))
 
     def row(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        self._attempted(lambda: _append(self._metrics, row | self._whose))
+        self._attempted(lambda: _append(self._metrics, {**row, "attempt": self._attempt, **self._whose}))
+
+    def fingerprints(self, row: dict[str, Any]) -> None:
+        """Append one row to fingerprints.jsonl."""
+        self._attempted(lambda: _append(self._fingerprints, row | self._whose))
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
@@ -157,6 +170,22 @@ def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         _replace(
             path, (line.rstrip("\n") + "\n" for line, row in _read(path) if row is not None and keep(row))
         )
+
+
+def _lost(path: Path, step: int) -> dict[str, float]:
+    """Return how many rows lie after `step`, and the wall time from the last one before to the last of them."""
+    kept, seconds, steps = 0.0, 0.0, 0
+    if path.exists():
+        for _, row in _read(path):
+            elapsed = None if row is None else row.get("perf/elapsed_s")
+            if row is None or not isinstance(elapsed, int | float):
+                continue
+            if row.get("step", 0) <= step:
+                kept = elapsed
+            else:
+                steps += 1
+                seconds = max(seconds, elapsed - kept if elapsed >= kept else elapsed)
+    return {"steps": steps, "seconds": seconds}
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -107,12 +107,12 @@ class ParallelModel:
 
         Each element of the model counts on one rank, so the sum over ranks is the squared norm of the full model.
         """
-        own = [local for name, t in tensors.items() if (local := self._owned(name, t)) is not None]
+        own = [local for name, t in tensors.items() if (local := self.owned(name, t)) is not None]
         if not own:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack(torch._foreach_norm(own)).to(torch.float64).square().sum()
 
-    def _owned(self, name: str, t: Tensor) -> Tensor | None:
+    def owned(self, name: str, t: Tensor) -> Tensor | None:
         """Return the local shard if this rank is the first of those that hold it, else None."""
         if not isinstance(t, DTensor):  # full on every rank
             return t if self.mesh is None or self.mesh.data_rank == 0 else None

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, _backward
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
+from torch.distributed.tensor import DTensor
 
 from megatrain.parallel.fsdp import before_micro_batch, finish_backward, reshard, unshard
+from megatrain.parallel.sharding import local_view
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -73,6 +76,24 @@ class Stage(PipelineStage):
         self._done += 1
         is_last = self._done % self.micro_batches == 0
         before_micro_batch(self.submod, is_last=is_last, zero_stage=self.zero_stage)
+
+
+_node_of = _backward._get_grad_fn_or_grad_acc
+
+
+def _node_of_uneven(t: Tensor) -> Node | None:
+    """Return the node at which the gradient of `t` arrives.
+
+    Torch asks a view of `t` for it, which fails where a rank's shard is not as large as the first one's.
+    """
+    if isinstance(t, DTensor) and t.requires_grad and t.grad_fn is None:
+        node = local_view("", t).grad_fn  # type: ignore[arg-type]
+        assert node is not None
+        return node.next_functions[0][0]
+    return _node_of(t)
+
+
+_backward._get_grad_fn_or_grad_acc = _node_of_uneven
 
 
 def _nothing_left() -> Callable[[], None]:

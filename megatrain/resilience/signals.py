@@ -1,13 +1,19 @@
-"""Signals that ask a run to stop. The handler only sets a flag; the loop saves at the next step boundary."""
+"""Signals that ask a run to stop.
 
-import contextlib
+While it trains the handler only sets a flag, and the loop saves at the next step boundary. Before, while there is
+nothing to save, a signal ends the run at once.
+"""
+
 import os
 import signal
 import time
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from megatrain.config.errors import StopRequested
+from megatrain.runtime.stop_signals import STOP_SIGNALS, take_signals
+
+STARTED = time.monotonic()
+"""When this process started, but for the import of a few modules."""
 SAME_REQUEST_S = 2.0
 """Signals that follow the first one so soon belong to the same request: a scheduler that signals every process of a
 job reaches this one directly and by the launcher, and a closed terminal sends SIGHUP twice."""
@@ -16,12 +22,14 @@ job reaches this one directly and by the launcher, and a closed terminal sends S
 class StopSignals:
     """Signal handlers that, while active, set `received` to the name of the first stop signal.
 
-    A second request ends the process at once, without saving. A SIGHUP that is ignored (`nohup`) stays ignored.
+    They also raise `StopRequested`, until `defer` says that there is something to save. A second request ends the
+    process at once, without saving. A SIGHUP that is ignored (`nohup`) stays ignored.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._received_at = 0.0
+        self._deferred = False
+        self._received_at: float | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -29,6 +37,7 @@ class StopSignals:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._handle)
+        take_signals()
         return self
 
     def __exit__(
@@ -37,22 +46,20 @@ class StopSignals:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
 
-    @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Take no stop signal until the end of the block, nor let programs take one that are started inside.
+    def defer(self) -> None:
+        """Set the flag only, from now on: the loop asks for it."""
+        self._deferred = True
 
-        A signal to the whole process group would otherwise end the compiler that torch.compile has started, and with
-        it the run.
-        """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def request(self, reason: str) -> None:
+        """Ask for a stop as a signal would, for another reason."""
+        self.received = self.received or reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number).name, now
+        if self._received_at is None:
+            self._received_at = now
+            self.request(signal.Signals(number).name)
+            if not self._deferred:
+                raise StopRequested(signal.Signals(number).name)
         elif now - self._received_at > SAME_REQUEST_S:
             os._exit(128 + number)

@@ -21,9 +21,9 @@ def signs_of_work(report: Callable[[], None], *, window_s: float = WINDOW_S) -> 
     ended = threading.Event()
 
     def watch() -> None:
-        before = _processor_seconds()
+        before = processor_seconds(os.getpid())
         while not ended.wait(window_s):
-            now = _processor_seconds()
+            now = processor_seconds(os.getpid())
             if abs(now - before) >= LEAST * window_s:  # less where a child has ended
                 report()
             before = now
@@ -37,16 +37,22 @@ def signs_of_work(report: Callable[[], None], *, window_s: float = WINDOW_S) -> 
         thread.join()
 
 
-def _processor_seconds() -> float:
-    """Return the processor time of this process and, on Linux, of its children."""
-    own = os.times()
-    total = own.user + own.system
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process and, on Linux, of its children; 0 where that can't be known."""
+    total = 0.0
+    if pid == os.getpid():
+        own = os.times()
+        total = own.user + own.system
     with contextlib.suppress(AttributeError, OSError):  # not on Linux
-        ticks = 0
-        for task in Path("/proc/self/task").iterdir():
+        ticks = 0 if total else _ticks(f"/proc/{pid}/stat")
+        for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
                 with contextlib.suppress(OSError):  # it has just ended
-                    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-                    ticks += int(fields[11]) + int(fields[12])
+                    ticks += _ticks(f"/proc/{child}/stat")
         total += ticks / os.sysconf("SC_CLK_TCK")
     return total
+
+
+def _ticks(path: str) -> int:
+    fields = Path(path).read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -13,17 +14,22 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from megatrain.config.errors import StalledError, UserError
+from megatrain.config.errors import StalledError, StopRequested, UserError
 from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
+from megatrain.runtime.guard.handle import Guard
+from megatrain.runtime.guard.seam import Seam
+from megatrain.runtime.joining import meet
 from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.processes import MEETING, Processes
 
 T = TypeVar("T")
 JOINING_S = 600.0
-"""How long processes wait for one another before they know `resilience.timeout_s`."""
+"""How long processes wait for one another before they know `resilience.timeout_s`, by default."""
 TIMED_OUT = ("Timed out waiting", "Application timeout", "timed out", "collective operation timeout")
 """Words by which gloo, NCCL and stores say that another process did not answer."""
+NCCL_LATER_S = 30.0
+"""How much later than `resilience.timeout_s` NCCL aborts a process, which could not say anything any more."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -32,6 +38,8 @@ class JoinedProcesses(Processes):
     """Several, over a gloo group of their own: nothing here meets the collectives of training."""
 
     meetings: Meetings = field(kw_only=True)
+    guard: Guard | None = None
+    """Says which process does not answer."""
 
     def gather(self, value: T) -> list[T]:
         self.meetings.wait()
@@ -41,6 +49,27 @@ class JoinedProcesses(Processes):
 
     def report(self) -> None:
         self.meetings.report()
+
+    def doing(self, phase: str, step: int = -1) -> None:
+        if self.guard is not None:
+            self.guard.record.doing(phase, step)
+
+    def explain(self, error: BaseException) -> BaseException:
+        if self.guard is None:
+            return explained(error)
+        failure = None if self.meetings.seam is None else self.meetings.seam.failure
+        chain: list[BaseException | None] = [error]
+        while (last := chain[-1]) is not None:
+            chain.append(last.__cause__ or last.__context__)
+        is_of_others = any(each is failure or isinstance(each, dist.DistError) for each in chain[:-1])
+        return explained(self.guard.explain(error, is_of_others=is_of_others))
+
+    def notices(self) -> list[dict[str, Any]]:
+        return [] if self.guard is None else self.guard.notices()
+
+    def describe(self, **facts: Any) -> None:
+        if self.guard is not None:
+            self.guard.tell({"do": "run", **facts})
 
     def at_work(self) -> contextlib.AbstractContextManager[None]:
         return signs_of_work(self.report, window_s=min(WINDOW_S, self.meetings.timeout_s / 4))
@@ -52,14 +81,20 @@ class JoinedProcesses(Processes):
 
     def limit_waits(self, timeout_s: float) -> None:
         self.meetings.timeout_s = timeout_s
+        self.describe(limit=timeout_s)
         for group, (backend, _) in list(dist.distributed_c10d._world.pg_map.items()):
             if backend in ("gloo", "nccl"):
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+                later = NCCL_LATER_S if backend == "nccl" and self.guard is not None else 0.0
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + later), group)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Processes]:
+def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
     """Join the other processes that the environment speaks of (`is_started`), until the end of the block.
+
+    Args:
+        timeout_s: how long to wait for them. Other waits have `JOINING_S` until `limit_waits`: importing takes long on
+            a busy machine.
 
     Raises:
         UserError: what the environment says is incomplete, or there is no GPU for this process.
@@ -72,20 +107,36 @@ def joined() -> Iterator[Processes]:
     _die_with_parent()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    try:
-        group = _join(rank, size, pick_device(local_rank))
-    except dist.DistError as error:
-        raise explained(error) from error
-    meetings = Meetings(dist.distributed_c10d._get_default_store(), rank, size, timeout_s=JOINING_S)
-    try:
-        yield JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings)
-    except Exception as error:
-        meetings.leave()
-        raise explained(error) from error
-    dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
+    device = pick_device(local_rank)
+    guard = Guard(
+        rank=rank, size=size, local_rank=local_rank, timeout_s=JOINING_S, meeting=os.environ.get(MEETING)
+    )
+    with guard, Seam(guard.record, guard.tell) as seam:
+        try:
+            store, address = meet(rank, size, timeout_s=timeout_s)
+            if rank == 0:
+                store.set("guard", json.dumps(guard.listen_at(address)))
+            guard.report_to(json.loads(store.get("guard")))
+            group = _join(rank, size, device, store)
+            guard.record.touch()
+        except dist.DistError as error:
+            raise explained(error) from error
+        meetings = Meetings(store, rank, size, timeout_s=JOINING_S, seam=seam)
+        processes = JoinedProcesses(rank, size, local_rank, local_size, group, meetings=meetings, guard=guard)
+        try:
+            yield processes
+            # Launchers end the others when one has ended, and the first may still be writing the run's record.
+            processes.gather(None)
+        except StopRequested as stop:
+            meetings.leave(stop.reason)
+            raise
+        except Exception as error:
+            meetings.leave()
+            raise processes.explain(error) from error
+        dist.destroy_process_group()  # not after an error: it would wait for collectives that never end
 
 
-def _join(rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+def _join(rank: int, size: int, device: torch.device, store: dist.Store) -> dist.ProcessGroup:
     """Make the default group, which is training's, and return the gloo group beside it.
 
     NCCL learns its device at once: it can then split communicators for subgroups, instead of connecting each anew.
@@ -93,11 +144,10 @@ def _join(rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    meeting = os.environ.get(MEETING)
     timeout = timedelta(seconds=JOINING_S)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=f"file://{meeting}" if meeting else "env://",
+        store=dist.PrefixStore("default", store),
         rank=rank,
         world_size=size,
         timeout=timeout,

@@ -13,9 +13,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from megatrain.runtime.processes import MEETING
+from megatrain.runtime.processes import MEETING, VERDICT
+from megatrain.runtime.stop_signals import STOP_SIGNALS, held_back
 
 SAVED_BY_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; a scheduler may requeue
 GRACE_S = 15.0
@@ -34,14 +37,19 @@ def start_here(command: Sequence[str], size: int, *, explain: Callable[[int], st
         shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), MEETING: f"{folder}/meeting"}
         children: list[subprocess.Popen[bytes]] = []
         with passing_signals(children):  # before the first one starts: a signal may come at any time
-            for rank in range(size):
-                here = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                children.append(subprocess.Popen(command, env=os.environ | shared | here))
-            return _look_after(children, explain)
+            with held_back():
+                for rank in range(size):
+                    here = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    children.append(subprocess.Popen(command, env=os.environ | shared | here))
+            return look_after(children, explain, Path(f"{folder}/meeting{VERDICT}"))
 
 
-def _look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int], str]) -> int:
-    """Wait for all; when one fails, end the others."""
+def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int], str], verdict: Path) -> int:
+    """Wait for all; when one fails, end the others.
+
+    Args:
+        verdict: a file that exists if their guards found what is wrong, said it, and ended those that could not.
+    """
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
     for rank, child in enumerate(children):
         threading.Thread(
@@ -49,6 +57,7 @@ def _look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int]
         ).start()
     codes: dict[int, int] = {}
     failed: int | None = None
+    ended_by_guard = False
     while len(codes) < len(children):
         try:
             rank, code = ended.get(timeout=None if failed is None else GRACE_S)
@@ -57,10 +66,16 @@ def _look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int]
                 child.kill()
             continue
         codes[rank] = code
+        if code == SAVED_BY_SIGNAL:  # before the first step, the others may be waiting for it
+            for other, child in enumerate(children):
+                if other not in codes:
+                    child.send_signal(signal.SIGTERM)
         if failed is None and code not in (0, SAVED_BY_SIGNAL):
-            failed = rank
+            failed, ended_by_guard = rank, verdict.exists()
     if failed is None:
         return max(codes.values())
+    if ended_by_guard:
+        return 1
     code = codes[failed]
     if code not in (2, 3):  # those messages were printed already
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -81,12 +96,15 @@ def passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
     def wait_for_children(number: int, frame: FrameType | None) -> None:
         """Do nothing: Ctrl-C reaches the children by itself, in the terminal's foreground group."""
 
-    passed = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    passed = [number for number in STOP_SIGNALS if number != signal.SIGINT]
     ignored = [number for number in passed if signal.getsignal(number) == signal.SIG_IGN]  # nohup
-    before = {number: signal.signal(number, pass_on) for number in passed if number not in ignored}
+    before: dict[signal.Signals, Any] = {}
+    for number in passed:
+        if number not in ignored:
+            before[number] = signal.signal(number, pass_on)
     before[signal.SIGINT] = signal.signal(signal.SIGINT, wait_for_children)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

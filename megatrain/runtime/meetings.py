@@ -7,10 +7,12 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
-from megatrain.config.errors import StalledError
+from megatrain.config.errors import StalledError, StopRequested
+from megatrain.runtime.guard.seam import Seam
 
 SHOWN = 8
 """Ranks that a message names at most."""
+PART_S = 3.0
 EVERY_S = 1.0
 """Signs of life are sent at most so often."""
 
@@ -22,8 +24,19 @@ class Meetings:
     a long preparation has the time that it needs, but no wait is endless.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        *,
+        timeout_s: float,
+        seam: Seam | None = None,
+        name: str = "meetings",
+    ) -> None:
         self.timeout_s = timeout_s
+        self.seam = seam
+        self._name = name
         self._store = dist.PrefixStore("meetings", store)
         self._rank, self._size = rank, size
         self._number = 0
@@ -33,10 +46,12 @@ class Meetings:
     def beside(self, name: str) -> "Meetings":
         """Return other meetings of the same processes, for another thread: a store's client serves one at a time."""
         store = dist.PrefixStore(name, self._store.clone())  # type: ignore[attr-defined]
-        return Meetings(store, self._rank, self._size, timeout_s=self.timeout_s)
+        name = f"meetings of {name}"
+        return Meetings(store, self._rank, self._size, timeout_s=self.timeout_s, seam=self.seam, name=name)
 
     def report(self) -> None:
         """Tell those that wait that this process is at work. Any thread may."""
+        self._touch()
         with self._lock:
             if time.monotonic() - self._reported >= EVERY_S:
                 self._reported = time.monotonic()
@@ -48,6 +63,18 @@ class Meetings:
         Raises:
             StalledError: one of them has failed, or none gave a sign for `timeout_s`.
         """
+        if self.seam is None:
+            self._wait()
+            return
+        self.seam.met(self._name, list(range(self._size)))
+        try:
+            self._wait()
+        except StalledError as error:
+            self.seam.failure = error
+            raise
+        self.seam.record.waited()
+
+    def _wait(self) -> None:
         self._number += 1
         number = self._number
         self._store.set(f"place {self._rank}", str(number))
@@ -58,27 +85,41 @@ class Meetings:
             now = self._signs()
             if now != signs:
                 signs, since = now, time.monotonic()
+                self._touch()
             elif time.monotonic() - since >= self.timeout_s:
                 raise StalledError(self._who_is_missing())
 
-    def leave(self) -> None:
-        """Tell the others, now and at the next meeting, not to wait for this process, which has failed."""
+    def leave(self, stopped_by: str = "") -> None:
+        """Tell the others, now and at the next meeting, not to wait for this process.
+
+        Args:
+            stopped_by: the signal that has stopped it; empty: it has failed.
+        """
         with contextlib.suppress(dist.DistError):
-            self._store.set("left", str(self._rank))
+            self._store.set("left", f"{self._rank} {stopped_by}")
             self._store.set(f"all {self._number + 1}", "")
 
     def _is_over(self, number: int) -> bool:
-        """Wait for a part of `timeout_s`: longer waits than polls, since a thousand processes wait at one store."""
+        """Wait for a part of `timeout_s`: seconds, since a thousand processes wait at one store.
+
+        Signals are heard after each such part only.
+        """
         try:
-            self._store.wait([f"all {number}"], timedelta(seconds=self.timeout_s / 4))
+            self._store.wait([f"all {number}"], timedelta(seconds=min(PART_S, self.timeout_s / 4)))
         except RuntimeError as error:  # that of a file's store has no class of its own
             if "timeout" in str(error).lower():
                 return False
             raise
         if self._store.check(["left"]):
-            rank = self._store.get("left").decode()
+            rank, _, stopped_by = self._store.get("left").decode().partition(" ")
+            if stopped_by:
+                raise StopRequested(stopped_by)
             raise StalledError(f"Process {rank} of {self._size} has failed; its own message says why.")
         return True
+
+    def _touch(self) -> None:
+        if self.seam is not None:
+            self.seam.record.touch()
 
     def _signs(self) -> int:
         return int(self._store.add("signs", 0))

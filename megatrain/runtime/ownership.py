@@ -111,6 +111,12 @@ def take(directory: Path, stack: contextlib.ExitStack) -> Ownership:
     return Ownership(directory, owner)
 
 
+def is_own(directory: Path) -> bool:
+    """Tell whether this process is the present owner of a run directory."""
+    owner = read_owner(directory)
+    return owner is not None and (owner.host, owner.pid) == (platform.node(), os.getpid())
+
+
 def is_locked(directory: Path) -> bool:
     """Tell whether a process holds the lock of a run directory."""
     with contextlib.suppress(OSError), (directory / LOCK_FILE).open() as lock:

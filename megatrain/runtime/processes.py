@@ -4,10 +4,11 @@ torchrun, a scheduler or `megatrain` itself starts them and says so in the envir
 A run of one process needs none of that, nor torch (`runtime/group.py`).
 """
 
+import contextlib
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,17 @@ from megatrain.config.errors import UserError
 T = TypeVar("T")
 MEETING = "MEGATRAIN_MEETING"
 """Environment variable: the file over which processes that `megatrain` started find each other."""
+VERDICT = "-verdict"
+"""What follows the name of that file in the name of the file that says why they were ended."""
+
+
+PROMISED = "MEGATRAIN_EXPECT_WORLD"
+"""Environment variable: the number of processes that a launch script has promised to each of them."""
+
+
+EXIT_FILE = "MEGATRAIN_EXIT_FILE"
+"""Environment variable: a file in which the first process leaves its exit code when the user must mend something. A run
+that has not begun has no other record, and the exit code of torchrun is always 1."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,20 @@ class Processes:
 
     def report(self) -> None:
         """Tell processes that wait for this one that it is at work, so that they go on waiting."""
+
+    def doing(self, phase: str, step: int = -1) -> None:
+        """Note what this process does from now on, for those that may have to say where it stands still."""
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return what is behind `error`: the failure or silence of another process, if it is that."""
+        return error
+
+    def notices(self) -> list[dict[str, Any]]:
+        """Return what was found about the processes since the last call: a `notice`, and its facts."""
+        return []
+
+    def describe(self, **facts: Any) -> None:
+        """Tell what a report on hangs needs: the run's `directory`, this rank's pipeline `stage`, `axes` of groups."""
 
     def at_work(self) -> AbstractContextManager[None]:
         """Report by itself, in the `with` block, as long as this process computes."""
@@ -105,6 +131,35 @@ def _portable(error: Exception) -> Exception:
 def is_started() -> bool:
     """Return whether a launcher started this process as one of a number that it chose."""
     return "WORLD_SIZE" in os.environ
+
+
+def require_promised_size() -> None:
+    """Refuse to run among another number of processes than the launch script has promised.
+
+    torchrun can form a smaller group than it was asked for, where the clocks of two hosts differ.
+
+    Raises:
+        UserError: there are more or fewer of them.
+    """
+    promised, found = os.environ.get(PROMISED), os.environ.get("WORLD_SIZE", "1")
+    if promised not in (None, "", found):
+        raise UserError(
+            f"{promised} processes were promised ({PROMISED}), but {found} {'has' if found == '1' else 'have'} come "
+            "together: a node is missing, or started alone. Nothing was trained; see what the other nodes say."
+        )
+
+
+@contextlib.contextmanager
+def telling_launcher() -> Iterator[None]:
+    """Leave the exit code of a `UserError` in the block for the launch script, which then does not try again."""
+    try:
+        yield
+    except UserError as error:
+        path = os.environ.get(EXIT_FILE)
+        if path and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                Path(path).write_text(f"{error.exit_code}\n")
+        raise
 
 
 def redirect_output(path: Path) -> None:

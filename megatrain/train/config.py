@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.config.load import rule_problems
 from megatrain.config.paths import PathText
-from megatrain.config.ranges import Count, DecayRate, NonNegative, PositiveCount, Size
+from megatrain.config.ranges import Count, DecayRate, NonNegative, Positive, PositiveCount, Size
 from megatrain.config.schema import Problem, config, nearest_divisors
 from megatrain.data.config import DataConfig
 from megatrain.engines.config import DeepSpeedConfig, EngineName, engine_problems
@@ -69,6 +69,9 @@ class TrainConfig:
     stop_at: PositiveCount | None = None
     """Save and stop after this step without changing the learning-rate schedule; the run can be resumed.
     null: stop at `steps`."""
+    time_budget: Positive | None = None
+    """Seconds from the start of the command after which training must have stopped and saved, so that a scheduler can
+    start it again: it stops (exit code 75) when the next step and a save might end too late. null: no limit."""
     seed: Count = 0
     """Seed of the initial weights and the sample order."""
     resume: Literal["never", "auto", "must"] = "auto"
@@ -167,9 +170,7 @@ class Config:
             optimizer=self.optim.kind,
             ema_decay=self.train.ema_decay,
         )
-        if self.engine != "native" and self.checkpoint.async_save:
-            rule = f"is not supported by engine={self.engine}, whose state is gathered for each save"
-            yield Problem("checkpoint.async_save", True, rule, (False,))
+        yield from self._native_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
@@ -198,6 +199,19 @@ class Config:
         size = self.data.tokenizer.vocab_size
         is_trained = self.data.kind == "text" and self.data.tokenizer.kind == "bpe"
         return size if is_trained and size != "auto" else 0
+
+    def _native_problems(self) -> Iterator[Problem]:
+        """Yield what the native engine alone does, since it reads or changes the engine's own tensors."""
+        if self.engine == "native":
+            return
+        for key, value, off in (
+            ("checkpoint.async_save", self.checkpoint.async_save, False),
+            ("log.fingerprints_every", self.log.fingerprints_every, 0),
+            ("resilience.spike", self.resilience.spike, "ignore"),
+            ("resilience.compare_replicas_every", self.resilience.compare_replicas_every, 0),
+        ):
+            if value != off:
+                yield Problem(key, value, f"is not supported by engine={self.engine}", (off,))
 
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel

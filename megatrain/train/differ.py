@@ -22,6 +22,7 @@ from megatrain.train.files import read_config
 from megatrain.train.resume import changed_keys
 
 METRICS_FILE = "metrics.jsonl"
+FINGERPRINTS_FILE = "fingerprints.jsonl"
 QUANTITIES = (
     "data/sample_digest",
     "train/tokens",
@@ -31,6 +32,7 @@ QUANTITIES = (
     "eval/loss",
 )
 """Keys of metrics.jsonl that are compared, in the order in which a step computes them."""
+BEFORE_GRADIENTS = QUANTITIES.index("train/grad_norm")
 Pair = tuple[Any, Any]
 Rows = dict[int, dict[str, Any]]
 
@@ -103,7 +105,7 @@ def compare_runs(a: Path, b: Path, *, rtol: float, with_tensors: bool, progress:
     fingerprints = _data_fingerprint(a), _data_fingerprint(b)
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
         found.data = fingerprints
-    rows = read_rows(a / METRICS_FILE), read_rows(b / METRICS_FILE)
+    rows = _with_fingerprints(a), _with_fingerprints(b)
     common = sorted(rows[0].keys() & rows[1].keys())
     found.steps = len(common)
     found.last_steps = (max(rows[0], default=None), max(rows[1], default=None))
@@ -113,8 +115,17 @@ def compare_runs(a: Path, b: Path, *, rtol: float, with_tensors: bool, progress:
     return found
 
 
-def read_rows(path: Path) -> Rows:
-    """Return the compared quantities of each recorded step; lines that are no rows, such as a torn one, are skipped.
+def _with_fingerprints(run: Path) -> Rows:
+    """Return the compared quantities of each step, those of fingerprints.jsonl by kind and part of the model."""
+    rows = read_rows(run / METRICS_FILE)
+    for step, row in read_rows(run / FINGERPRINTS_FILE, ("gradients", "weights")).items():
+        if step in rows:
+            rows[step] |= {f"{kind} of {part}": pair for kind in row for part, pair in row[kind].items()}
+    return rows
+
+
+def read_rows(path: Path, keys: tuple[str, ...] = QUANTITIES) -> Rows:
+    """Return the values of `keys` at each recorded step; lines that are no rows, such as a torn one, are skipped.
 
     Raises:
         UserError: the file can't be read.
@@ -126,7 +137,7 @@ def read_rows(path: Path) -> Rows:
                 with suppress(ValueError, RecursionError):
                     row = json.loads(line)
                     if isinstance(row, dict) and isinstance(row.get("step"), int):
-                        rows[row["step"]] = {key: row[key] for key in QUANTITIES if key in row}
+                        rows[row["step"]] = {key: row[key] for key in keys if key in row}
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -135,14 +146,26 @@ def read_rows(path: Path) -> Rows:
 
 
 def _partings(a: Rows, b: Rows, steps: list[int], rtol: float) -> Iterator[Parting]:
-    """Yield the first difference of each quantity, by step, and within a step in the order of `QUANTITIES`."""
-    left = list(QUANTITIES)
+    """Yield the first difference of each quantity, by step, and within a step in the order in which it is computed."""
+    parts = dict.fromkeys(key for step in steps for key in a[step] if key not in QUANTITIES)
+    gradients = [key for key in parts if key.startswith("gradients")]
+    weights = [key for key in parts if not key.startswith("gradients")]
+    first, (norm, *last) = QUANTITIES[:BEFORE_GRADIENTS], QUANTITIES[BEFORE_GRADIENTS:]
+    left = [*first, *gradients, norm, *weights, *last]
     for step in steps:
         for key in tuple(left):
             ours, theirs = a[step], b[step]
-            if key in ours and key in theirs and not close(ours[key], theirs[key], rtol):
+            if key in ours and key in theirs and not _alike(ours[key], theirs[key], rtol):
                 left.remove(key)
                 yield Parting(step, key, ours[key], theirs[key])
+
+
+def _alike(a: Any, b: Any, rtol: float) -> bool:
+    """Compare two values; a fingerprint's projection may differ by `rtol` of its norm, since its terms cancel."""
+    if isinstance(a, list) and isinstance(b, list) and rtol > 0:
+        (norm, projection), (other_norm, other) = a, b
+        return close(norm, other_norm, rtol) and abs(projection - other) <= rtol * max(norm, other_norm)
+    return close(a, b, rtol)
 
 
 def _data_fingerprint(run: Path) -> Any:

@@ -1,7 +1,7 @@
 """Validation: loss and bits per byte on the held-out split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,10 @@ from megatrain.parallel.layout import data_ranks
 from megatrain.train.step import evaluation_loss
 
 
+class CalledOffError(Exception):
+    """A validation was called off before its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     loss: float
@@ -21,7 +25,13 @@ class Evaluation:
     """Total nats / (ln 2 · bytes of text that the predicted tokens stand for); None where tokens have no text."""
 
 
-def evaluate(parallel: ParallelModel, batches: Sequence[Batch], token_bytes: np.ndarray | None) -> Evaluation:
+def evaluate(
+    parallel: ParallelModel,
+    batches: Sequence[Batch],
+    token_bytes: np.ndarray | None,
+    *,
+    is_called_off: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Return the mean loss over every valid token of `batches`; the model's mode and weights are left as they were.
 
     Ranks that read different data take turns; each computes equally many batches, since they compute together.
@@ -29,6 +39,10 @@ def evaluate(parallel: ParallelModel, batches: Sequence[Batch], token_bytes: np.
     Args:
         batches: the same on every rank.
         token_bytes: `(vocab,)` bytes of text of each token, 0 for special tokens.
+        is_called_off: asked after each batch; the answer is the same on all ranks.
+
+    Raises:
+        CalledOffError: it was called off.
     """
     readers = data_ranks(parallel.cfg)
     reader = 0 if parallel.mesh is None else parallel.mesh.data_rank
@@ -36,6 +50,8 @@ def evaluate(parallel: ParallelModel, batches: Sequence[Batch], token_bytes: np.
     for first in range(0, len(batches), readers):
         own = batches[first + reader] if first + reader < len(batches) else ignored_batch(batches[0])
         nats += evaluation_loss(parallel, own)
+        if is_called_off():
+            raise CalledOffError
     total = parallel.total(nats).item()
     targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in batches])
     text_bytes = 0 if token_bytes is None else int(token_bytes[targets].sum())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import platform
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,19 +15,20 @@ from megatrain.checkpoint.errors import UnknownFormatError
 from megatrain.checkpoint.manifest import installed_versions
 from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
-from megatrain.config.errors import DamagedCheckpointError, UserError
+from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
+from megatrain.observe.communication import axes_of_groups
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
 from megatrain.parallel.mesh import make_mesh
-from megatrain.resilience.signals import StopSignals
+from megatrain.resilience.preflight import require_same_data
+from megatrain.resilience.signals import STARTED, StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
-from megatrain.runtime.group import explained
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
-from megatrain.runtime.ownership import Ownership, StaleOwnerError, take
+from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.build import (
@@ -49,6 +51,7 @@ from megatrain.train.files import (
 )
 from megatrain.train.imported import is_untrained_import, require_imported_weights, take_up_weights
 from megatrain.train.loop import reason_to_stop, report_uploads, train_loop
+from megatrain.train.machines import check_likeness, check_links
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
 from megatrain.train.sample import last_sample
@@ -56,13 +59,14 @@ from megatrain.train.state import TrainState
 from megatrain.train.words import Outcome, beginning, outcome
 
 
-def run(cfg: Config, processes: Processes) -> Outcome:
+def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     """Train as `cfg` says, resuming if the run directory has a checkpoint; return how that ended.
 
     All `processes` call this with the same `cfg`.
 
     Raises:
         UserError: the config, the data or the run directory is invalid; nothing was written.
+        StopRequested: a signal came before there was anything to save.
     """
     cfg = with_layout(cfg, processes.size)
     processes.limit_waits(cfg.resilience.timeout_s)
@@ -73,10 +77,18 @@ def run(cfg: Config, processes: Processes) -> Outcome:
     try:
         fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=display.phase))
         cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
+        processes.describe(directory=str(directory.absolute()))
+        processes.doing("comparing machines")
+        hosts, notices = check_likeness(processes, cfg.resilience, device)
+        processes.doing("preparing the data")
         data = prepare_together(cfg, processes, progress=display.phase)
-        _require_same(processes.gather(data.fingerprint))
+        require_same_data(processes, data.fingerprint)
         mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
         processes.limit_waits(cfg.resilience.timeout_s)
+        if mesh is not None:
+            processes.describe(axes=axes_of_groups(mesh), stage=mesh.coordinate("pp"))
+        notices += check_links(processes, cfg.resilience, mesh, hosts=hosts, device=device)
+        processes.doing("building the model")
         verifies = cfg.data.verify == "background" and processes.local_rank == 0
         check = CacheCheck(data.directory, verifies=verifies)
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
@@ -101,19 +113,23 @@ def run(cfg: Config, processes: Processes) -> Outcome:
                     checkpointer=checkpointer,
                     display=display,
                     log=log(directory, cfg.run.id, require_owner),
+                    signals=signals,
+                    notices=tuple(notices),
                     fetched=fetched,
                 )
             )
+    except StopRequested as stop:
+        if processes.is_first and is_own(directory):
+            _record_stop(RunLog(directory, cfg.run.id), stop, max(checkpointer.steps(), default=0))
+        raise
     finally:
         display.close()
 
 
-def _require_same(fingerprints: list[str]) -> None:
-    if len(set(fingerprints)) > 1:
-        raise UserError(
-            "The processes read different data: the content of data.path differs between machines "
-            f"(fingerprints {', '.join(sorted({each[:12] for each in fingerprints}))})."
-        )
+def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
+    """Record that a signal came before the first step of the attempt; `step` is that of the newest checkpoint."""
+    log.event("stop", step=step, reason=stop.reason)
+    log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
 
 
 def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device) -> Config:
@@ -229,6 +245,7 @@ def _taken(directory: Path, stack: contextlib.ExitStack, run_id: str) -> Ownersh
 def _train(run: Run) -> Outcome:
     """Resume, train, record status and events, and write the report, however it ends."""
     cfg, log, state = run.cfg, run.log, run.state
+    run.processes.doing("loading")
     try:
         warnings = _resume(run)
     except (DamagedCheckpointError, UnknownFormatError) as error:
@@ -237,30 +254,30 @@ def _train(run: Run) -> Outcome:
     is_first = run.processes.is_first
     sinks = cfg.log if is_first else dataclasses.replace(cfg.log, wandb="off", tensorboard=False)
     observer = Observer(run.directory, sinks, run.display, log, dump(cfg))
-    for warning in warnings:
+    for warning in (*run.notices, *warnings):
         observer.notice(warning)
     run.display.start(beginning(run))
-    with StopSignals() as signals:  # until the outcome is written
-        log.status("running", step=state.step, reason="")
+    run.signals.defer()
+    log.status("running", step=state.step, reason="")
+    try:
+        run.processes.from_first(run.begin_uploads)
+        reason = reason_to_stop(run) or train_loop(run, observer)
         try:
-            run.processes.from_first(run.begin_uploads)
-            reason = reason_to_stop(run) or train_loop(run, observer, signals)
-            try:
-                run.finish_uploads()
-            finally:
-                report_uploads(run, observer)
-        except BaseException as error:
-            _record_failure(run, state.step, error)
-            raise
+            run.finish_uploads()
         finally:
-            observer.close()
-        finished = reason in ("done", "early stop")
-        exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
-        log.event("stop", step=state.step, reason=reason)
-        log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
-        if run.uploads is not None:
-            run.uploads.copy_records()
-        has_report = is_first and report_at_end(run.directory)
+            report_uploads(run, observer)
+    except BaseException as error:
+        _record_failure(run, state.step, error)
+        raise
+    finally:
+        observer.close()
+    finished = reason in ("done", "early stop")
+    exit_code = 0 if finished or reason == "stop_at" else SAVED_BY_SIGNAL
+    log.event("stop", step=state.step, reason=reason)
+    log.status("done" if finished else "stopped", step=state.step, reason=reason, exit_code=exit_code)
+    if run.uploads is not None:
+        run.uploads.copy_records()
+    has_report = is_first and report_at_end(run.directory)
     by_signal = exit_code == SAVED_BY_SIGNAL
     text = "" if by_signal or cfg.log.display == "off" else last_sample(run)
     return outcome(run, reason, exit_code, has_report=has_report, sample=text)
@@ -269,7 +286,7 @@ def _train(run: Run) -> Outcome:
 def _record_failure(run: Run, step: int, error: BaseException) -> None:
     if isinstance(error, StaleOwnerError):
         return  # the record is somebody else's
-    error = explained(error)
+    error = run.processes.explain(error)
     text = f"{type(error).__name__}: {error}"
     run.log.event("failure", step=step, error=text)
     run.log.status("failed", step=step, reason=text, exit_code=getattr(error, "exit_code", 1))
@@ -284,6 +301,7 @@ def _resume(run: Run) -> tuple[str, ...]:
         UserError: the checkpoint is another run's, or was made with a config that must not change.
     """
     cfg, state, log = run.cfg, run.state, run.log
+    began = time.monotonic()
     run.processes.from_first(run.checkpointer.remove_leftovers)
     found: VerifiedCheckpoint | None = None
     source: VerifiedCheckpoint | None = None
@@ -313,7 +331,9 @@ def _resume(run: Run) -> tuple[str, ...]:
         "processes": run.processes.size,
     }
     fields = {"step": state.step, "config": digest(cfg), "seed": cfg.train.seed, "changes": changes}
-    fields |= {"machine": machine, "versions": installed_versions()}
+    fields |= {"machine": machine, "versions": installed_versions(), "lost": log.lost}
+    now = time.monotonic()
+    fields |= {"elapsed_s": now - STARTED, "load_s": now - began}
     if run.fetched is not None and run.fetched.step is not None:
         log.event("fetch", step=run.fetched.step, url=run.fetched.url)
     if source is not None:

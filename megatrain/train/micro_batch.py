@@ -69,32 +69,35 @@ def activation_bytes(
     """Estimate the bytes of one sequence that a rank keeps for the backward pass.
 
     Counted are the inputs of matrix products, norms, activations and attention, as in Korthikanti et al. (arXiv
-    2205.05198, section 4) without dropout and stored attention scores. With a pipeline, 1F1B and its kin keep as many
-    micro-batches as the pipeline has ranks, so a rank's share of the layers cancels.
+    2205.05198, section 4) without dropout and stored attention scores; what tensor parallelism gathers is kept whole.
+    With a pipeline, 1F1B and its kin keep as many micro-batches as the pipeline has ranks, so a rank's share of the
+    layers cancels.
     """
     size = {"fp64": 8, "fp32": 4}.get(precision, 2)
-    layers = sum(
-        _kept_values(model, layer, parallel.activation_checkpointing) for layer in range(model.n_layers)
-    )
-    if parallel.activation_checkpointing == "full":  # one block at a time is recomputed
-        layers += max(_kept_values(model, layer, "none") for layer in range(model.n_layers))
-    head = 4 * model.hidden_size
-    return (layers + head) * size * seq_len / (parallel.cp * parallel.tp)
+    how = parallel.activation_checkpointing
+    layers = [_kept_values(model, layer, how, parallel) for layer in range(model.n_layers)]
+    if how == "full":  # one block at a time is recomputed
+        layers.append(max(_kept_values(model, layer, "none", parallel) for layer in range(model.n_layers)))
+    head = model.hidden_size / parallel.tp + 3 * model.hidden_size
+    return (sum(layers) + head) * size * seq_len / parallel.cp
 
 
-def _kept_values(model: DecoderConfig, layer: int, checkpointing: str) -> int:
-    """Count the values that the block number `layer` keeps for each token."""
+def _kept_values(model: DecoderConfig, layer: int, checkpointing: str, parallel: ParallelConfig) -> float:
+    """Count the values that a rank keeps of the block number `layer` for each token of its sequences."""
     hidden = model.hidden_size
     if checkpointing == "full":
-        return hidden  # its input
+        return hidden / parallel.tp  # its input
     queries, values = model.n_heads * model.qk_head_dim, model.n_heads * model.v_head_dim
     keys_values = model.kv_heads * (model.qk_head_dim + model.v_head_dim)
     inner = model.ffn_size
-    copies = 1
+    copies = 0
     if model.experts is not None and model.has_experts(layer):
         copies = model.experts.top_k + model.experts.n_shared_experts
         inner = model.expert_ffn_size * copies
     matrices = 3 if model.activation in GATED else 2  # gate, up and their product; up and its activation
+    # Rows of the experts, and the inputs of attention and feed-forward, which see the whole sequence.
+    rows = 2 * copies * hidden / (parallel.tp if parallel.ep > 1 else 1)
+    sharded = queries + keys_values + values + 2 * hidden
     if checkpointing == "selective":  # the outputs of linear layers and attention
-        return queries + keys_values + values + (2 + copies) * hidden + (matrices - 1) * inner
-    return queries + keys_values + values + (3 + 2 * copies) * hidden + matrices * inner
+        return (sharded + (matrices - 1) * inner + hidden) / parallel.tp + rows / 2
+    return (sharded + matrices * inner) / parallel.tp + 2 * hidden + rows

@@ -23,6 +23,7 @@ FREE = (
     "moe.*",
     "resilience.*",
     "train.stop_at",
+    "train.time_budget",
     "train.resume",
     "train.allow_changes",
     "train.eval_every",

@@ -1,10 +1,13 @@
 """State of one process of a run while it trains."""
 
 import math
+import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatrain.checkpoint.retention import EVAL_LOSS
 from megatrain.checkpoint.saver import Saver
@@ -17,6 +20,7 @@ from megatrain.data.prepare import Prepared
 from megatrain.models.flops import flops_per_token
 from megatrain.observe.display import Display
 from megatrain.observe.rundir import RunLog
+from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import Peak, peak_flops
 from megatrain.runtime.processes import Processes
 from megatrain.train.build import COMPUTE_DTYPE
@@ -41,6 +45,9 @@ class Run:
     checkpointer: Checkpointer
     display: Display
     log: RunLog
+    signals: StopSignals
+    notices: tuple[str, ...] = ()
+    """What the check of the machines has found."""
     fetched: Fetched | None = None
     """What was fetched from the durable tier; None without one."""
 
@@ -60,6 +67,11 @@ class Run:
         return peak_flops(self.state.parallel.device, COMPUTE_DTYPE[self.cfg.train.precision])
 
     @cached_property
+    def host(self) -> str:
+        """Name of the machine of this process."""
+        return platform.node()
+
+    @cached_property
     def tokenizer_sha256(self) -> str:
         """Hash of the tokenizer beside the checkpoints."""
         return tokenizer_digest(self.directory) if self.processes.is_first else ""
@@ -69,6 +81,13 @@ class Run:
         """Saves of this run. All processes ask for it together the first time, once the run has been resumed."""
         is_async = self.cfg.checkpoint.async_save
         return Saver(self.checkpointer, self.processes.beside("saves") if is_async else self.processes)
+
+    def any_wants(self, wanted: bool) -> bool:
+        """Return whether any process says so; all call this together."""
+        parallel = self.state.parallel
+        if self.processes.size == 1:
+            return wanted
+        return bool(parallel.total(torch.tensor(float(wanted), device=parallel.device)) > 0)
 
     @cached_property
     def uploads(self) -> Uploader | None:
@@ -107,6 +126,7 @@ class Run:
         Raises:
             DamagedDataError: the tokens are damaged; nothing was saved.
         """
+        self.processes.doing("saving", self.state.step)
         check, step, report = self.cache_check, self.state.step, self.processes.report
         verified = self.processes.agree(lambda: check.require_whole(step, waits=waits, report=report))
         info: dict[str, Any] = {

@@ -44,7 +44,8 @@ def sample(run: Run, tokens: int = TOKENS) -> tuple[str, str] | None:
     with eager:  # each length would be compiled anew
         for piece in sample_text(model, run.data.tokenizer, prompt, cfg, tokens=wanted):
             pieces.append(piece)
-            if _is_late(run, began):
+            late = run.processes.is_first and time.monotonic() - began > LONGEST_S
+            if run.any_wants(late or bool(run.signals.received)):
                 break
     return prompt, "".join(pieces)
 
@@ -67,15 +68,6 @@ def _tokens_together(cfg: Config) -> int:
         return 1
     in_halves = 2 if cfg.parallel.cp > 1 else 1
     return FLOAT8_GROUP * in_halves if cfg.train.fp8_scaling == "block" else FLOAT8_ROWS
-
-
-def _is_late(run: Run, began: float) -> bool:
-    """Tell whether the first process finds that the sample takes too long."""
-    late = run.processes.is_first and time.monotonic() - began > LONGEST_S
-    if run.processes.size == 1:
-        return late
-    parallel = run.state.parallel
-    return bool(parallel.total(torch.tensor(float(late), device=parallel.device)) > 0)
 
 
 def prompt_of(run: Run) -> str:

@@ -36,6 +36,8 @@ class TrainState:
     """Number of tokens with a loss seen so far."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Counters of the over-fitting notice and of early stopping."""
+    batches_passed_over: int = 0
+    """Batches that were not trained on when the run went back to an earlier checkpoint; later steps read later ones."""
 
     @property
     def model(self) -> nn.Module:
@@ -67,11 +69,19 @@ class TrainState:
 
     def metadata(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, as JSON."""
-        return {"step": self.step, "tokens": self.tokens, "watch": self.watch}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "watch": self.watch,
+            "batches_passed_over": self.batches_passed_over,
+        }
 
     def restore(self, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take up `metadata`, and what was read into `tensors`."""
         self.step, self.tokens, self.watch = metadata["step"], metadata["tokens"], metadata["watch"]
+        self.batches_passed_over = metadata.get(
+            "batches_passed_over", 0
+        )  # none in checkpoints of earlier versions
         self.take_up(tensors)
 
     def take_up(self, tensors: dict[str, Tensor]) -> None:

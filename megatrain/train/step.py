@@ -1,6 +1,6 @@
 """The training step: forward, backward and optimizer update over one global batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,20 +10,29 @@ from torch.profiler import record_function
 
 from megatrain.data.loader import Batch, StepBatch
 from megatrain.engines.engine import Engine, Partitioned
-from megatrain.nn.balance import balance_experts, begin_balance
+from megatrain.nn.balance import balance_experts, begin_balance, forget_expert_counts
 from megatrain.optim.clip import clip_gradients
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import before_micro_batch
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
 
+Accepts = Callable[[float, float], bool]
+"""Told a step's loss and gradient norm, says whether the weights are to be updated; the same on every rank."""
 
-@dataclass(frozen=True, slots=True)
+OnGradients = Callable[[Mapping[str, Tensor]], None]
+"""Shown the gradients of a step, by canonical name, before they are clipped."""
+
+
+@dataclass(slots=True)
 class StepStats:
     """Results of one step, equal on all ranks. They stay on the device until `read`, which synchronizes once."""
 
     values: Tensor
     """`(3,)` float64: loss, gradient norm, number of ranks that want to stop."""
+    was_taken: bool = True
+    """Whether the weights were updated."""
+    _read: tuple[float, float, bool] | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -37,8 +46,10 @@ class StepStats:
 
     def read(self) -> tuple[float, float, bool]:
         """Return loss, gradient norm, and whether any rank wants to stop, in one copy to the host."""
-        loss, grad_norm, stop = self.values.tolist()
-        return loss, grad_norm, stop > 0
+        if self._read is None:
+            loss, grad_norm, stop = self.values.tolist()
+            self._read = loss, grad_norm, stop > 0
+        return self._read
 
 
 def loss_sum(parallel: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
@@ -70,10 +81,14 @@ def train_step(
     *,
     lr: float,
     wants_stop: Callable[[], bool] = lambda: False,
+    accepts: Accepts | None = None,
+    on_gradients: OnGradients | None = None,
 ) -> StepStats:
     """Take one optimizer step at learning rate `lr` over the global batch.
 
     `wants_stop` is asked late in the step, and all ranks learn together whether any wants to: so they stop together.
+    Where `accepts` says no, the step counts and its batch is used up, but nothing is updated. An engine that updates
+    partitioned weights itself does not ask, nor show its gradients to `on_gradients`.
 
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
     batch, so the split into micro-batches and over ranks only affects rounding.
@@ -87,28 +102,48 @@ def train_step(
         if isinstance(state.engine, Partitioned):
             grad_norm = state.engine.update()
             loss, stop = parallel.total(torch.stack([loss, stop]))
+            stats = StepStats(torch.stack([loss, grad_norm, stop]))
         else:
-            loss, grad_norm, stop = _update(state, cfg, loss, stop)
-        balance_experts(parallel.models, cfg.model, parallel.total)
-        if state.average is not None:
-            state.average.update(state.weights.parameters)
+            stats = _update(state, cfg, loss, stop, accepts, on_gradients)
+        if stats.was_taken:
+            balance_experts(parallel.models, cfg.model, parallel.total)
+            if state.average is not None:
+                state.average.update(state.weights.parameters)
     state.step += 1
     state.tokens += batch.valid_tokens
-    return StepStats(torch.stack([loss, grad_norm, stop]))
+    return stats
 
 
-def _update(state: TrainState, cfg: Config, loss: Tensor, stop: Tensor) -> Tensor:
-    """Clip the gradients and update the weights; return the sum of `loss`, the gradient norm, and that of `stop`."""
+def _update(
+    state: TrainState,
+    cfg: Config,
+    loss: Tensor,
+    stop: Tensor,
+    accepts: Accepts | None,
+    on_gradients: OnGradients | None,
+) -> StepStats:
+    """Clip the gradients and update the weights, unless `accepts` says no.
+
+    The host waits for the device before the update then, in place of after it.
+    """
     parallel, weights = state.parallel, state.weights.parameters
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+    if on_gradients is not None:
+        on_gradients(gradients)
     # One all-reduce for all scalars: small collectives are bound by latency.
     loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
     grad_norm = squared_norm.sqrt()
-    clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
-    state.optimizer.step()
+    stats = StepStats(torch.stack([loss, grad_norm, stop]))
+    stats.was_taken = accepts is None or accepts(*stats.read()[:2])
+    if stats.was_taken:
+        clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
+        state.optimizer.step()
+    else:
+        forget_expert_counts(parallel.models)
     state.weights.zero_gradients()
-    state.sync_model_weights()
-    return torch.stack([loss, grad_norm, stop])
+    if stats.was_taken:
+        state.sync_model_weights()
+    return stats
 
 
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -154,6 +154,58 @@ def bytes_in_pipeline(cfg: Config, store: TokenSource) -> tuple[int, int]:
         step.train_step(state, next(batches), cfg, lr=1e-3)
     batches.close()
     return held[1], sum(p.numel() for p in own.values())
+
+
+class Kept:
+    """Bytes that autograd keeps for backward passes, each memory once and without the weights: now, and at most."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        self.now = self.most = 0
+        self._models = models
+        self._users: Counter[int] = Counter()
+
+    def pack(self, tensor: Tensor) -> "Tensor | _Held":
+        storage = local_tensor(tensor.detach()).untyped_storage()
+        weights = {
+            local_tensor(p.detach()).untyped_storage().data_ptr()
+            for m in self._models
+            for p in m.parameters()
+        }
+        if storage.data_ptr() in weights:
+            return tensor
+        return _Held(self, tensor, storage.data_ptr(), storage.nbytes())
+
+    def unpack(self, held: "Tensor | _Held") -> Tensor:
+        return held.tensor if isinstance(held, _Held) else held
+
+    def add(self, address: int, size: int) -> None:
+        self._users[address] += 1
+        self.now += size * (self._users[address] == 1)
+        self.most = max(self.most, self.now)
+
+    def remove(self, address: int, size: int) -> None:
+        self._users[address] -= 1
+        self.now -= size * (self._users[address] == 0)
+
+
+class _Held:
+    def __init__(self, kept: Kept, tensor: Tensor, address: int, size: int) -> None:
+        self.kept, self.tensor, self.address, self.size = kept, tensor, address, size
+        kept.add(address, size)
+
+    def __del__(self) -> None:
+        self.kept.remove(self.address, self.size)
+
+
+def bytes_kept(cfg: Config, store: TokenSource) -> int:
+    """The most that this rank keeps for backward passes in its second step."""
+    state, batches, _ = _start(cfg, store)
+    step.train_step(state, next(batches), cfg, lr=1e-3)
+    kept = Kept(list(state.parallel.models))
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        step.train_step(state, next(batches), cfg, lr=1e-3)
+    batches.close()
+    return kept.most
 
 
 def bytes_of_states(cfg: Config) -> int:

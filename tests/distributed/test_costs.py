@@ -15,6 +15,7 @@ from probes import (
     Traffic,
     bytes_held,
     bytes_in_pipeline,
+    bytes_kept,
     bytes_of_states,
     in_new_processes,
     profiled_traffic,
@@ -22,7 +23,9 @@ from probes import (
     traffic_of_first_ranks,
 )
 
+from megatrain.data.config import DataConfig
 from megatrain.models.flops import n_params
+from megatrain.models.llama3.config import Llama3Config
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.sharding import tensor_placement
@@ -210,6 +213,50 @@ def largest_group(cfg: Config) -> int:
         group = ".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest"
         sizes[group] = sizes.get(group, 0) + parameter.numel()
     return max(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "in_flight"),
+    [
+        ({}, [1]),
+        ({"tp": 2}, [1]),
+        ({"tp": 4}, [1]),
+        ({"dp_shard": 2}, [1]),
+        ({"dp_shard": 2, "tp": 2}, [1]),
+        ({"pp": 2, "pp_schedule": "1f1b"}, [2, 1]),
+        ({"pp": 2, "pp_schedule": "gpipe"}, [8, 8]),
+        ({"pp": 4, "pp_schedule": "1f1b"}, [4, 3, 2, 1]),
+    ],
+    ids=str,
+)
+def test_a_rank_keeps_the_activations_of_the_formula(
+    workers: WorkerPool, layout: dict[str, Any], in_flight: list[int]
+) -> None:
+    """Per token and layer of a Llama, in values (arXiv 2205.05198, section 4.2, for what autograd keeps here).
+
+    Inputs of the two norms, each sharded over the sequence; inputs of attention and feed-forward, gathered; queries,
+    keys, values and attention's output, gate, up and their product, sharded over heads and columns. Beside them the
+    scores, which attention keeps on a CPU, and the head: its norm's input, and the gradients of the loss's two
+    operands. A stage keeps as many micro-batches as its schedule has in flight.
+    """
+    hidden, heads, kv, ffn, seq, vocabulary = 128, 8, 64, 352, 64, 64
+    model = Llama3Config(
+        n_layers=4, hidden_size=hidden, n_heads=heads, n_kv_heads=4, ffn_size=ffn, vocab_size=vocabulary
+    )
+    train = replace(CFG.train, precision="fp32")
+    data = DataConfig(kind="synthetic")
+    parallel = ParallelConfig(**layout)
+    cfg = replace(CFG, model=model, data=data, train=train, seq_len=seq, parallel=parallel)
+    tp, layers = parallel.tp, 4 // parallel.pp
+    token = 2 * hidden / tp + 2 * hidden + (2 * hidden + 2 * kv + 3 * ffn) / tp
+    block = 4 * seq * (token + heads * seq / tp)
+    head = 4 * (seq * (hidden / tp + hidden) + vocabulary * hidden / tp)
+    ranks = workers.run(bytes_kept, world_size(parallel), cfg, STORE) if layout else [bytes_kept(cfg, STORE)]
+    per_stage = len(ranks) // parallel.pp
+    for rank, kept in enumerate(ranks):
+        stage = rank // per_stage
+        formula = in_flight[stage] * (layers * block + head * (stage == parallel.pp - 1))
+        assert formula <= kept <= 1.015 * formula  # and the statistics of norms, positions, targets
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("experts", {"pp": 2, "tp": 2, "ep": 2, "pp_schedule": "interleaved_1f1b"}),
     ("latent", {"pp": 2, "dp_shard": 2, "ep": 2, "pp_schedule": "zbv"}),
     ("experts", {"pp": 2, "tp": 2, "pp_schedule": "zbv"}),
+    ("uneven_experts", {"pp": 2, "tp": 2, "pp_schedule": "zbv"}),  # shards whose nodes torch does not find
     (
         "experts",
         {"dp_shard": 4, "tp": 2, "ep": 4},

@@ -3,7 +3,7 @@
 All fenced `bash` and `console` blocks are collected. Each command is first composed as it is shown, then it runs for
 real, in a folder of its own, made small by overrides that are appended. What cannot run here has a reason beside it
 (`NOT_RUN`), and is checked as far as it goes: a layout of several processes is composed, torchrun's own parser reads
-torchrun's arguments, and the SLURM script runs with stand-ins for SLURM's commands.
+torchrun's arguments, and of a launch the script is written.
 """
 
 import ast
@@ -41,7 +41,7 @@ SMALL = (
 )  # fmt: skip
 NOT_RUN = {
     "source": "it changes the shell; the Makefile and the installation make the file",
-    "sbatch": "it needs SLURM; `test_the_slurm_script` runs the script",
+    "launch": "it needs a cluster; tests/clusters has one, here the script is written (--dry-run)",
     "make": "installing and testing take minutes and stand in .ci/run; make reads the target with -n",
     "python -m benchmarks": "it measures for a minute; tests/unit/benchmarks runs it, here the module is found",
     "verify": "it trains for a minute; tests/distributed/test_verify.py runs it, here it is composed",
@@ -157,7 +157,7 @@ def test_command(shown: Shown, folder: Path, capsys: pytest.CaptureFixture[str])
     elif program == "make":
         subprocess.run(["make", "-n", "-C", str(ROOT), *rest], check=True, capture_output=True)
     elif program in NOT_RUN:
-        assert Path(rest[0]).exists() or rest == ["train.sbatch"]
+        assert Path(rest[0]).exists()
     elif words[:2] == ["python", "-m"]:
         assert find_spec(words[2]) is not None
     else:
@@ -173,6 +173,8 @@ def check_megatrain(words: list[str]) -> None:
     assert known is not None, f"there is no verb {verb}"
     if "--help" in rest or "--cfg" in rest or not known.takes_config or names_no_config(rest):
         assert main(words) == 0
+    elif verb == "launch":
+        assert main([*words, "--dry-run"]) == 0
     elif "-m" in rest or "--multirun" in rest or verb in NOT_RUN:
         assert main([*words, "--cfg", "job"]) == 0
     else:
@@ -207,30 +209,6 @@ def test_console(shown: Shown, folder: Path, capsys: pytest.CaptureFixture[str])
     printed = "".join(capsys.readouterr())
     for line in shown.output:
         assert line == "..." or line in printed, f"{shown}: {line!r} is not what it prints:\n{printed}"
-
-
-def test_the_slurm_script(folder: Path) -> None:
-    """It runs with stand-ins: torchrun gets arguments that fit, and a run that was stopped and saved is requeued."""
-    ((_, _, _, script),) = [block for block in blocks("bash") if block[2] == "train.sbatch"]
-    stand_ins = (
-        'srun() { "$@"; }\n'
-        'scontrol() { if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> requeued; fi; }\n'
-        "torchrun() { printf '%s\\n' \"$@\" > arguments; }\n"
-    )
-    environment = {
-        "SLURM_JOB_NODELIST": "n[1-4]",
-        "SLURM_NNODES": "4",
-        "SLURM_JOB_ID": "7",
-        "PATH": "/usr/bin:/bin",
-    }
-    for code, expected in (("0", False), ("75", True)):
-        (folder / "runs" / "mine" / "status.json").write_text(f'{{\n "exit_code": {code}\n}}\n')
-        subprocess.run(["bash", "-eu", "-c", stand_ins + script], env=environment, check=True)
-        assert (folder / "requeued").exists() == expected
-    assert (folder / "requeued").read_text() == "requeue 7\n"
-    arguments = (folder / "arguments").read_text().splitlines()
-    assert "--rdzv-endpoint=first:29400" in arguments
-    check_torchrun(arguments)
 
 
 def test_python_blocks_are_python() -> None:

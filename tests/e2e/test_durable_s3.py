@@ -55,9 +55,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_run_goes_on_from_the_store(
-    store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_from_the_store(store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.txt").write_text("".join(f"The square of {n} is {n * n}.\n" for n in range(400)))
     line = ["train", "data.path=my.txt", *TINY, "run.name=mine", "checkpoint.durable=s3://bucket/runs"]
     done = run(tmp_path, *line, "train.stop_at=8")

@@ -1,6 +1,5 @@
 """kill -9 at any moment, then the same command: bitwise the run that was never killed."""
 
-import hashlib
 import json
 import os
 import signal
@@ -8,25 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from workplace import Workplace, wait_for_rows
-
-
-def final_weights(run: Path, into: Path) -> dict[str, str]:
-    """Hash of every tensor of the last checkpoint, read by plain torch."""
-    last = max((run / "checkpoints").glob("step-*"))
-    dcp_to_torch_save(last, into)
-    found: dict[str, str] = {}
-    stack = [("", torch.load(into, weights_only=True))]
-    while stack:
-        prefix, node = stack.pop()
-        if isinstance(node, dict):
-            stack += [(f"{prefix}/{key}", value) for key, value in node.items()]
-        else:
-            raw = node.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            found[prefix] = hashlib.sha256(raw).hexdigest()
-    return found
+from workplace import Workplace, final_weights, stable, wait_for_rows
 
 
 def kill_when(process: subprocess.Popen[str], metrics: Path, rows: int) -> None:
@@ -34,22 +15,6 @@ def kill_when(process: subprocess.Popen[str], metrics: Path, rows: int) -> None:
     if wait_for_rows(process, metrics, rows):
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
-
-
-STABLE = (
-    "step",
-    "train/loss",
-    "train/grad_norm",
-    "train/lr",
-    "train/tokens",
-    "data/sample_digest",
-    "eval/loss",
-)
-
-
-def stable(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """What of the metrics must not depend on time."""
-    return [{key: row[key] for key in STABLE if key in row} for row in rows]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

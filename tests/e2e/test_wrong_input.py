@@ -47,7 +47,10 @@ OVERRIDES = {
         ["stepz", "n_heads", "optim.lr"],
     ),
     "wrong type": (["train.steps=many"], ["train.steps", "integer"]),
-    "a layout that the model does not fit": (["parallel.tp=3"], ["parallel.tp=3", "must be at most model.n_heads"]),
+    "a layout that the model does not fit": (
+        ["parallel.tp=3"],
+        ["parallel.tp=3", "must be at most model.n_heads"],
+    ),
 }
 
 

@@ -30,14 +30,15 @@ from megatrain.config.ranges import FLOAT32_MAX, FLOAT32_TINY, MAX_INT, MAX_SIZE
 from megatrain.data.prepare import prepare
 from megatrain.data.tokenizer import train_bpe
 from megatrain.models.flops import n_params
+from megatrain.resilience.signals import StopSignals
 from megatrain.runtime.device import memory_bytes
 from megatrain.runtime.processes import Processes
 from megatrain.train.auto import require_memory, resolve_auto
 from megatrain.train.build import build_eval_batches, build_loader, build_state, with_layout
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
+from megatrain.train.failures import DivergedError
 from megatrain.train.files import read_config, run_directory
-from megatrain.train.loop import DivergedError
 from megatrain.train.main import run
 from megatrain.train.restore import restore_model
 from megatrain.train.step import train_step
@@ -245,7 +246,7 @@ def completed(data: dict[str, Any], drawn: dict[str, Any], shared: Path) -> dict
 
 def trained(cfg: Config) -> tuple[list[float], bool]:
     """Run `cfg` to its end as the command does; return the losses, and whether any weight changed."""
-    assert run(cfg, Processes()).exit_code == 0
+    assert run(cfg, Processes(), StopSignals()).exit_code == 0
     directory = run_directory(cfg)
     written = read_config(directory)  # without `auto`
     assert (written.optim, written.model) == (cfg.optim, cfg.model)

@@ -51,13 +51,15 @@ def test_estimates() -> None:
     sharded = ParallelConfig(dp_shard=4)
     assert state_bytes(GPT2, sharded, precision="bf16") == 18 * parameters / 4
     assert state_bytes(GPT2, replace(sharded, zero_stage=1), precision="bf16") == (12 / 4 + 6) * parameters
-    # queries, keys, values, attention's output; inputs of norm, projections, norm, MLP, residual; up and activation
-    per_layer = 4 * 768 + 5 * 768 + 2 * 3072
+    # queries, keys, values, attention's output; inputs of norm, projections, norm, MLP; up and activation
+    per_layer = 4 * 768 + 4 * 768 + 2 * 3072
     assert activation_bytes(GPT2, ALONE, 1024, precision="bf16") == (12 * per_layer + 4 * 768) * 2 * 1024
     full = replace(ALONE, activation_checkpointing="full")
     assert activation_bytes(GPT2, full, 1024, precision="bf16") == (12 * 768 + per_layer + 4 * 768) * 2 * 1024
+    # tensor parallelism keeps the inputs of the projections, of the MLP and of the head whole, which it gathers
+    cut = (12 * (4 * 768 + 2 * 768 + 2 * 3072) + 768) / 2 + 12 * 2 * 768 + 3 * 768
     halves = activation_bytes(GPT2, ParallelConfig(tp=2, cp=2), 1024, precision="bf16")
-    assert halves == activation_bytes(GPT2, ALONE, 1024, precision="bf16") / 4
+    assert halves == cut * 2 * 1024 / 2
 
 
 def test_the_largest_that_fits_is_taken() -> None:

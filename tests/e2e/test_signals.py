@@ -1,0 +1,145 @@
+"""A signal that asks to stop, at any moment and to any process: nothing is lost, and exit code and record say so."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workplace import Workplace
+
+LIMIT_S = 120.0
+
+
+class Started:
+    """A run in the background, and when it reaches a moment."""
+
+    def __init__(self, workplace: Workplace, name: str, *overrides: str) -> None:
+        self.line = workplace.tiny(f"run.name={name}", *overrides)
+        self.workplace = workplace
+        self.run = workplace.folder / "runs" / name
+        self.output = workplace.folder / f"{name}.out"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                self.line, cwd=workplace.folder, env=workplace.environment, stdout=file, stderr=file
+            )
+
+    def reach(self, moment: Callable[[], bool]) -> None:
+        limit = time.monotonic() + LIMIT_S
+        while not moment():
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < limit, "the moment never came"
+            time.sleep(0.005)  # a state of files and processes, which nothing announces
+
+    def ended(self) -> int:
+        return self.process.wait(LIMIT_S)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run / "status.json").read_text())
+        return found
+
+    def stops(self) -> list[dict[str, Any]]:
+        events = [json.loads(line) for line in (self.run / "events.jsonl").read_text().splitlines()]
+        return [event for event in events if event["event"] == "stop"]
+
+    def has_status(self, state: str) -> bool:
+        return (self.run / "status.json").exists() and self.status()["state"] == state
+
+    def children(self) -> list[int]:
+        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in task.read_text().split()] if task.exists() else []
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    with open(f"/proc/{pid}/status") as file:
+        (caught,) = [line.split()[1] for line in file if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name)
+def test_before_the_first_step_there_is_nothing_to_save(workplace: Workplace, number: signal.Signals) -> None:
+    started = Started(workplace, "early")
+    started.reach(lambda: handles(started.process.pid, signal.SIGUSR2))
+    started.process.send_signal(number)
+    assert started.ended() == 75
+    assert f"stopped by {number.name} before the first step" in started.output.read_text()
+    assert "Traceback" not in started.output.read_text()
+    assert not (started.run / "checkpoints").exists()
+    workplace.run(workplace.tiny("run.name=early", "train.stop_at=2"))
+
+
+def test_while_a_checkpoint_is_loaded_the_record_says_so(workplace: Workplace) -> None:
+    workplace.run(workplace.tiny("run.name=loading", "train.stop_at=4"))
+    started = Started(workplace, "loading")
+    before = started.status()["time"]
+    owner = (started.run / "owner.json").read_bytes()
+    started.reach(lambda: (started.run / "owner.json").read_bytes() != owner)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.ended() == 75
+    status = started.status()
+    assert (status["state"], status["reason"], status["exit_code"]) == ("stopped", "SIGTERM", 75)
+    assert status["time"] > before
+    assert started.stops()[-1]["reason"] == "SIGTERM"
+
+
+def test_in_a_validation_the_run_takes_a_step_and_saves(workplace: Workplace) -> None:
+    started = Started(workplace, "validating", "train.eval_tokens=1000000000", "data.val_fraction=0.5")
+    started.reach(lambda: started.has_status("running"))
+    started.process.send_signal(signal.SIGTERM)
+    assert started.ended() == 75
+    step = started.status()["step"]
+    assert (started.run / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+def test_during_a_save_the_next_step_is_saved_too(workplace: Workplace) -> None:
+    started = Started(workplace, "saving", "train.steps=100000", "checkpoint.every=1", "checkpoint.keep=2")
+    started.reach(lambda: any((started.run / "checkpoints").glob(".tmp-step-*")))
+    started.process.send_signal(signal.SIGHUP)
+    assert started.ended() == 75
+    status = started.status()
+    assert status["reason"] == "SIGHUP"
+    assert (started.run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+def test_in_the_last_sample_the_run_is_done(workplace: Workplace) -> None:
+    started = Started(workplace, "sampling", "train.steps=2", "train.sample_tokens=1000000")
+    started.reach(lambda: started.has_status("done"))
+    started.process.send_signal(signal.SIGTERM)
+    assert started.ended() == 0
+    assert started.status()["state"] == "done"
+
+
+@pytest.mark.parametrize("moment", ["start", "step"])
+def test_one_of_several_processes_stops_all(workplace: Workplace, moment: str) -> None:
+    started = Started(workplace, "two", "parallel.dp_shard=2", "train.steps=100000", "train.eval_every=0")
+    if moment == "start":
+        started.reach(lambda: len(started.children()) == 2)
+        second = started.children()[1]  # before its handlers stand
+    else:
+        started.reach(lambda: (started.run / "metrics.jsonl").exists())
+        second = started.children()[1]
+    os.kill(second, signal.SIGUSR1)
+    assert started.ended() == 75, started.output.read_text()
+    assert "Traceback" not in started.output.read_text()
+    assert started.children() == []
+    if moment == "step":
+        status = started.status()
+        assert (status["state"], status["exit_code"]) == ("stopped", 75)
+        assert (started.run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+def test_a_time_budget_ends_a_run_in_time(workplace: Workplace) -> None:
+    began = time.monotonic()
+    line = workplace.tiny(
+        "run.name=timed", "train.steps=10000000", "checkpoint.every=0", "train.time_budget=40"
+    )
+    workplace.run(line, expect=75)
+    assert time.monotonic() - began < 60
+    status = json.loads((workplace.folder / "runs" / "timed" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "time budget")
+    assert (workplace.folder / "runs" / "timed" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
