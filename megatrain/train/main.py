@@ -23,7 +23,7 @@ from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
-from megatrain.parallel.mesh import make_mesh
+from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.resilience.preflight import require_same_data
 from megatrain.resilience.signals import STARTED, StopSignals
 from megatrain.runtime.device import choose_precision, device_name, memory_bytes, pick_device
@@ -70,8 +70,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     """
     cfg = with_layout(cfg, processes.size)
     processes.limit_waits(cfg.resilience.timeout_s)
-    directory = run_directory(cfg)
-    device = pick_device(processes.local_rank)
+    directory, device = run_directory(cfg), pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
@@ -83,10 +82,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         processes.doing("preparing the data")
         data = prepare_together(cfg, processes, progress=display.phase)
         require_same_data(processes, data.fingerprint)
-        mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
-        processes.limit_waits(cfg.resilience.timeout_s)
-        if mesh is not None:
-            processes.describe(axes=axes_of_groups(mesh), stage=mesh.coordinate("pp"))
+        mesh = _mesh_of(cfg, processes, device)
         notices += check_links(processes, cfg.resilience, mesh, hosts=hosts, device=device)
         processes.doing("building the model")
         verifies = cfg.data.verify == "background" and processes.local_rank == 0
@@ -94,7 +90,6 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
         eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
         state = build_state(cfg, device, mesh)
-        log = RunLog if processes.is_first else NoLog
         with (
             contextlib.closing(check),
             contextlib.closing(state),
@@ -112,7 +107,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     eval_batches=eval_batches,
                     checkpointer=checkpointer,
                     display=display,
-                    log=log(directory, cfg.run.id, require_owner),
+                    log=(RunLog if processes.is_first else NoLog)(directory, cfg.run.id, require_owner),
                     signals=signals,
                     notices=tuple(notices),
                     fetched=fetched,
@@ -124,6 +119,15 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         raise
     finally:
         display.close()
+
+
+def _mesh_of(cfg: Config, processes: Processes, device: torch.device) -> Mesh | None:
+    """Return the mesh of all processes, which know their place in it from now on; None for one process."""
+    mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
+    processes.limit_waits(cfg.resilience.timeout_s)
+    if mesh is not None:
+        processes.describe(axes=axes_of_groups(mesh), stage=mesh.coordinate("pp"))
+    return mesh
 
 
 def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
