@@ -60,6 +60,7 @@ def serving(folder: Path) -> Iterator[dict[str, str]]:
     master, volume, filer, s3 = free_ports(4)
     line = [weed, "-logtostderr=true", "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     line += [f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"]
+    line += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # further services, whose ports may be taken
     line += [
         "-s3",
         f"-s3.port={s3}",

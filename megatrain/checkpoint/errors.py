@@ -7,6 +7,12 @@ class CheckpointSaveError(RuntimeError):
     """A checkpoint could not be saved; earlier ones are untouched."""
 
 
+class UploadError(UserError):
+    """The last checkpoint of a run is not in its durable tier; on this machine it is whole."""
+
+    exit_code = 1
+
+
 class CheckpointMismatchError(UserError):
     """A checkpoint is intact, but its tensors differ from those requested."""
 

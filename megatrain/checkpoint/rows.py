@@ -1,6 +1,7 @@
 """Tensors that are saved and read a few rows at a time, so that one larger than memory passes through it."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ PIECE_BYTES = 64 << 20
 """Bytes of a tensor's rows that are handled at a time, unless a single row is larger."""
 
 
+_last = threading.local()
+"""The piece that a thread read last. It is written when the thread asks for the next one, and its memory is given back
+then: torch's writer keeps a reference to a piece of each tensor until a file is complete."""
+
+
 def lazy_tensor(spec: TensorSpec, read: Callable[[int, int], Tensor]) -> Tensor:
     """Return a tensor without values, whose rows a save asks `read(start, stop)` for, piece by piece.
 
@@ -30,6 +36,7 @@ def lazy_tensor(spec: TensorSpec, read: Callable[[int, int], Tensor]) -> Tensor:
         _write_item(name, spec, *rows) for rows in row_pieces(spec)
     ]
     stand_in.__get_tensor_shard__ = lambda index: _read_shard(spec, read, index)
+    stand_in.one_by_one = True  # for `write_tensors`
     return stand_in
 
 
@@ -100,6 +107,10 @@ def _write_item(name: str, spec: TensorSpec, start: int, stop: int) -> WriteItem
 def _read_shard(spec: TensorSpec, read: Callable[[int, int], Tensor], index: MetadataIndex) -> Tensor:
     start = index.offset[0] if index.offset else 0
     stop = next(stop for first, stop in row_pieces(spec) if first == start)
-    found = read(start, stop).to(spec.dtype)
-    assert found.shape == torch.Size((stop - start, *spec.size[1:])) or not spec.size
+    found = torch.empty((stop - start, *spec.size[1:]) if spec.size else (), dtype=spec.dtype)
+    found.copy_(read(start, stop))  # into memory of its own, whatever `read` returns
+    before: Tensor | None = getattr(_last, "piece", None)
+    if before is not None:
+        before.untyped_storage().resize_(0)
+    _last.piece = found
     return found

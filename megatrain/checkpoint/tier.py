@@ -226,7 +226,7 @@ class Tier:
         """Store the checkpoint at `source`, or what an upload that was cut off has left to do; return the bytes sent.
 
         Files that are here with the size and the hash of the manifest are kept. The others are hashed as they are sent.
-        The manifest follows once all sizes are right.
+        The manifest follows once all sizes are right, and, where an upload goes on, all hashes.
 
         Raises:
             CorruptCheckpointError: the checkpoint at `source` is damaged, or deleted.
@@ -259,6 +259,9 @@ class Tier:
             sent = sum(pool.map(send, sorted(wanted, key=lambda name: -wanted[name])))
         if self.stored().get(step) != wanted:
             raise OSError(f"{self.address(step)} does not have the files that were sent there")
+        if present and any(self.hash_file(step, name) != record for name, record in manifest.files.items()):
+            # a request of a process that was killed may arrive late
+            raise OSError(f"{self.address(step)} was changed while it was uploaded")
         require_owner()
         self.put(self._name(step, MANIFEST_FILE), raw)
         return sent + len(raw)

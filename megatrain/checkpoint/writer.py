@@ -114,6 +114,8 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None
         OSError: the original error of the system, which torch would replace by its own.
     """
     writer = HashingStorageWriter(directory)
+    if any(hasattr(tensor, "one_by_one") for tensor in tensors.values()):
+        writer.per_thread_copy_ahead = 0  # a tensor is written before the next is asked for
     try:
         with without_crc(), original_errors():
             dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)

@@ -33,6 +33,7 @@ FEATURES = (
     ("tokenizers", "trained BPE and Hugging Face tokenizers (data.tokenizer.kind=bpe, huggingface)"),
     ("tiktoken", "tiktoken vocabularies (data.tokenizer.kind=tiktoken)"),
     ("pyarrow", "Parquet data (data.path=*.parquet)"),
+    ("s3fs", "data and checkpoints in S3 (data.path=s3://..., checkpoint.durable=s3://...)"),
     ("triton", "the Triton kernels on a GPU"),
     ("pydantic", "the JSON schema of the config (--cfg schema)"),
     ("deepspeed", "engine=deepspeed"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatrain.checkpoint.errors import CheckpointSaveError
+from megatrain.checkpoint.errors import UploadError
 from megatrain.checkpoint.fetching import cached_checkpoint, fetch_newest, split_address
 from megatrain.checkpoint.files import make_directory
 from megatrain.checkpoint.inspect import Progress
@@ -111,12 +111,12 @@ def finish_uploads(uploader: Uploader, cfg: Config, *, progress: Progress) -> No
     """Wait for the last upload at the end of a run.
 
     Raises:
-        CheckpointSaveError: the newest checkpoint is not in the tier, and checkpoint.on_error=stop.
+        UploadError: the newest checkpoint is not in the tier, and checkpoint.on_error=stop.
     """
     failed = uploader.finish(progress)
     if failed and cfg.checkpoint.on_error == "stop":
         step = max(failed)
-        raise CheckpointSaveError(
+        raise UploadError(
             f"{step_name(step)} was not uploaded to {uploader.tier.url}: {failed[step]}. It is whole on this machine; "
             "start the command again to upload it."
         )

@@ -1,5 +1,7 @@
 """Imported runs: how one is written, at step 0 and all at once, and how training takes up its weights."""
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -31,6 +33,8 @@ SEQ_LEN = 4096
 """Sequence length in tokens in the imported run's config, or the model's maximum if that is smaller."""
 OPTIMIZER = "optim."
 """Prefix of the names of the optimizer's state in checkpoints."""
+M_MMAP_THRESHOLD = -3
+"""Parameter of glibc's mallopt: bytes from which on a block is mapped alone."""
 Rows = Callable[[int, int], Tensor]
 Progress = Callable[[str, float], None]
 
@@ -84,6 +88,7 @@ def write_run(
         UserError: the run exists, or can't be written.
     """
     directory = free_directory(run)
+    _give_blocks_back()
     described = TokenizerConfig(kind="huggingface", path=str(directory / "tokenizer"))
     plain = Config(
         run=run, model=model, data=DataConfig(tokenizer=described), seq_len=min(SEQ_LEN, model.max_seq_len)
@@ -128,6 +133,12 @@ def free_directory(run: RunConfig) -> Path:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists already. Remove it, or import under another run.name.")
     return directory
+
+
+def _give_blocks_back() -> None:
+    """Let glibc return freed blocks of a megabyte and more to the system: it keeps holes that no later one fits."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _counted(tensors: Mapping[str, tuple[TensorSpec, Rows]], progress: Progress) -> dict[str, Tensor]:

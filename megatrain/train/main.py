@@ -68,8 +68,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     """
     cfg = with_layout(cfg, processes.size)
     processes.limit_waits(cfg.resilience.timeout_s)
-    directory = run_directory(cfg)
-    device = pick_device(processes.local_rank)
+    directory, device = run_directory(cfg), pick_device(processes.local_rank)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
@@ -86,7 +85,6 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
         eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
         state = build_state(cfg, device, mesh)
-        log = RunLog if processes.is_first else NoLog
         with (
             contextlib.closing(check),
             contextlib.closing(state),
@@ -104,7 +102,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     eval_batches=eval_batches,
                     checkpointer=checkpointer,
                     display=display,
-                    log=log(directory, cfg.run.id, require_owner),
+                    log=(RunLog if processes.is_first else NoLog)(directory, cfg.run.id, require_owner),
                     signals=signals,
                     notices=(*notices, *told),
                     fetched=fetched,

@@ -106,7 +106,7 @@ class Run:
         """Wait for the last upload; all processes call this together, at the end.
 
         Raises:
-            CheckpointSaveError: it failed, and the config does not let a run end without it.
+            UploadError: it failed, and the config does not let a run end without it.
         """
         self.processes.from_first(self._finish_uploads)
 

@@ -56,6 +56,7 @@ def damage(tier: Tier, step: int, name: str, content: bytes | None) -> None:
     if content is None:
         tier._fs.rm(path)
     else:
+        tier._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         with tier._fs.open(path, "wb") as file:
             file.write(content)
 
