@@ -94,7 +94,8 @@ class Watch:
             self.selector.register(os.pidfd_open(self.pid), selectors.EVENT_READ, self._gone)
         while not self.is_over:
             for key, _ in self.selector.select(max(min(self.next_beat - time.monotonic(), 0.5), 0.01)):
-                key.data()
+                if self.selector.get_map().get(key.fd) is key:  # else closed by what another one has told
+                    key.data()
             self._tick()
 
     def _tick(self) -> None:
@@ -171,7 +172,8 @@ class Watch:
         others = set(range(self.size)) - {self.rank}
         while time.monotonic() < deadline and (self.linked or not others <= set(self.hub.members)):
             for key, _ in self.selector.select(0.1):
-                if key.data not in (self._gone, self._from_process):
+                is_open = self.selector.get_map().get(key.fd) is key
+                if is_open and key.data not in (self._gone, self._from_process):
                     key.data()
             self.hub.tick()
             self._publish()
@@ -217,7 +219,8 @@ class Watch:
             else:
                 link.is_open = False
         if not link.is_open:
-            self.selector.unregister(link.file)
+            with contextlib.suppress(KeyError):  # an end that the message has brought about
+                self.selector.unregister(link.file)
             os.close(link.file)
             if link.rank is not None and self.linked.pop(link.rank, None) is not None:
                 self.hub.cut(link.rank)
