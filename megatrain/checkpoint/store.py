@@ -190,8 +190,9 @@ class Checkpointer:
         return path
 
     def _create_staging(self, staging: Path, step: int, specs: dict[str, TensorSpec]) -> None:
-        self.require_owner()  # a directory that was removed is not made anew
-        make_directory(self.directory)
+        if not self.directory.is_dir():
+            self.require_owner()  # one that was removed is not made anew
+            make_directory(self.directory)
         if self.cfg.on_error == "warn" and not has_space(self.directory, specs):
             self.require_owner()
             prune(self.directory, self.cfg, adding=step, spare=self.in_use())

@@ -275,7 +275,12 @@ def report_uploads(run: Run, observer: Observer) -> None:
         StaleOwnerError: the run goes on elsewhere.
     """
     for report in run.uploads.reports() if run.uploads is not None else ():
-        run.log.event(report.event, **report.facts)
+        if report.event == "upload":
+            run.log.event("upload", **report.facts)
+        elif report.event == "upload_failed":
+            run.log.event("upload_failed", **report.facts)
+        else:
+            run.log.event("upload_skipped", **report.facts)
         if report.notice:
             observer.notice(report.notice)
 

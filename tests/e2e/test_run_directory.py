@@ -25,7 +25,8 @@ def test_a_run_leaves_everything_and_can_be_used(workplace: Workplace) -> None:
     assert done.stdout.count("  megatrain ") == 4
 
     untrained, *rows = workplace.rows("full")
-    assert (untrained["step"], untrained.keys()) == (0, {"step", "run_id", "eval/loss", "eval/bits_per_byte"})
+    of_validation = {"eval/loss", "eval/bits_per_byte", "perf/eval_time_s", "perf/elapsed_s"}
+    assert (untrained["step"], untrained.keys()) == (0, {"step", "run_id", "attempt"} | of_validation)
     assert [row["step"] for row in rows] == list(range(1, 13))
     wanted = {
         "train/loss", "train/grad_norm", "train/lr", "train/tokens", "perf/tokens_per_sec",

@@ -75,8 +75,8 @@ def test_values_that_json_does_not_have(tmp_path: Path) -> None:
     log.row({"step": 1, "a": nan, "b": -inf, "c": 1.5, "d": [nan, 1.0], "e": {"f": inf}})
     log.row({"step": np.int64(2), "a": np.float32(0.5), "b": torch.tensor(nan), "c": None, "d": Path("x")})
     assert rows(tmp_path) == [
-        {"step": 1, "a": None, "b": None, "c": 1.5, "d": [None, 1.0], "e": {"f": None}},
-        {"step": 2, "a": 0.5, "b": None, "c": None, "d": "x"},
+        {"step": 1, "a": None, "b": None, "c": 1.5, "d": [None, 1.0], "e": {"f": None}, "attempt": 1},
+        {"step": 2, "a": 0.5, "b": None, "c": None, "d": "x", "attempt": 1},
     ]
 
 
@@ -158,7 +158,9 @@ def test_no_room_is_said_once_ends_nothing_and_tears_no_line(tmp_path: Path) -> 
     )
     assert len(done.stderr.splitlines()) == 1
     assert "training continues" in done.stderr
-    ends = accumulate(len(json.dumps({"step": step, "text": "x" * 50})) + 1 for step in range(1, 31))
+    ends = accumulate(
+        len(json.dumps({"step": step, "text": "x" * 50, "attempt": 1})) + 1 for step in range(1, 31)
+    )
     fitted = sum(end <= 1000 for end in ends)
     assert steps(tmp_path) == [*range(1, fitted + 1), *range(31, 36)]
     assert not list(tmp_path.glob(".*.tmp"))

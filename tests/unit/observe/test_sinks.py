@@ -42,7 +42,7 @@ def test_times_and_rates_are_those_of_all_steps_since_the_last_row(tmp_path: Pat
         [{"step": 1} | fast, slow, {"step": 3} | fast, slow | {"step": 4}],
     )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    mean = {"train/loss": 4.0, "perf/step_time_s": 2.0, "perf/tokens_per_sec": 150.0}
+    mean = {"train/loss": 4.0, "perf/step_time_s": 2.0, "perf/tokens_per_sec": 150.0, "attempt": 1}
     assert rows == [{"step": 2} | mean, {"step": 4} | mean]
 
 
