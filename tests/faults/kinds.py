@@ -163,7 +163,8 @@ def ask_early(scene: Scene) -> None:
     """The same while the run starts."""
     number = scene.draw.choice(SIGNALS)
     attempt = scene.job.start()
-    while not attempt.output.exists():
+    limit = time.monotonic() + ALONE_S
+    while not attempt.output.exists() and time.monotonic() < limit:
         time.sleep(0.01)  # the process begins, which nothing announces
     time.sleep(scene.draw.uniform(0, 2))
     with contextlib.suppress(ProcessLookupError):

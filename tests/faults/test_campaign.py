@@ -9,6 +9,7 @@ from faults.kinds import KINDS
 SEED = 7
 
 
+@pytest.mark.slow  # minutes
 @pytest.mark.timeout(600)
 def test_one_of_each_kind(tmp_path: Path) -> None:
     found = list(campaign(tmp_path, seed=SEED, count=len(KINDS)))
