@@ -44,6 +44,9 @@ class HashingFileSystem(FileSystem):
         assert stream.record is not None
         self.records[Path(path).name] = stream.record
 
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Do nothing: the directory is there, and one that was removed with the run is not made anew."""
+
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Rename a file, and its record with it."""
         os.rename(path, new_path)
