@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from workplace import Workplace
+from workplace import Workplace, stable
 
 TWO = (
     "parallel.dp_shard=2",
@@ -15,16 +15,6 @@ TWO = (
     "checkpoint.keep=2",
 )
 """Overrides of a run of two processes and some seconds."""
-STABLE = (
-    "step",
-    "train/loss",
-    "train/grad_norm",
-    "train/lr",
-    "train/tokens",
-    "data/sample_digest",
-    "eval/loss",
-)
-"""What of a row of metrics must not depend on where and when it was computed."""
 
 
 class Site:
@@ -53,7 +43,7 @@ class Site:
 
     def curve(self, name: str) -> list[dict[str, object]]:
         """The run's metrics without times."""
-        return [{key: row[key] for key in STABLE if key in row} for row in self.workplace.rows(name)]
+        return stable(self.workplace.rows(name))
 
     def logs(self) -> str:
         return "\n".join(

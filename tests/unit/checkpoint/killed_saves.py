@@ -29,11 +29,13 @@ def few_tensors(step: int) -> dict[str, Tensor]:
 
 
 class Killer:
-    """Counts acts, and kills this process before the n-th."""
+    """Counts acts, and kills this process before the n-th; so many `writes` are one act."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, *, writes: int = WRITES, name_acts: tuple[str, ...] = NAME_ACTS) -> None:
         self.left = n
         self.writes = 0
+        self.writes_an_act = writes
+        self.name_acts = name_acts
 
     def act(self) -> None:
         self.left -= 1
@@ -42,7 +44,7 @@ class Killer:
 
     def audit(self, event: str, arguments: tuple[object, ...]) -> None:
         creates = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-        if event in NAME_ACTS or creates:
+        if event in self.name_acts or creates:
             self.act()
 
     def install(self) -> None:
@@ -54,7 +56,7 @@ class Killer:
 
         def counted_write(writer: files.HashingWriter, data: object) -> int:
             self.writes += 1
-            if self.writes % WRITES == 0:
+            if self.writes % self.writes_an_act == 0:
                 self.act()
             return write(writer, data)
 

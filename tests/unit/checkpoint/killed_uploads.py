@@ -13,13 +13,14 @@ import signal
 import sys
 from pathlib import Path
 
-from megatrain.checkpoint import files
+from unit.checkpoint.killed_saves import NAME_ACTS, Killer
+
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.files import FileRecord
 from megatrain.checkpoint.manifest import MANIFEST_FILE, Manifest
 from megatrain.checkpoint.tier import Tier
 
-NAME_ACTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+ACTS = (*NAME_ACTS, "shutil.rmtree")
 
 
 def make_checkpoint(directory: Path, step: int, letter: bytes) -> Path:
@@ -35,38 +36,6 @@ def make_checkpoint(directory: Path, step: int, letter: bytes) -> Path:
     return path
 
 
-class Killer:
-    """Counts acts, and kills this process before the n-th."""
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def act(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def audit(self, event: str, arguments: tuple[object, ...]) -> None:
-        creates = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-        if event in NAME_ACTS or creates:
-            self.act()
-
-    def install(self) -> None:
-        fsync, write = os.fsync, files.HashingWriter.write
-
-        def counted_fsync(descriptor: int) -> None:
-            self.act()
-            fsync(descriptor)
-
-        def counted_write(writer: files.HashingWriter, data: object) -> int:
-            self.act()
-            return write(writer, data)
-
-        sys.addaudithook(self.audit)
-        os.fsync = counted_fsync
-        files.HashingWriter.write = counted_write  # type: ignore[method-assign]
-
-
 def upload(tier: Path, source: Path) -> None:
     place = Tier(str(tier))
     place.upload(source, require_owner=lambda: None)
@@ -77,7 +46,7 @@ def attempt(tier: Path, source: Path, n: int) -> bool:
     """Upload in a fork that is killed before its n-th act; True if it was killed."""
     child = os.fork()
     if child == 0:
-        Killer(n).install()
+        Killer(n, writes=1, name_acts=ACTS).install()
         upload(tier, source)
         os._exit(0)
     _, status = os.waitpid(child, 0)

@@ -1,6 +1,7 @@
 """A durable tier has a checkpoint as a whole or not at all, and gives back every bit of it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,8 +247,14 @@ def test_a_place_that_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_killed_upload_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     """A process is killed before each of its acts on the disk in turn; what it left is looked at, and goes on."""
     program = Path(__file__).with_name("killed_uploads.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(program.parents[2]), *sys.path])}
     done = subprocess.run(
-        [sys.executable, program, tmp_path], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-P", program, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     report = json.loads(done.stdout)
     assert len(report) > 25
