@@ -29,6 +29,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         self._deferred = False
+        self._raised: StopRequested | None = None
         self._received_at: float | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -45,10 +46,22 @@ class StopSignals:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]
+        stop = self.stop_behind(error)
+        if stop is not None and stop is not error:
+            raise stop from error
 
     def defer(self) -> None:
         """Set the flag only, from now on: the loop asks for it."""
         self._deferred = True
+
+    def stop_behind(self, error: BaseException | None) -> StopRequested | None:
+        """Return the request to stop that ended the start-up, also where `error` hides it.
+
+        A signal interrupts any line, of a library's clean-up too, and what that raises then is no failure of the run.
+        """
+        if error is None or isinstance(error, StopRequested):
+            return error
+        return self._raised if not self._deferred else None
 
     def request(self, reason: str) -> None:
         """Ask for a stop as a signal would, for another reason."""
@@ -60,6 +73,7 @@ class StopSignals:
             self._received_at = now
             self.request(signal.Signals(number).name)
             if not self._deferred:
-                raise StopRequested(signal.Signals(number).name)
+                self._raised = StopRequested(signal.Signals(number).name)
+                raise self._raised
         elif now - self._received_at > SAME_REQUEST_S:
             os._exit(128 + number)

@@ -108,10 +108,13 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     fetched=fetched,
                 )
             )
-    except StopRequested as stop:
+    except BaseException as error:
+        stop = signals.stop_behind(error)
+        if stop is None:
+            raise
         if processes.is_first and is_own(directory):
             _record_stop(RunLog(directory, cfg.run.id), stop, max(checkpointer.steps(), default=0))
-        raise
+        raise stop from (None if stop is error else error)
     finally:
         display.close()
 

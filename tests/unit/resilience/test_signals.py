@@ -29,6 +29,21 @@ def test_until_there_is_something_to_save_a_signal_ends_the_run() -> None:
         assert signals.received == "SIGHUP"
 
 
+def test_what_a_library_raises_because_of_a_signal_does_not_hide_it() -> None:
+    with pytest.raises(StopRequested, match="stopped by SIGTERM"), StopSignals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise AttributeError("a clean-up that a signal came into")
+
+
+def test_a_failure_after_a_deferred_signal_stays_one() -> None:
+    with pytest.raises(AttributeError), StopSignals() as signals:
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AttributeError("in a step")
+
+
 def test_another_reason_to_stop_does_not_make_a_signal_the_second_one() -> None:
     with StopSignals() as signals:
         signals.defer()

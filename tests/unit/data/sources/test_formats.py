@@ -273,7 +273,7 @@ def test_a_list_and_a_url(tmp_path: Path) -> None:
 def test_addresses_that_lead_nowhere() -> None:
     assert "there is no file at this address" in refusal("memory://nothing/here")
     assert "Protocol not known: nosuch" in refusal("nosuch://bucket/a.txt")
-    assert "pip install" in refusal("s3://bucket/a.txt")
+    assert "pip install" in refusal("abfs://bucket/a.txt")
 
 
 # --- damaged, refused ---
