@@ -29,19 +29,27 @@ def test_until_there_is_something_to_save_a_signal_ends_the_run() -> None:
         assert signals.received == "SIGHUP"
 
 
-def test_what_a_library_raises_because_of_a_signal_does_not_hide_it() -> None:
-    with pytest.raises(StopRequested, match="stopped by SIGTERM"), StopSignals():
+def terminated(then_fails: bool, *, deferred: bool) -> None:
+    """Get SIGTERM, in a block whose clean-up may fail because of it."""
+    with StopSignals() as signals:
+        if deferred:
+            signals.defer()
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            raise AttributeError("a clean-up that a signal came into")
+            if then_fails:
+                raise AttributeError("what the clean-up needs is not there yet")
+
+
+def test_what_a_library_raises_because_of_a_signal_does_not_hide_it() -> None:
+    with pytest.raises(StopRequested, match="stopped by SIGTERM"):
+        terminated(then_fails=True, deferred=False)
 
 
 def test_a_failure_after_a_deferred_signal_stays_one() -> None:
-    with pytest.raises(AttributeError), StopSignals() as signals:
-        signals.defer()
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AttributeError("in a step")
+    terminated(then_fails=False, deferred=True)
+    with pytest.raises(AttributeError):
+        terminated(then_fails=True, deferred=True)
 
 
 def test_another_reason_to_stop_does_not_make_a_signal_the_second_one() -> None:
