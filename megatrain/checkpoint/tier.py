@@ -3,17 +3,19 @@
 <checkpoint.durable>/<run.name>/
   owner.json                        process that uploads, and the run's id
   config.yaml, tokenizer/, ...      copies of the run's records
-  checkpoints/step-00000100/        files of a checkpoint; manifest.json is put last
+  checkpoints/step-00000100/        manifest.json, put last
+    1f6d0c9a8b7e5d43/               files of the checkpoint with that manifest, named by the manifest's hash
 
-An object store has no rename, so a checkpoint counts once its manifest is there. Whoever replaces or deletes one
-removes the manifest first.
+An object store has no rename, so a checkpoint counts once its manifest is there. Another attempt at a step has other
+files in a directory of its own, and becomes the checkpoint as its manifest replaces the one before. So nothing that
+counts is ever written over, also by a request of a killed process that arrives late.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -55,6 +57,26 @@ Seen = Callable[[int], None]
 
 def unseen(size: int) -> None:
     """Take no notice of a piece."""
+
+
+def content_name(manifest: Manifest, file: str) -> str:
+    """Return the path of a file of a checkpoint, below the directory of its step."""
+    return f"{hashlib.sha256(manifest.render()).hexdigest()[:16]}/{file}"
+
+
+def misplaced(manifest: Manifest, present: Mapping[str, int]) -> str:
+    """Return what is wrong with the files `present` in the directory of a step: the first that is; empty: nothing.
+
+    Args:
+        present: path below that directory -> bytes.
+    """
+    for name, record in manifest.files.items():
+        size = present.get(content_name(manifest, name))
+        if size != record.size:
+            return f"{name} " + (
+                "is missing" if size is None else f"has {size:,} bytes instead of {record.size:,}"
+            )
+    return ""
 
 
 class Tier:
@@ -147,11 +169,11 @@ class Tier:
         names = (path.rpartition("/")[2] for path in found)
         return sorted(name for name in names if not name.endswith(PART))
 
-    def hash_file(self, step: int, name: str, *, seen: Seen = unseen) -> FileRecord | None:
+    def hash_file(self, manifest: Manifest, name: str, *, seen: Seen = unseen) -> FileRecord | None:
         """Read a file of a checkpoint; return its size and hash, None if it is missing."""
         digest, size = hashlib.sha256(), 0
         try:
-            with self._fs.open(self._path(self._name(step, name)), "rb") as file:
+            with self._fs.open(self._content(manifest, name), "rb") as file:
                 for piece in iter(partial(file.read, READ_BYTES), b""):
                     digest.update(piece)
                     size += len(piece)
@@ -226,7 +248,7 @@ class Tier:
         """Store the checkpoint at `source`, or what an upload that was cut off has left to do; return the bytes sent.
 
         Files that are here with the size and the hash of the manifest are kept. The others are hashed as they are sent.
-        The manifest follows once all sizes are right, and, where an upload goes on, all hashes.
+        The manifest follows once all sizes are right. What is left of other attempts at the step is deleted then.
 
         Raises:
             CorruptCheckpointError: the checkpoint at `source` is damaged, or deleted.
@@ -235,35 +257,34 @@ class Tier:
         """
         manifest, raw = read_manifest(source), read_bounded(source / MANIFEST_FILE)
         check_sizes(source, manifest)
-        step, wanted = manifest.step, {name: record.size for name, record in manifest.files.items()}
+        step = manifest.step
         present = self.stored().get(step, {})
-        has_manifest = present.pop(MANIFEST_FILE, None) is not None
-        if has_manifest and present == wanted and self.read(self._name(step, MANIFEST_FILE)) == raw:
-            return 0
+        is_committed = MANIFEST_FILE in present and self.read(self._name(step, MANIFEST_FILE)) == raw
         require_owner()
-        if has_manifest:  # of another attempt at this step, or files are gone
+        if is_committed and not misplaced(manifest, present):
+            self._remove_others(manifest, present)
+            return 0
+        if is_committed:  # and files are gone
             self._fs.rm(self._path(self._name(step, MANIFEST_FILE)))
-        for name in present.keys() - wanted.keys():
-            self._fs.rm(self._path(self._name(step, name)))
 
         def send(name: str) -> int:
             record = manifest.files[name]
-            if present.get(name) == record.size and self.hash_file(step, name) == record:
+            has_size = present.get(content_name(manifest, name)) == record.size
+            if has_size and self.hash_file(manifest, name) == record:
                 seen(record.size)
                 return 0
             require_owner()
-            self._send(source / name, self._path(self._name(step, name)), record, seen)
+            self._send(source / name, self._content(manifest, name), record, seen)
             return record.size
 
         with ThreadPoolExecutor(WORKERS) as pool:
-            sent = sum(pool.map(send, sorted(wanted, key=lambda name: -wanted[name])))
-        if self.stored().get(step) != wanted:
+            sent = sum(pool.map(send, sorted(manifest.files, key=lambda name: -manifest.files[name].size)))
+        present = self.stored().get(step, {})
+        if misplaced(manifest, present):
             raise OSError(f"{self.address(step)} does not have the files that were sent there")
-        if present and any(self.hash_file(step, name) != record for name, record in manifest.files.items()):
-            # a request of a process that was killed may arrive late
-            raise OSError(f"{self.address(step)} was changed while it was uploaded")
         require_owner()
         self.put(self._name(step, MANIFEST_FILE), raw)
+        self._remove_others(manifest, present)
         return sent + len(raw)
 
     def prune(
@@ -298,17 +319,16 @@ class Tier:
             UserError: the tier can't be reached, or the disk is full, for instance.
         """
         manifest = self.manifest(step)
-        raw = self.read(self._name(step, MANIFEST_FILE)) or b""
         staging = directory / unique_name(TEMPORARY, step)
         try:
             make_directory(directory)
             staging.mkdir()
             with ThreadPoolExecutor(WORKERS) as pool:
                 for part in [
-                    pool.submit(self._get, step, manifest, name, staging, seen) for name in manifest.files
+                    pool.submit(self._get, manifest, name, staging, seen) for name in manifest.files
                 ]:
                     part.result()
-            write_file(staging / MANIFEST_FILE, raw)
+            write_file(staging / MANIFEST_FILE, manifest.render())
             sync_directory(staging)
             os.rename(staging, directory / step_name(step))
             sync_directory(directory)
@@ -321,6 +341,16 @@ class Tier:
         return directory / step_name(step)
 
     # --- helpers ---
+
+    def _remove_others(self, manifest: Manifest, present: Collection[str]) -> None:
+        """Delete what is in the directory of a step and not of the checkpoint with that manifest."""
+        own = content_name(manifest, "").rstrip("/")
+        for other in {name.partition("/")[0] for name in present} - {own, MANIFEST_FILE}:
+            with suppress(FileNotFoundError):  # a part that became the manifest
+                self._fs.rm(self._path(self._name(manifest.step, other)), recursive=True)
+
+    def _content(self, manifest: Manifest, file: str) -> str:
+        return self._path(self._name(manifest.step, content_name(manifest, file)))
 
     def _name(self, step: int, file: str) -> str:
         return f"{CHECKPOINTS}/{step_name(step)}/{file}"
@@ -347,10 +377,10 @@ class Tier:
         if found != record:
             raise CorruptCheckpointError(f"{source.name} was changed: its hash is wrong")
 
-    def _get(self, step: int, manifest: Manifest, name: str, directory: Path, seen: Seen) -> None:
+    def _get(self, manifest: Manifest, name: str, directory: Path, seen: Seen) -> None:
         """Copy one file of a checkpoint into `directory`, and check it."""
         try:
-            with self._fs.open(self._path(self._name(step, name)), "rb") as file:
+            with self._fs.open(self._content(manifest, name), "rb") as file:
                 found = write_stream(file, directory / name, seen=seen)
         except FileNotFoundError:
             raise CorruptCheckpointError(f"{name} is missing") from None

@@ -3,7 +3,7 @@
 from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.listing import Listed
 from megatrain.checkpoint.manifest import MANIFEST_FILE
-from megatrain.checkpoint.tier import Tier
+from megatrain.checkpoint.tier import Tier, misplaced
 from megatrain.config.errors import UserError
 
 
@@ -26,11 +26,7 @@ def _listed(tier: Tier, step: int, files: dict[str, int]) -> Listed:
         return Listed(place, step, "damaged", size, "", reason=str(error))
     except UserError as error:
         return Listed(place, step, "unknown", size, "", reason=str(error))
-    for name, record in manifest.files.items():
-        if files.get(name) != record.size:
-            found = (
-                "is missing" if name not in files else f"has {files[name]:,} bytes instead of {record.size:,}"
-            )
-            return Listed(place, step, "damaged", size, manifest.created, reason=f"{name} {found}")
+    if reason := misplaced(manifest, files):
+        return Listed(place, step, "damaged", size, manifest.created, reason=reason)
     size = sum(record.size for record in manifest.files.values())
     return Listed(place, step, "complete", size, manifest.created, manifest.parent, manifest.info)

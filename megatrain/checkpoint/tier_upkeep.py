@@ -106,7 +106,7 @@ def _verified(tier: Tier, step: int, progress: Progress) -> Verified:
     for name, record in manifest.files.items():
         try:
             with reachable(tier.url):
-                found = tier.hash_file(step, name, seen=lambda size: seen(size, total))
+                found = tier.hash_file(manifest, name, seen=lambda size: seen(size, total))
         except UserError as error:
             return Verified(place, (), 0, unknown=str(error))
         if found is None:

@@ -70,14 +70,14 @@ def test_whose_the_tier_is(place: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_damage_there_is_told_and_the_older_one_is_taken(place: Path) -> None:
     durable = f"checkpoint.durable={place}/store"
     assert train(durable, "train.stop_at=8") == 0
-    damaged = next((place / "store/mine/checkpoints/step-00000008").glob("*.distcp"))
+    damaged = next((place / "store/mine/checkpoints/step-00000008").glob("*/*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     shutil.rmtree(place / "runs")
     assert train(durable, "train.stop_at=8") == 0
     run = place / "runs/mine"
     assert [each["step"] for each in events(run, "fetch")] == [4]
     assert damaged.name in str([each["text"] for each in events(run, "notice")])
-    for each in (place / "store/mine/checkpoints").glob("*/*.distcp"):
+    for each in (place / "store/mine/checkpoints").glob("*/*/*.distcp"):
         each.write_bytes(b"")
     shutil.rmtree(place / "runs")
     assert train(durable) == 3

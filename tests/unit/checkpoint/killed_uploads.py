@@ -17,7 +17,7 @@ from unit.checkpoint.killed_saves import NAME_ACTS, Killer
 
 from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.checkpoint.files import FileRecord
-from megatrain.checkpoint.manifest import MANIFEST_FILE, Manifest
+from megatrain.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from megatrain.checkpoint.tier import Tier
 
 ACTS = (*NAME_ACTS, "shutil.rmtree")
@@ -60,7 +60,7 @@ def attempt(tier: Path, source: Path, n: int) -> bool:
 def is_whole(tier: Tier, step: int) -> bool:
     """Whether every file of a checkpoint has its hash; all of one attempt."""
     manifest = tier.manifest(step)
-    return all(tier.hash_file(step, name) == record for name, record in manifest.files.items())
+    return all(tier.hash_file(manifest, name) == record for name, record in manifest.files.items())
 
 
 def main(folder: Path) -> None:
@@ -76,13 +76,12 @@ def main(folder: Path) -> None:
         killed = attempt(place, source, n)
         tier = Tier(str(place))
         steps = tier.steps()
-        whole = all(is_whole(tier, step) for step in steps)
+        whole = 300 in steps and all(is_whole(tier, step) for step in steps)
+        newer = tier.manifest(300) == read_manifest(source)
         again = tier.upload(source, require_owner=lambda: None)
         tier.prune(CheckpointConfig(keep=1), require_owner=lambda: None)
         after = [step for step in tier.stored() if is_whole(tier, step)]
-        report.append(
-            {"n": n, "before": int(300 in steps), "whole": whole, "sent_again": again, "after": after}
-        )
+        report.append({"n": n, "newer": newer, "whole": whole, "sent_again": again, "after": after})
         shutil.rmtree(place)
     print(json.dumps(report))
 

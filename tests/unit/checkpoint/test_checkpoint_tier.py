@@ -17,7 +17,7 @@ from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.fetching import cached_checkpoint, fetch_newest, split_address
 from megatrain.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megatrain.checkpoint.store import Checkpointer
-from megatrain.checkpoint.tier import Tier
+from megatrain.checkpoint.tier import Tier, content_name
 from megatrain.checkpoint.tier_listing import list_tier
 from megatrain.checkpoint.tier_upkeep import copy_anywhere, prune_tier, verify_tier
 from megatrain.config.errors import DamagedCheckpointError, UserError
@@ -51,19 +51,30 @@ def filled(tier: Tier, checkpoints: Path) -> Tier:
     return tier
 
 
+def place(tier: Tier, step: int, name: str) -> str:
+    """Where a file of a checkpoint lies, as the manifest there says; without one, in the directory of the step."""
+    if name != MANIFEST_FILE and step in tier.steps():
+        return tier._content(tier.manifest(step), name)
+    return tier._path(tier._name(step, name))
+
+
 def damage(tier: Tier, step: int, name: str, content: bytes | None) -> None:
     """Replace a file behind the tier's back; None: remove it."""
-    path = tier._path(tier._name(step, name))
+    path = place(tier, step, name)
     if content is None:
         tier._fs.rm(path)
     else:
-        tier._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        with tier._fs.open(path, "wb") as file:
-            file.write(content)
+        store(tier, path, content)
+
+
+def store(tier: Tier, path: str, content: bytes) -> None:
+    tier._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with tier._fs.open(path, "wb") as file:
+        file.write(content)
 
 
 def flipped(tier: Tier, step: int, name: str) -> bytes:
-    content = tier._fs.cat_file(tier._path(tier._name(step, name)))
+    content = tier._fs.cat_file(place(tier, step, name))
     return bytes(content[:-1]) + bytes([content[-1] ^ 1])
 
 
@@ -105,12 +116,15 @@ def test_another_attempt_at_a_step_replaces_it_whole(tier: Tier, checkpoints: Pa
     filled(tier, checkpoints)
     other = Checkpointer(tmp_path / "other", CheckpointConfig())
     other.save(200, make_tensors(7), {"step": 200})
-    damage(tier, 200, "left-by-a-larger-layout.distcp", b"x")
+    first = content_name(tier.manifest(200), "late.distcp")
     tier.upload(tmp_path / "other" / "step-00000200", require_owner=NOBODY)
+    store(tier, tier._path(tier._name(200, first)), b"of a killed process's request that arrives late")
     tier.fetch(200, tmp_path / "back")
     Checkpointer(tmp_path / "back", CheckpointConfig()).load(loaded := targets_for(make_tensors(1)))
     assert all_bits(loaded) == all_bits(make_tensors(7))
-    assert set(tier.stored()[200]) == {path.name for path in (tmp_path / "other" / "step-00000200").iterdir()}
+    assert [each.state for each in verify_tier(tier, None, progress=silent)] == ["whole", "whole"]
+    tier.upload(checkpoints / "step-00000200", require_owner=NOBODY)
+    assert {name.partition("/")[0] for name in tier.stored()[200]} == {first.partition("/")[0], MANIFEST_FILE}
 
 
 def test_a_damaged_checkpoint_here_is_not_committed_there(tier: Tier, checkpoints: Path) -> None:
@@ -258,9 +272,6 @@ def test_a_killed_upload_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None
     )
     report = json.loads(done.stdout)
     assert len(report) > 25
-    assert {each["before"] for each in report} == {
-        0,
-        1,
-    }  # of the steps' three files and manifest: none, or all
+    assert {each["newer"] for each in report} == {False, True}  # the attempt before, until this one is there
     assert all(each["whole"] and each["after"] == [300] for each in report), report
     assert any(0 < each["sent_again"] < report[0]["sent_again"] for each in report)
