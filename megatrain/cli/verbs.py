@@ -361,7 +361,7 @@ VERBS = (
     Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
-        usage="[--cluster] [--json]",
+        usage="[--cluster [--unfit FILE]] [--json]",
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
             ("megatrain doctor --json", "the same for programs"),
@@ -375,6 +375,10 @@ VERBS = (
             (
                 "--cluster",
                 "compare the machines on which a launcher has started it; exit code 1 if one is unfit",
+            ),
+            (
+                "--unfit FILE",
+                "write the names of unfit machines there, one a line, for a launcher that has others",
             ),
             ("--json", "print one JSON object instead of a table"),
         ),
