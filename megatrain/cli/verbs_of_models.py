@@ -61,3 +61,51 @@ GENERATE = Verb(
         AVERAGE,
     ),
 )
+
+EVALUATE = Verb(
+    name="evaluate",
+    summary="measure how good a model is: perplexity, labelled tasks, generated answers, the EleutherAI harness",
+    usage="RUN [flags]",
+    examples=(
+        (
+            "megatrain evaluate runs/default --text my.txt",
+            "perplexity and bits per byte of a file, or of anything that data.path takes",
+        ),
+        (
+            "megatrain evaluate runs/default --choices reviews.jsonl --json result.json",
+            "accuracy, F1, confusion matrix and calibration on lines with prompt and answer",
+        ),
+        (
+            "megatrain evaluate exported --tasks hellaswag,arc_easy --shots 5",
+            "tasks of lm-eval, on a Hugging Face directory",
+        ),
+    ),
+    takes_config=False,
+    flags=(
+        ("--text PATH", "perplexity and bits per byte of its documents; may be given several times"),
+        ("--text-field NAME", "--text: field of rows that holds the text; default: text"),
+        (
+            "--stride N",
+            "--text: tokens that are predicted at a time beyond the first context; default: the whole context, so that "
+            "each token is read once",
+        ),
+        (
+            "--choices FILE",
+            "JSONL with prompt, answer and choices (default: all answers of the file): the likeliest choice",
+        ),
+        (
+            "--answers FILE",
+            "JSONL with prompt and reference: generate an answer; exact match, BLEU, chrF, ROUGE",
+        ),
+        ("--tokens N", "--answers: most tokens of an answer; default: 128"),
+        ("--stop TEXT", "--answers: end before this text; may be given several times"),
+        ("--tasks A,B", "tasks of lm-eval, by their names there"),
+        ("--task-dir DIR", "--tasks: a directory with task files of your own"),
+        ("--limit N", "--tasks: most examples of each task; default: all"),
+        ("--shots N", "--tasks: solved examples in each prompt; default: as the task says"),
+        ("--batch N", "how many answers are generated at a time; default: 8"),
+        ("--json FILE", "write the results as JSON, too; -: to standard output, and the table to stderr"),
+        *LAYOUT,
+        AVERAGE,
+    ),
+)

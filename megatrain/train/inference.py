@@ -131,7 +131,8 @@ def _from_run(
         WEIGHTS + name: buffer for model in parallel.models for name, buffer in model.named_buffers()
     }
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes, moves_damaged=False)
-    found = checkpointer.load(tensors | buffers, only=(prefix, *buffers))
+    everywhere = sorted({name for names in processes.gather(list(buffers)) for name in names})
+    found = checkpointer.load(tensors | buffers, only=(prefix, *everywhere))
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
     require_unchanged(directory, cfg, found.manifest.info, found.path)
