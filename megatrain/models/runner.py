@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.models.sampling import Sampler
-from megatrain.nn.paged import PackedStep, PagedCache, Part, attending_pages, attentions
+from megatrain.nn.paged import PackedStep, PagedAttention, PagedCache, Part
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Runner:
     def __init__(self, model: nn.Module, cache: PagedCache) -> None:
         self.model = model
         self.cache = cache
-        self.parts = attentions(model)
+        self.attention = PagedAttention(model)
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Runner:
             keep += range(len(tokens) - work.keep, len(tokens))
         parts = [Part(works[n].sequence, works[n].start, len(works[n].tokens)) for n in order]
         step = PackedStep(self.cache, parts, self.device)
-        with attending_pages(self.parts, step):
+        with self.attention.over(step):
             logits: Tensor = self.model(
                 self._row(tokens), positions=self._row(positions), keep=torch.tensor(keep, device=self.device)
             )

@@ -184,32 +184,38 @@ class PackedStep:
 
 
 class PagedCore(nn.Module):
-    """An `AttentionCore` of one layer for one packed row; `doc_ids` has no meaning there."""
+    """An `AttentionCore` of one layer for packed rows, of which `step` is the present one."""
 
-    def __init__(self, step: PackedStep, layer: int, *, window: int | None, scale: float | None) -> None:
+    step: PackedStep
+
+    def __init__(self, layer: int, *, window: int | None, scale: float | None) -> None:
         super().__init__()
-        self.step, self.layer, self.sliding_window, self.scale = step, layer, window, scale
+        self.layer, self.sliding_window, self.scale = layer, window, scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
         return self.step.attend(self.layer, q, k, v, window=self.sliding_window, scale=self.scale)
 
 
-def attentions(model: nn.Module) -> list[Attention | MultiHeadLatentAttention]:
-    """Return the attention modules of a model in the order of its layers."""
-    return [part for part in model.modules() if isinstance(part, Attention | MultiHeadLatentAttention)]
+class PagedAttention:
+    """The attention modules of a model, which attend over pages while `over` says so."""
 
+    def __init__(self, model: nn.Module) -> None:
+        kinds = Attention | MultiHeadLatentAttention
+        self.parts = [part for part in model.modules() if isinstance(part, kinds)]
+        self.cores = [
+            PagedCore(layer, window=part.core.sliding_window, scale=part.core.scale)  # type: ignore[arg-type]
+            for layer, part in enumerate(self.parts)
+        ]
 
-@contextlib.contextmanager
-def attending_pages(
-    parts: Sequence[Attention | MultiHeadLatentAttention], step: PackedStep
-) -> Iterator[None]:
-    """Let the attention modules `parts` attend as `step` says, in the `with` block."""
-    before = [part.core for part in parts]
-    for layer, (part, core) in enumerate(zip(parts, before, strict=True)):
-        options = {"window": core.sliding_window, "scale": core.scale}
-        replace_seam(part, "core", PagedCore(step, layer, **options))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for part, core in zip(parts, before, strict=True):
+    @contextlib.contextmanager
+    def over(self, step: PackedStep) -> Iterator[None]:
+        """Attend to a packed row as `step` says, in the `with` block."""
+        before = [part.core for part in self.parts]
+        for part, core in zip(self.parts, self.cores, strict=True):
+            core.step = step
             replace_seam(part, "core", core)
+        try:
+            yield
+        finally:
+            for part, core in zip(self.parts, before, strict=True):
+                replace_seam(part, "core", core)
