@@ -68,6 +68,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         z_loss: float = 0.0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
 
@@ -77,6 +78,7 @@ class Decoder(nn.Module):
             positions: `(batch, seq)`; None counts from 0.
             doc_ids: `(batch, seq)`; attention stays inside a document.
             z_loss: factor on the squared log-partition.
+            keep: `(kept,)` indices of the tokens of a row whose logits are wanted; None: all.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -89,7 +91,7 @@ class Decoder(nn.Module):
         hidden = self.norm(hidden)
         table = self.embed if self.head is None else self.head
         assert table is not None
-        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss)
+        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss, keep)
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
