@@ -1,6 +1,7 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
 from megatrain.cli.verb import Verb
+from megatrain.cli.verbs_tuning import FINETUNE
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
 
@@ -31,6 +32,7 @@ VERBS = (
         ),
         takes_config=True,
     ),
+    FINETUNE,
     Verb(
         name="generate",
         summary="continue a text with the model of a run",

@@ -1,8 +1,9 @@
 """The data loader: which samples each rank reads in a step, and their tensors.
 
 Sample i of a store is its tokens [i * seq_len, (i + 1) * seq_len]: `seq_len` inputs and, shifted by one, as many
-targets. Step s (counted from 0) takes `global_batch_size` samples from number s * global_batch_size on, in the order of
-`order.py`; each rank reads only its own rows. The step is the only state of the loader.
+targets. (Examples are packed into samples as wholes, `packing.py`.) Step s (counted from 0) takes `global_batch_size`
+samples from number s * global_batch_size on, in the order of `order.py`; each rank reads only its own rows. The step is
+the only state of the loader.
 """
 
 import hashlib
@@ -11,12 +12,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
 
 from megatrain.config.errors import UserError
 from megatrain.data.order import sample_ids
+from megatrain.data.packing import ExampleSource
 from megatrain.data.store import DamagedDataError, TokenSource, file_of
 
 IGNORED = -100
@@ -95,6 +98,11 @@ class Loader:
         """Number of samples in an epoch; fewer than seq_len tokens at the end of the data are unused."""
         return (self.store.n_tokens - 1) // self.seq_len
 
+    @property
+    def _examples(self) -> ExampleSource | None:
+        """The data, if it is of examples."""
+        return as_examples(self.store)
+
     def batches(self, start_step: int) -> Iterator[StepBatch]:
         """Yield the batches of step `start_step` (the number of steps done before) and of all later ones."""
         return _ahead(self.step_batch, start_step, count=self.prefetch)
@@ -115,6 +123,9 @@ class Loader:
 
     def documents_of(self, ids: np.ndarray) -> list[list[int]]:
         """Return the first and the last document, numbered from 0 in the data, of each sample in `ids` `(samples,)`."""
+        if self._examples is not None:
+            found = [self._examples.examples_of(n * self.seq_len, self.seq_len) for n in ids.tolist()]
+            return [[min(numbers), max(numbers)] for numbers in found]
         starts = self.store.document_starts
         if starts is None or not len(starts):
             return []
@@ -139,7 +150,8 @@ class Loader:
     def _micro_batch(self, starts: np.ndarray) -> Batch:
         documents = self.store.document_starts if self.mask_documents else None
         try:
-            return make_batch(self.store.read(starts, self.seq_len + 1), starts, documents)
+            batch = make_batch(self.store.read(starts, self.seq_len + 1), starts, documents)
+            return batch if self._examples is None else with_answers(batch, self._examples, starts)
         except DamagedDataError as error:
             if self.on_damage is None:
                 raise
@@ -148,10 +160,12 @@ class Loader:
             return make_batch(rows, starts, None if documents is None else np.zeros(1, dtype=np.int64))
 
     def _valid_tokens(self, starts: np.ndarray) -> int:
-        """Count the targets of the global batch that have a loss, from the document index alone.
+        """Count the targets of the global batch that have a loss, without reading its tokens.
 
-        Each document that starts among a row's targets takes one away.
+        Each document that starts among a row's targets takes one away; of examples the answers are counted.
         """
+        if self._examples is not None:
+            return int(self._examples.read_answers(starts, self.seq_len + 1)[:, 1:].sum())
         valid = len(starts) * self.seq_len
         if self.mask_documents:
             begin, end = _documents_within(self.store.document_starts, starts, self.seq_len)
@@ -199,6 +213,17 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
     )
 
 
+def as_examples(store: TokenSource) -> ExampleSource | None:
+    """Return `store` if it tells which of its tokens have a loss; None if all have."""
+    return cast(ExampleSource, store) if hasattr(store, "read_answers") else None
+
+
+def with_answers(batch: Batch, store: ExampleSource, starts: np.ndarray) -> Batch:
+    """Return `batch`, whose rows begin at tokens `starts` of `store`, with a loss on answers alone."""
+    counts = torch.from_numpy(store.read_answers(starts, batch.tokens.shape[1] + 1)[:, 1:])
+    return replace(batch, targets=torch.where(counts, batch.targets, IGNORED))
+
+
 def validation_batches(
     store: TokenSource, *, seq_len: int, tokens: int, micro_batch_size: int, mask_documents: bool
 ) -> Iterator[Batch]:
@@ -222,6 +247,8 @@ def validation_batches(
         for row, length in enumerate(lengths):
             rows[row, :length] = store.read(starts[row : row + 1], int(length))[0]
         batch = make_batch(rows, starts, store.document_starts if mask_documents else None)
+        if (examples := as_examples(store)) is not None:
+            batch = with_answers(batch, examples, starts)
         missing = np.arange(seq_len) >= lengths[:, None] - 1
         missing[len(chosen) :] = True
         batch.targets[torch.from_numpy(missing)] = IGNORED

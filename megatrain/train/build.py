@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from megatrain.config.errors import UserError
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
 from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
+from megatrain.data.packing import PackedExamples, pack, too_long
 from megatrain.data.prepare import Prepared, prepare
-from megatrain.data.store import DamagedDataError, TokenSource
+from megatrain.data.store import DamagedDataError, TokenSource, TokenStore
 from megatrain.engines.config import zero_stage
 from megatrain.engines.engine import Engine
 from megatrain.models.registry import get_spec
@@ -178,7 +180,7 @@ def build_loader(
         UserError: the data is too short for `seq_len`.
     """
     return Loader(
-        store=store,
+        store=packed(cfg, store),
         seq_len=cfg.seq_len,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.resolved_micro_batch_size,
@@ -191,13 +193,35 @@ def build_loader(
     )
 
 
+def packed(cfg: Config, store: TokenSource) -> TokenSource:
+    """Return `store` as samples are made of it: of examples, whole ones packed together.
+
+    Raises:
+        UserError: all examples are longer than a sample, or one is and `data.on_skip` is `error`.
+    """
+    if not isinstance(store, TokenStore) or store.answers is None:
+        return store
+    found = pack(store, seq_len=cfg.seq_len)
+    if cfg.data.on_skip == "error" and (text := too_long(found)):
+        raise UserError(
+            f"data.on_skip=error, and this would be left out: {text}. Raise seq_len, or allow it with warn"
+        )
+    return found
+
+
+def left_out_of(loader: Loader) -> list[str]:
+    """Return a notice if the loader leaves out examples."""
+    text = too_long(loader.store) if isinstance(loader.store, PackedExamples) else ""
+    return [f"Left out of training: {text}. Raise seq_len to take them in."] if text else []
+
+
 def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
     """Return the validation batches, the same on every rank; empty if nothing is held out."""
     if store is None:
         return []
     return list(
         validation_batches(
-            store,
+            packed(cfg, store),
             seq_len=cfg.seq_len,
             tokens=cfg.train.eval_tokens,
             micro_batch_size=cfg.resolved_micro_batch_size,

@@ -177,7 +177,11 @@ class Config:
         if self.schedule.warmup_steps != "auto" and self.schedule.warmup_steps > self.train.steps:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
-        if self.data.kind == "text" and self.data.tokenizer.kind == "bpe" and self.model.vocab_size < 257:
+        if (
+            self.data.kind != "synthetic"
+            and self.data.tokenizer.kind == "bpe"
+            and self.model.vocab_size < 257
+        ):
             rule = "must be at least 257: a byte-level tokenizer has a token for each byte and one that ends a document"
             yield Problem("model.vocab_size", self.model.vocab_size, rule, (257,))
         elif self._trained_vocab_size() > self.model.vocab_size:
@@ -197,7 +201,7 @@ class Config:
     def _trained_vocab_size(self) -> int:
         """Return the vocabulary size of a tokenizer trained on the data; 0 if none is trained or the model decides."""
         size = self.data.tokenizer.vocab_size
-        is_trained = self.data.kind == "text" and self.data.tokenizer.kind == "bpe"
+        is_trained = self.data.kind != "synthetic" and self.data.tokenizer.kind == "bpe"
         return size if is_trained and size != "auto" else 0
 
     def _native_problems(self) -> Iterator[Problem]:

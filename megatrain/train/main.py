@@ -29,10 +29,12 @@ from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
+from megatrain.train.base import with_base
 from megatrain.train.build import (
     build_eval_batches,
     build_loader,
     build_state,
+    left_out_of,
     prepare_together,
     with_layout,
 )
@@ -47,7 +49,12 @@ from megatrain.train.files import (
     saved_config,
     write_config,
 )
-from megatrain.train.imported import is_untrained_import, require_imported_weights, take_up_weights
+from megatrain.train.imported import (
+    Progress,
+    is_untrained_import,
+    require_imported_weights,
+    take_up_weights,
+)
 from megatrain.train.loop import reason_to_stop, report_uploads, train_loop
 from megatrain.train.machines import check_likeness, make_checked_mesh
 from megatrain.train.resume import check_same_data, check_same_run
@@ -73,7 +80,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
         fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=display.phase))
-        cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
+        cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device, display.phase))
         processes.describe(directory=str(directory.absolute()))
         hosts, notices = check_likeness(processes, cfg.resilience, device)
         processes.doing("preparing the data")
@@ -104,7 +111,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     display=display,
                     log=(RunLog if processes.is_first else NoLog)(directory, cfg.run.id, require_owner),
                     signals=signals,
-                    notices=(*notices, *told),
+                    notices=(*notices, *told, *left_out_of(loader)),
                     fetched=fetched,
                 )
             )
@@ -125,8 +132,12 @@ def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
     log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
 
 
-def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device) -> Config:
+def _settle(
+    cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device, progress: Progress
+) -> Config:
     """Resolve every `auto` of `cfg`, give the run its id, and compare it with the config in its directory.
+
+    A Hugging Face directory that it adopts is imported first.
 
     This spares a long preparation of data that would end in a refusal; what counts is compared once more with the
     checkpoint itself, when the directory is this process's own (`_resume`).
@@ -134,6 +145,7 @@ def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: to
     A directory without a committed checkpoint has nothing to resume, so its config is not compared. One with only
     damaged checkpoints is refused on loading, when the directory is locked and status.json can record the failure.
     """
+    cfg = with_base(cfg, checkpointer, progress=progress)
     frozen = read_config(directory) if checkpointer.steps() else None
     if frozen is None and cfg.train.resume == "must" and not checkpointer.has_damaged():
         raise UserError(

@@ -4,8 +4,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from megatrain.data.config import DataConfig
-from megatrain.data.store import SyntheticStore
+from megatrain.data.store import SyntheticStore, TokenSource, TokenStore
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
@@ -74,6 +76,7 @@ RUNS = {
         ),
     ),
     "uneven_muon": replace(UNEVEN_EXPERTS, optim=MUON.optim),
+    "chat": CFG,
     "gpt2_vocabulary": replace(
         GPT2, model=replace(GPT2.model, n_layers=2, n_heads=12, head_dim=4, vocab_size=50257)
     ),
@@ -81,15 +84,21 @@ RUNS = {
 
 
 @cache
+def store_of(name: str) -> TokenSource:
+    """The data of the run `name`."""
+    return examples_store() if name == "chat" else STORE
+
+
+@cache
 def single(name: str, precision: str = "fp64") -> Trace:
     """The run in one process."""
-    return trace(with_layout(RUNS[name], precision, {}), STORE, STEPS)
+    return trace(with_layout(RUNS[name], precision, {}), store_of(name), STEPS)
 
 
 def in_layout(workers: WorkerPool, name: str, layout: dict[str, Any], precision: str = "fp64") -> Trace:
     """The run in `layout`."""
     cfg = with_layout(RUNS[name], precision, layout)
-    return merged(workers.run(trace, world_size(cfg.parallel), cfg, STORE, STEPS))
+    return merged(workers.run(trace, world_size(cfg.parallel), cfg, store_of(name), STEPS))
 
 
 def with_layout(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
@@ -104,3 +113,15 @@ def with_layout(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
     )
     assert not list(changed.problems()), list(map(str, changed.problems()))
     return changed
+
+
+def examples_store(lengths: list[int] | None = None) -> TokenStore:
+    """Random examples: of each the first third, and a few tokens after it, are what is asked, the rest is answered."""
+    random = np.random.default_rng(5)
+    sizes = random.integers(3, 40, size=200) if lengths is None else np.array(lengths)
+    starts = np.cumsum(sizes) - sizes
+    tokens = random.integers(0, 64, size=sizes.sum(), dtype=np.uint16)
+    answers = random.random(len(tokens)) < 0.8
+    for start, size in zip(starts, sizes, strict=True):
+        answers[start : start + max(1, size // 3)] = False
+    return TokenStore(tokens, starts, "examples", text_bytes=0, vocab_size=64, answers=answers)
