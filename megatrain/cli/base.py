@@ -31,6 +31,11 @@ def read_base(adopt: str) -> Base:
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if (run / CONFIG_FILE).is_file():
         cfg = read_config(run)
+        if cfg.lora.rank:
+            raise UserError(
+                f"checkpoint.adopt={adopt}: holds adapters alone. Merge them first (megatrain export {run} DIRECTORY "
+                "--merge), and fine-tune that directory"
+            )
         return Base(cfg.model, _tokenizer(run / TOKENIZER), cfg.seq_len, run.absolute().name)
     if not (path / HF_CONFIG).is_file():
         raise UserError(

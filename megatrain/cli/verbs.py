@@ -101,6 +101,10 @@ VERBS = (
             ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
             AVERAGE,
             ("--shard-gb GB", "maximum file size in GB; default: 5"),
+            (
+                "--merge",
+                "of a run of adapters: the whole model with them added; else the adapters alone, in PEFT's format",
+            ),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),
     ),

@@ -209,6 +209,8 @@ class Pipeline:
         if not copies:
             return
         grads = [local_tensor(copy.grad) for copy in copies if copy.grad is not None]
+        if not grads:  # frozen
+            return
         if len(grads) == 2:  # a V-shaped schedule: both copies are on this rank
             grads[0].add_(grads[1])
             copies[1].grad = None

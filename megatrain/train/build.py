@@ -22,6 +22,7 @@ from megatrain.models.registry import get_spec
 from megatrain.nn.contract import Plan
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
+from megatrain.nn.lora import add_adapters, with_adapters
 from megatrain.nn.moe import use_experts_backend
 from megatrain.optim.build import RULES, build_optimizer, start_state
 from megatrain.optim.ema import WeightAverage
@@ -89,11 +90,13 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
 
     spec = get_spec(cfg.model.kind)
-    plan = spec.plan(cfg.model)
+    plan = with_adapters(spec.plan(cfg.model), cfg.lora)
 
     def make_model() -> Decoder:
         with torch.device("meta"):
-            return spec.build(cfg.model).to(master_dtype)
+            model = spec.build(cfg.model)
+            add_adapters(model, plan, cfg.lora)
+            return model.to(master_dtype)
 
     parallel = parallelize(
         make_model,
@@ -114,9 +117,9 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles, parallel.splits)
+    optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
-    average = None if decay is None else WeightAverage(weights.parameters, decay)
+    average = None if decay is None else WeightAverage(weights.trained, decay)
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
 
 

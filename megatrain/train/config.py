@@ -16,6 +16,7 @@ from megatrain.engines.config import DeepSpeedConfig, EngineName, engine_problem
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEBackendConfig
+from megatrain.nn.lora_config import LoRAConfig, lora_problems
 from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, OptimConfig
@@ -133,6 +134,7 @@ class Config:
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
+    lora: LoRAConfig = LoRAConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     engine: EngineName = "native"
     """Library that runs the passes and shards the model. native: PyTorch, in every layout; deepspeed: ZeRO-0 to ZeRO-3
@@ -171,6 +173,7 @@ class Config:
             ema_decay=self.train.ema_decay,
         )
         yield from self._native_problems()
+        yield from self._lora_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
@@ -209,6 +212,7 @@ class Config:
         if self.engine == "native":
             return
         for key, value, off in (
+            ("lora.rank", self.lora.rank, 0),
             ("checkpoint.async_save", self.checkpoint.async_save, False),
             ("log.fingerprints_every", self.log.fingerprints_every, 0),
             ("resilience.spike", self.resilience.spike, "ignore"),
@@ -216,6 +220,16 @@ class Config:
         ):
             if value != off:
                 yield Problem(key, value, f"is not supported by engine={self.engine}", (off,))
+
+    def _lora_problems(self) -> Iterator[Problem]:
+        """Yield what adapters need, beside what they need of the model."""
+        if not self.lora.rank:
+            return
+        if self.checkpoint.adopt is None:
+            rule = "adapters need the weights of another run: checkpoint.adopt, which `megatrain finetune SOURCE` gives"
+            yield Problem("lora.rank", self.lora.rank, rule, (0,))
+        if self.train.precision == "fp8":
+            yield Problem("train.precision", "fp8", "does not train adapters (lora.rank)", ("bf16",))
 
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel
@@ -248,6 +262,7 @@ class Config:
         if any(True for _ in rule_problems(self.model)):
             return
         plan = decoder_plan(self.model)
+        yield from lora_problems(self.lora, plan)
         yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)
         if self.train.precision == "fp8":
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)

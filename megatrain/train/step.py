@@ -108,7 +108,7 @@ def train_step(
         if stats.was_taken:
             balance_experts(parallel.models, cfg.model, parallel.total)
             if state.average is not None:
-                state.average.update(state.weights.parameters)
+                state.average.update(state.weights.trained)
     state.step += 1
     state.tokens += batch.valid_tokens
     return stats

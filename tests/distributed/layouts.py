@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.data.config import DataConfig
 from megatrain.data.store import SyntheticStore, TokenSource, TokenStore
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import ExpertsConfig, MLAConfig
+from megatrain.nn.lora_config import LoRAConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
@@ -54,6 +56,8 @@ LATENT = replace(
 UNEVEN = replace(CFG, model=replace(CFG.model, n_heads=6, n_kv_heads=2, ffn_size=49, vocab_size=67))
 """Sizes that no number of ranks divides: with more than two, they hold parts of grouped heads."""
 UNEVEN_EXPERTS = replace(UNEVEN, model=replace(UNEVEN.model, experts=replace(MOE, n_experts=6, ffn_size=25)))
+LORA = LoRAConfig(rank=4, alpha=64.0, targets=("wq", "wk", "wv", "wo", "down"))
+"""Adapters of layers that tensor parallelism shards by outputs, by inputs, and by heads."""
 RUNS = {
     "untied": CFG,
     "tied": TIED,
@@ -77,6 +81,9 @@ RUNS = {
     ),
     "uneven_muon": replace(UNEVEN_EXPERTS, optim=MUON.optim),
     "chat": CFG,
+    "lora": replace(CFG, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
+    "lora_gpt2": replace(GPT2, lora=replace(LORA, targets=()), checkpoint=CheckpointConfig(adopt="base")),
+    "lora_uneven": replace(UNEVEN, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
     "gpt2_vocabulary": replace(
         GPT2, model=replace(GPT2.model, n_layers=2, n_heads=12, head_dim=4, vocab_size=50257)
     ),
