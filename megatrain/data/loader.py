@@ -39,6 +39,8 @@ class Batch:
     targets: torch.Tensor
     positions: torch.Tensor
     doc_ids: torch.Tensor | None
+    token_numbers: torch.Tensor | None = None
+    """Each token's number in the run, the same in every layout, where something is drawn by it; None: nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Loader:
     rank: int = 0
     size: int = 1
     prefetch: int = 2
+    numbers_tokens: bool = False
     on_damage: Callable[[DamagedDataError], None] | None = None
 
     def __post_init__(self) -> None:
@@ -113,10 +116,14 @@ class Loader:
         rows = self.global_batch_size // self.size
         starts = ids[self.rank * rows : (self.rank + 1) * rows] * self.seq_len
         cuts = range(0, rows, self.micro_batch_size)
+        first = step * self.global_batch_size + self.rank * rows
         return StepBatch(
             step=step,
             sample_ids=ids,
-            micro_batches=[self._micro_batch(starts[cut : cut + self.micro_batch_size]) for cut in cuts],
+            micro_batches=[
+                self._numbered(self._micro_batch(starts[cut : cut + self.micro_batch_size]), first + cut)
+                for cut in cuts
+            ],
             valid_tokens=self._valid_tokens(ids * self.seq_len),
             digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16],
         )
@@ -146,6 +153,13 @@ class Loader:
         )
         first = step % steps * self.global_batch_size
         return block[first : first + self.global_batch_size].copy()
+
+    def _numbered(self, batch: Batch, first: int) -> Batch:
+        """Return `batch`, whose first row is number `first` of the run, with the numbers of its tokens if wanted."""
+        if not self.numbers_tokens:
+            return batch
+        numbers = torch.arange(first * self.seq_len, (first + len(batch.tokens)) * self.seq_len)
+        return replace(batch, token_numbers=numbers.view_as(batch.tokens))
 
     def _micro_batch(self, starts: np.ndarray) -> Batch:
         documents = self.store.document_starts if self.mask_documents else None

@@ -13,6 +13,7 @@ module hooks; nothing else of a model is ever patched. The seams:
 | `dispatch` | `MoE` | sends tokens to experts and back |
 | `sequence_sum` | `BalancePoint` | sums over a sequence |
 | `run` | `Block` | calls the block's body |
+| `begin` | `Block` | does nothing before the body computes |
 | `loss_head` | `Decoder` | logits or loss from hidden states |
 """
 

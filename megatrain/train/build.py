@@ -22,7 +22,6 @@ from megatrain.models.registry import get_spec
 from megatrain.nn.contract import Plan
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.init import init_weights
-from megatrain.nn.lora import add_adapters, with_adapters
 from megatrain.nn.moe import use_experts_backend
 from megatrain.optim.build import RULES, build_optimizer, start_state
 from megatrain.optim.ema import WeightAverage
@@ -30,6 +29,7 @@ from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel, parallelize
 from megatrain.parallel.float8 import check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
+from megatrain.parallel.lora import add_adapters, with_adapters
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
 from megatrain.runtime.processes import Processes
@@ -95,7 +95,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     def make_model() -> Decoder:
         with torch.device("meta"):
             model = spec.build(cfg.model)
-            add_adapters(model, plan, cfg.lora)
+            add_adapters(model, plan, cfg.lora, seed=cfg.train.seed)
             return model.to(master_dtype)
 
     parallel = parallelize(
@@ -192,6 +192,7 @@ def build_loader(
         rank=0 if mesh is None else mesh.data_rank,
         size=data_ranks(cfg.parallel),
         prefetch=cfg.data.prefetch,
+        numbers_tokens=cfg.lora.dropout > 0,
         on_damage=on_damage,
     )
 

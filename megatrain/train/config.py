@@ -16,7 +16,6 @@ from megatrain.engines.config import DeepSpeedConfig, EngineName, engine_problem
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEBackendConfig
-from megatrain.nn.lora_config import LoRAConfig, lora_problems
 from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, OptimConfig
@@ -24,6 +23,7 @@ from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
+from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
 
@@ -228,6 +228,8 @@ class Config:
         if self.checkpoint.adopt is None:
             rule = "adapters need the weights of another run: checkpoint.adopt, which `megatrain finetune SOURCE` gives"
             yield Problem("lora.rank", self.lora.rank, rule, (0,))
+        if self.lora.dropout and self.parallel.compile:
+            yield Problem("parallel.compile", True, "is not supported with lora.dropout", (False,))
         if self.train.precision == "fp8":
             yield Problem("train.precision", "fp8", "does not train adapters (lora.rank)", ("bf16",))
 

@@ -19,8 +19,8 @@ from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import Rule, WeightMap
-from megatrain.nn.lora import DOWN, UP
-from megatrain.nn.lora_config import LoRAConfig
+from megatrain.parallel.lora import DOWN, UP
+from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.config import Config
 from megatrain.train.files import IMPORT_FILE, require_unchanged

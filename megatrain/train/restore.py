@@ -10,7 +10,7 @@ from megatrain.config.errors import UserError
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
-from megatrain.nn.lora import add_adapters, with_adapters
+from megatrain.parallel.lora import add_adapters, with_adapters
 from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, require_unchanged

@@ -13,10 +13,10 @@ from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import ExpertsConfig, MLAConfig
-from megatrain.nn.lora_config import LoRAConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
+from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config, TrainConfig
 from megatrain.train.parity import Trace, merged, trace
@@ -56,7 +56,7 @@ LATENT = replace(
 UNEVEN = replace(CFG, model=replace(CFG.model, n_heads=6, n_kv_heads=2, ffn_size=49, vocab_size=67))
 """Sizes that no number of ranks divides: with more than two, they hold parts of grouped heads."""
 UNEVEN_EXPERTS = replace(UNEVEN, model=replace(UNEVEN.model, experts=replace(MOE, n_experts=6, ffn_size=25)))
-LORA = LoRAConfig(rank=4, alpha=64.0, targets=("wq", "wk", "wv", "wo", "down"))
+LORA = LoRAConfig(rank=4, alpha=64.0, dropout=0.3, targets=("wq", "wk", "wv", "wo", "down"))
 """Adapters of layers that tensor parallelism shards by outputs, by inputs, and by heads."""
 RUNS = {
     "untied": CFG,

@@ -15,8 +15,8 @@ from megatrain.cli.main import main
 from megatrain.config.load import rule_problems
 from megatrain.data.tokenizer import train_bpe
 from megatrain.models.registry import get_spec
-from megatrain.nn.lora import with_adapters
-from megatrain.nn.lora_config import LoRAConfig
+from megatrain.parallel.lora import with_adapters
+from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.train.restore import restore_model
 
 SIZES = {"vocab_size": 270, "bos_token_id": None, "eos_token_id": None}

@@ -1,9 +1,10 @@
 """Config of low-rank adapters."""
 
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 from megatrain.config.nearest import nearest
-from megatrain.config.ranges import Count, Positive
+from megatrain.config.ranges import Count, Positive, Range
 from megatrain.config.schema import Problem, config
 from megatrain.nn.contract import Plan, Weight
 
@@ -17,6 +18,9 @@ class LoRAConfig:
     """Rank of the adapters; 0: none, all weights are trained."""
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / rank."""
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Share of an adapter's inputs that is zeroed in training; the others are scaled up. Drawn by seed, layer, token of
+    the run and element, and so the same in every layout."""
     targets: tuple[str, ...] = ()
     """Linear layers that get an adapter, by their names in a block: wq, wk, wv, wo, gate, up, down; empty: all."""
 
