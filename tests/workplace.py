@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from forked import Forked, run_forked
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 TINY = (
@@ -40,7 +41,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "megatrain", *arguments]
 
 
-def wait_for_rows(process: subprocess.Popen[str], metrics: Path, rows: int) -> bool:
+def wait_for_rows(process: subprocess.Popen[str] | Forked, metrics: Path, rows: int) -> bool:
     """Until `metrics` has that many rows (True), or the process has ended."""
     while process.poll() is None:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= rows:
@@ -66,11 +67,20 @@ class Workplace:
         return command("train", f"data.path={self.text}", *TINY, *overrides)
 
     def run(self, arguments: Sequence[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            arguments, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
-        )
+        """Run the command to its end; it is forked where it could as well have been started anew."""
+        if list(arguments[:3]) == command():
+            done = run_forked(arguments[3:], cwd=self.folder, environment=self.environment)
+        else:
+            done = subprocess.run(
+                arguments, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+            )
         assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def start(self, arguments: Sequence[str]) -> Forked:
+        """Start the command in the background, forked."""
+        assert list(arguments[:3]) == command()
+        return Forked(arguments[3:], cwd=self.folder, environment=self.environment)
 
     def rows(self, name: str) -> list[dict[str, object]]:
         lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()

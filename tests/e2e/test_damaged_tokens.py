@@ -1,7 +1,6 @@
 """A run whose token cache is damaged: it stops, on all ranks, and the next start goes on with the right tokens."""
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +40,7 @@ def plant(shard: Path, damage: Callable[[np.ndarray], None]) -> None:
 def stop(workplace: Workplace, line: list[str], step: int, says: tuple[str, ...]) -> None:
     """Start a run on damaged tokens and see it stop at `step`, with nothing saved."""
     run = workplace.folder / "runs/damaged"
-    process = subprocess.Popen(
-        line, cwd=workplace.folder, env=workplace.environment, stderr=subprocess.PIPE, text=True
-    )
+    process = workplace.start(line)
     _, said = process.communicate(timeout=180)
     ended = time.time()
     assert process.returncode == 2, said

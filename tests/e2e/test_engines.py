@@ -17,6 +17,7 @@ BOUND = 1e-4
 """Relative, of losses and gradient norms in float32 after a few steps."""
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_another_engine_goes_on(workplace: Workplace) -> None:
     """DeepSpeed finds no compiler, is stopped with 75 and ends without an abort; Accelerate finishes the run."""
     line = workplace.tiny(

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,20 +22,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def started(workplace: Workplace, line: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        line, cwd=workplace.folder, env=workplace.environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 ENDLESS = ("train.steps=100000", "checkpoint.every=2", "train.eval_every=0", "train.sample_tokens=0")
 
 
 def test_a_late_process_writes_nothing_into_the_run_of_another(workplace: Workplace) -> None:
     """It is stopped, the directory is removed, another one starts there, and it goes on."""
     directory = workplace.folder / "runs" / "late"
-    first = started(workplace, workplace.tiny("run.name=late", "train.seed=11", *ENDLESS))
+    first = workplace.start(workplace.tiny("run.name=late", "train.seed=11", *ENDLESS))
     try:
         wait_for(lambda: len(steps(workplace, "late")) >= 1)
         os.kill(first.pid, signal.SIGSTOP)
@@ -56,7 +48,7 @@ def test_a_late_process_writes_nothing_into_the_run_of_another(workplace: Workpl
 
 def test_a_run_whose_directory_is_removed_ends_with_a_sentence(workplace: Workplace) -> None:
     directory = workplace.folder / "runs" / "gone"
-    process = started(workplace, workplace.tiny("run.name=gone", *ENDLESS))
+    process = workplace.start(workplace.tiny("run.name=gone", *ENDLESS))
     try:
         wait_for(lambda: len(steps(workplace, "gone")) >= 1)
         shutil.rmtree(directory, ignore_errors=True)

@@ -3,31 +3,28 @@
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from workplace import Workplace, final_weights, stable, wait_for_rows
 
 
-def kill_when(process: subprocess.Popen[str], metrics: Path, rows: int) -> None:
+def kill_when(process: Forked, metrics: Path, rows: int) -> None:
     """kill -9 as soon as `metrics` has that many rows."""
     if wait_for_rows(process, metrics, rows):
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_killed_run_goes_on_bitwise(workplace: Workplace, precision: str) -> None:
     base = (f"train.precision={precision}", "train.ema_decay=0.9")
     workplace.run(workplace.tiny("run.name=whole", *base))
     broken = workplace.tiny("run.name=broken", *base)
     run = workplace.folder / "runs" / "broken"
     for rows in (2, 6, 9):  # before the first checkpoint, between two, in the middle of a later stretch
-        process = subprocess.Popen(
-            broken, cwd=workplace.folder, env=workplace.environment, stdout=subprocess.DEVNULL, text=True
-        )
-        kill_when(process, run / "metrics.jsonl", rows)
+        kill_when(workplace.start(broken), run / "metrics.jsonl", rows)
     workplace.run(broken)
 
     whole = final_weights(workplace.folder / "runs" / "whole", workplace.folder / "whole.pt")
@@ -42,9 +39,7 @@ def test_sigterm_saves_and_exits_75(workplace: Workplace) -> None:
     line = workplace.tiny(
         "run.name=stopped", "train.steps=100000", "checkpoint.every=0", "train.eval_every=0"
     )
-    process = subprocess.Popen(
-        line, cwd=workplace.folder, env=workplace.environment, stdout=subprocess.DEVNULL, text=True
-    )
+    process = workplace.start(line)
     metrics = workplace.folder / "runs" / "stopped" / "metrics.jsonl"
     wait_for_rows(process, metrics, 3)
     process.send_signal(signal.SIGTERM)

@@ -29,9 +29,7 @@ def test_a_process_that_hangs_ends_the_run(workplace: Workplace, which: int) -> 
         "train.precision=fp32",
         f"resilience.timeout_s={LIMIT_S}",
     )
-    process = subprocess.Popen(
-        line, cwd=workplace.folder, env=workplace.environment, stderr=subprocess.PIPE, text=True
-    )
+    process = workplace.start(line)
     assert wait_for_rows(process, workplace.folder / "runs/hung/metrics.jsonl", 3)
     pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(pids[which]), signal.SIGSTOP)

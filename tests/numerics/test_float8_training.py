@@ -64,6 +64,7 @@ def trained(cfg: Config) -> tuple[list[float], dict[str, Tensor]]:
     return steps(state, cfg, range(STEPS)), state.tensors()
 
 
+@pytest.mark.slow
 def test_fp8_learns_nearly_what_bf16_learns() -> None:
     """Of the drop of the loss from its start, the mean of the last ten steps differs by less than 1 %.
 

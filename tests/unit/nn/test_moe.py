@@ -139,7 +139,7 @@ def test_training_tokens_are_counted_once(recompute: str) -> None:
     assert not take_expert_counts([model], CFG, cpu).any()
 
 
-@pytest.mark.parametrize("how", ["full", "selective", "compiled"])
+@pytest.mark.parametrize("how", ["full", "selective", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # of the tracer, about its own internals
 def test_wrapped_blocks_have_the_same_gradients(how: str) -> None:
     tokens, models = draw_tokens(), (make(), make())
