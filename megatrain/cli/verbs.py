@@ -1,14 +1,10 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
 from megatrain.cli.verb import Verb
+from megatrain.cli.verbs_of_models import AVERAGE, EVALUATE, GENERATE
+from megatrain.cli.verbs_tuning import FINETUNE
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
-
-AVERAGE = (
-    "--[no-]average",
-    "use the moving average of the weights, or the weights themselves; default: the average, if the run keeps one "
-    "(train.ema_decay)",
-)
 
 VERBS = (
     Verb(
@@ -31,30 +27,9 @@ VERBS = (
         ),
         takes_config=True,
     ),
-    Verb(
-        name="generate",
-        summary="continue a text with the model of a run",
-        usage="RUN [PROMPT] [flags]",
-        examples=(
-            (
-                'megatrain generate runs/default "def main("',
-                "continue a prompt with the run's latest checkpoint",
-            ),
-            ('megatrain generate runs/default "import " --temperature 0', "greedy decoding"),
-            (
-                "megatrain generate runs/default --tokens 500 --seed 7",
-                "without a prompt, longer, with another seed",
-            ),
-        ),
-        takes_config=False,
-        flags=(
-            ("--tokens N", "maximum number of tokens to generate; default: 200"),
-            ("--temperature T", "sampling temperature; 0: greedy decoding; default: 0.8"),
-            ("--top-k K", "sample from the K most likely tokens; default: all"),
-            ("--seed N", "sampling seed; default: 0"),
-            AVERAGE,
-        ),
-    ),
+    FINETUNE,
+    GENERATE,
+    EVALUATE,
     Verb(
         name="report",
         summary="write one HTML page with a run's curves, samples of text, events and config, or compare several runs",
@@ -99,6 +74,10 @@ VERBS = (
             ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
             AVERAGE,
             ("--shard-gb GB", "maximum file size in GB; default: 5"),
+            (
+                "--merge",
+                "of a run of adapters: the whole model with them added; else the adapters alone, in PEFT's format",
+            ),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),
     ),

@@ -67,7 +67,9 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        token_numbers: Tensor | None = None,
         z_loss: float = 0.0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
 
@@ -76,12 +78,14 @@ class Decoder(nn.Module):
                 there is none.
             positions: `(batch, seq)`; None counts from 0.
             doc_ids: `(batch, seq)`; attention stays inside a document.
+            token_numbers: `(batch, seq)` int64 in training with dropout: each token's number in the run.
             z_loss: factor on the squared log-partition.
+            keep: `(kept,)` indices of the tokens of a row whose logits are wanted; None: all.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = tokens if tokens.is_floating_point() else self._embed(tokens, positions)
-        sequence = self._sequence_info(positions, doc_ids)
+        sequence = self._sequence_info(positions, doc_ids)._replace(token_numbers=token_numbers)
         for _, block in self.blocks():
             hidden = block(hidden, sequence)
         if self.norm is None:
@@ -89,7 +93,7 @@ class Decoder(nn.Module):
         hidden = self.norm(hidden)
         table = self.embed if self.head is None else self.head
         assert table is not None
-        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss)
+        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss, keep)
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from megatrain.parallel.collectives import Group, gather_from, gather_shared, ow
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import sum_sequences_over
 from megatrain.parallel.layout import needed_heads, shards_heads, share_of
+from megatrain.parallel.lora import Adapter, shard_inputs
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.sharding import (
     local_view,
@@ -50,6 +51,8 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
     for name, layer in model.named_modules():
         if isinstance(layer, Layer):
             replace_seam(layer, "parameter_view", _view(plan.weights.get(name), group))
+        elif isinstance(layer, Adapter):
+            shard_inputs(layer, plan.weights[f"{name}.down"], group.size(), group.rank())
     for _, block in model.blocks():
         for part in _parts_on_full_sequence(block, cfg, group):
             part.register_forward_pre_hook(partial(_gather_sequence, group))
@@ -122,7 +125,12 @@ class VocabularyParallelLossHead(nn.Module):
         self.shares = [share_of(tokens, group.size(), rank) for rank in range(group.size())]
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor | None = None,
+        z_loss: float = 0.0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Return what `LossHead` does, from hidden `(batch, seq / tp, hidden)` and this rank's rows of the weight."""
         hidden = gather_shared(hidden, SEQ, self.group)
@@ -137,7 +145,7 @@ class VocabularyParallelLossHead(nn.Module):
                 tp_group=self.group,
                 vocab_size=self.shares[-1].stop,
             )
-        logits = self._gather_columns(linear(hidden, weight))
+        logits = self._gather_columns(linear(hidden if keep is None else hidden[:, keep], weight))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _gather_columns(self, logits: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from megatrain.config.errors import UserError
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
 from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
+from megatrain.data.packing import PackedExamples, pack, too_long
 from megatrain.data.prepare import Prepared, prepare
-from megatrain.data.store import DamagedDataError, TokenSource
+from megatrain.data.store import DamagedDataError, TokenSource, TokenStore
 from megatrain.engines.config import zero_stage
 from megatrain.engines.engine import Engine
 from megatrain.models.registry import get_spec
@@ -25,8 +27,9 @@ from megatrain.optim.build import RULES, build_optimizer, start_state
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel, parallelize
-from megatrain.parallel.float8 import check_float8
+from megatrain.parallel.float8 import Scaling, check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
+from megatrain.parallel.lora import add_adapters, with_adapters
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
 from megatrain.runtime.processes import Processes
@@ -86,36 +89,63 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         check_float8(device)
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
 
-    spec = get_spec(cfg.model.kind)
-    plan = spec.plan(cfg.model)
-
-    def make_model() -> Decoder:
-        with torch.device("meta"):
-            return spec.build(cfg.model).to(master_dtype)
-
-    parallel = parallelize(
-        make_model,
-        plan,
-        mesh if cfg.engine == "native" else None,
-        cfg.parallel,
-        seq_len=cfg.seq_len,
-        compute_dtype=compute_dtype,
-        float8=float8,
+    parallel = build_model(
+        cfg, device, mesh if cfg.engine == "native" else None, master_dtype=master_dtype, float8=float8
     )
+    plan = parallel.plan
     for model in parallel.models:
-        model.to_empty(device=device)
         init_weights(
             model, plan, seed=cfg.train.seed, shard_of=lambda name, p: shard_of(p, parallel.splits.get(name))
         )
-        use_experts_backend(model, cfg.moe.backend, compute_dtype)
     if cfg.engine != "native":
         return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles, parallel.splits)
+    optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
-    average = None if decay is None else WeightAverage(weights.parameters, decay)
+    average = None if decay is None else WeightAverage(weights.trained, decay)
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
+
+
+def build_model(
+    cfg: Config,
+    device: torch.device,
+    mesh: Mesh | None,
+    *,
+    master_dtype: torch.dtype,
+    float8: Scaling | None = None,
+    shards_data: bool = True,
+) -> ParallelModel:
+    """Make this rank's part of the model on `device`, its weights not yet set.
+
+    Args:
+        master_dtype: of the weights; they compute in `train.precision`.
+        float8, shards_data: as in `parallelize`.
+    """
+    compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
+    spec = get_spec(cfg.model.kind)
+    plan = with_adapters(spec.plan(cfg.model), cfg.lora)
+
+    def make_model() -> Decoder:
+        with torch.device("meta"):
+            model = spec.build(cfg.model)
+            add_adapters(model, plan, cfg.lora, seed=cfg.train.seed)
+            return model.to(master_dtype)
+
+    parallel = parallelize(
+        make_model,
+        plan,
+        mesh,
+        cfg.parallel,
+        seq_len=cfg.seq_len,
+        compute_dtype=compute_dtype,
+        float8=float8,
+        shards_data=shards_data,
+    )
+    for model in parallel.models:
+        model.to_empty(device=device)
+        use_experts_backend(model, cfg.moe.backend, compute_dtype)
+    return parallel
 
 
 def _state_of_engine(cfg: Config, parallel: ParallelModel, plan: Plan) -> TrainState:
@@ -178,7 +208,7 @@ def build_loader(
         UserError: the data is too short for `seq_len`.
     """
     return Loader(
-        store=store,
+        store=packed(cfg, store),
         seq_len=cfg.seq_len,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.resolved_micro_batch_size,
@@ -187,8 +217,31 @@ def build_loader(
         rank=0 if mesh is None else mesh.data_rank,
         size=data_ranks(cfg.parallel),
         prefetch=cfg.data.prefetch,
+        numbers_tokens=cfg.lora.dropout > 0,
         on_damage=on_damage,
     )
+
+
+def packed(cfg: Config, store: TokenSource) -> TokenSource:
+    """Return `store` as samples are made of it: of examples, whole ones packed together.
+
+    Raises:
+        UserError: all examples are longer than a sample, or one is and `data.on_skip` is `error`.
+    """
+    if not isinstance(store, TokenStore) or store.answers is None:
+        return store
+    found = pack(store, seq_len=cfg.seq_len)
+    if cfg.data.on_skip == "error" and (text := too_long(found)):
+        raise UserError(
+            f"data.on_skip=error, and this would be left out: {text}. Raise seq_len, or allow it with warn"
+        )
+    return found
+
+
+def left_out_of(loader: Loader) -> list[str]:
+    """Return a notice if the loader leaves out examples."""
+    text = too_long(loader.store) if isinstance(loader.store, PackedExamples) else ""
+    return [f"Left out of training: {text}. Raise seq_len to take them in."] if text else []
 
 
 def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
@@ -197,7 +250,7 @@ def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
         return []
     return list(
         validation_batches(
-            store,
+            packed(cfg, store),
             seq_len=cfg.seq_len,
             tokens=cfg.train.eval_tokens,
             micro_batch_size=cfg.resolved_micro_batch_size,

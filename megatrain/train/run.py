@@ -138,6 +138,8 @@ class Run:
             "tokenizer_sha256": self.tokenizer_sha256,
             "layout": dump(self.cfg.parallel),
         }
+        if self.cfg.lora.rank:
+            info["base"] = self.state.base
         if eval_loss is not None and math.isfinite(eval_loss):
             info[EVAL_LOSS] = eval_loss
         state = self.state

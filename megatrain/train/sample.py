@@ -1,4 +1,4 @@
-"""Samples of text from a model: during a run, at its end, and by `megatrain generate`."""
+"""Samples of text from a model during a run and at its end."""
 
 import contextlib
 import time
@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.models.generate import generate
-from megatrain.parallel.last_logits import LastLogits
+from megatrain.models.sampling import Sampling
 from megatrain.parallel.layout import FLOAT8_GROUP
+from megatrain.parallel.packed_logits import PackedLogits
 from megatrain.train.config import Config
+from megatrain.train.generation import TextRequest, continue_texts
 from megatrain.train.run import Run
 
 PYTHON_PROMPT = "def "
@@ -28,16 +29,19 @@ TEMPERATURE, TOP_K = 0.7, 50
 def sample(run: Run, tokens: int = TOKENS) -> tuple[str, str] | None:
     """Return a prompt and its continuation by the model as it is now, in its layout; None where there is none.
 
-    That is in a run without text, with `train.sample_tokens=0`, or in fp8 where `seq_len` is no multiple of what its
-    products want. All processes call this together, and get the same text: that of one process, up to rounding.
+    That is in a run without text, with `train.sample_tokens=0`, under a chat template, whose special tokens no text
+    spells, or in fp8 where `seq_len` is no multiple of what its products want. All processes call this together, and
+    get the same text: that of one process, up to rounding.
     """
     cfg = run.cfg
     wanted = min(cfg.train.sample_tokens, tokens)
     unit = _tokens_together(cfg)
-    if not wanted or cfg.data.kind != "text" or (cfg.seq_len // cfg.parallel.cp) % unit:
+    if not wanted or cfg.data.kind == "synthetic" or cfg.seq_len % unit:
+        return None
+    if cfg.data.kind == "chat" and "chat_template" in getattr(run.data.tokenizer, "described", ()):
         return None
     prompt = prompt_of(run)
-    model = LastLogits(run.state.parallel, multiple_of=unit)
+    model = PackedLogits(run.state.parallel, multiple_of=unit)
     pieces: list[str] = []
     began = time.monotonic()
     eager = torch.compiler.set_stance("force_eager") if cfg.parallel.compile else contextlib.nullcontext()
@@ -66,15 +70,20 @@ def _tokens_together(cfg: Config) -> int:
     """Return what a rank's number of tokens must be a multiple of: more than one in fp8 only."""
     if cfg.train.precision != "fp8":
         return 1
-    in_halves = 2 if cfg.parallel.cp > 1 else 1
-    return FLOAT8_GROUP * in_halves if cfg.train.fp8_scaling == "block" else FLOAT8_ROWS
+    return FLOAT8_GROUP if cfg.train.fp8_scaling == "block" else FLOAT8_ROWS
 
 
 def prompt_of(run: Run) -> str:
-    """Return what the samples of a run begin with: the first words held out, or Python's `def` where it reads that."""
+    """Return what the samples of a run begin with: the first words held out, or Python's `def` where it reads that.
+
+    Of examples it is the first prompt that is held out.
+    """
     if run.cfg.data.path is None or not run.eval_batches:
         return PYTHON_PROMPT if run.cfg.data.path is None else ""
-    first: list[int] = run.eval_batches[0].tokens[0, :PROMPT_TOKENS].tolist()
+    batch = run.eval_batches[0]
+    # Of examples, all that comes before the first answer: the position whose target it begins is the prompt's last.
+    asked = int((batch.targets[0] >= 0).int().argmax()) + 1 if run.cfg.data.kind == "chat" else PROMPT_TOKENS
+    first: list[int] = batch.tokens[0, :asked].tolist()
     end = run.data.tokenizer.eos_id
     return run.data.tokenizer.decode(first[: first.index(end)] if end in first else first)
 
@@ -83,46 +92,7 @@ def sample_text(
     model: nn.Module, tokenizer: Tokenizer, prompt: str, cfg: Config, *, tokens: int
 ) -> Iterator[str]:
     """Yield a sample of a run, piece by piece: the same settings at all times, so that samples compare."""
-    return continue_text(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=tokens,
-        context=cfg.seq_len,
-        temperature=TEMPERATURE,
-        top_k=TOP_K,
-        seed=cfg.train.seed,
-    )
-
-
-def continue_text(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    context: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> Iterator[str]:
-    """Yield the text that follows `prompt`, piece by piece; an empty prompt starts a new document."""
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    produced: list[int] = []
-    shown = ""
-    for token in generate(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        context=context,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        stop=tokenizer.eos_id,
-    ):
-        produced.append(token)
-        text = tokenizer.decode(produced)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue  # a character whose bytes are not complete yet
-        yield text[len(shown) :]
-        shown = text
+    sampling = Sampling(temperature=TEMPERATURE, top_k=TOP_K, seed=cfg.train.seed)
+    request = TextRequest(prompt=prompt, tokens=tokens, sampling=sampling)
+    for _, piece, _ in continue_texts(model, tokenizer, [request], context=cfg.seq_len):
+        yield piece
