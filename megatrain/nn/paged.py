@@ -217,5 +217,5 @@ class PagedAttention:
         try:
             yield
         finally:
-            for part, core in zip(self.parts, before, strict=True):
-                replace_seam(part, "core", core)
+            for part, usual in zip(self.parts, before, strict=True):
+                replace_seam(part, "core", usual)
