@@ -158,18 +158,17 @@ def main() -> None:
         "new_tokens": options.tokens,
     }
     for shape in options.shapes:
-        found = {}
+        found: dict[str, object] = {}
+        result[shape] = found
         for batch in options.batches:
             found[f"batch_{batch}"] = compare(
                 SHAPES[shape], batch, prompt=options.prompt, tokens=options.tokens, rounds=options.rounds
             )
             print(shape, batch, json.dumps(found[f"batch_{batch}"]), flush=True)
-        result[shape] = found
-    result["load_average_at_the_end"] = os.getloadavg()[0]
-    text = json.dumps(result, indent=1)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+            result["load_average_at_the_end"] = os.getloadavg()[0]
+            if options.out:  # what is measured is kept, whatever comes
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

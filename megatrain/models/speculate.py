@@ -67,7 +67,7 @@ class DraftModel:
         self._cached: dict[int, int] = {}
 
     def draft(self, sequences: Sequence[Running], counts: Sequence[int]) -> list[Draft]:
-        """Sample tokens one after the other, of all sequences together."""
+        """Draw tokens one after the other, of all sequences together."""
         drafts = [Draft([], []) for _ in sequences]
         counts = [min(n, self.context - len(each.tokens)) for each, n in zip(sequences, counts, strict=True)]
         while live := [n for n, draft in enumerate(drafts) if len(draft.tokens) < counts[n]]:

@@ -47,15 +47,15 @@ def results(directory: Path, layout: ParallelConfig) -> tuple[list[list[int]], l
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("tied", {"tp": 2}),
-        ("latent", {"pp": 2}),
+        ("uneven_latent", {"tp": 2, "pp": 2}),
         *[
             pytest.param(name, layout, marks=pytest.mark.slow)
             for name, layout in [
+                ("tied", {"tp": 2}),
+                ("latent", {"pp": 2}),
                 ("gpt2", {"tp": 2, "pp": 2}),
                 ("uneven", {"tp": 3}),
                 ("experts", {"tp": 2}),
-                ("uneven_latent", {"tp": 2, "pp": 2}),
                 ("tied", {"pp": 4}),
             ]
         ],

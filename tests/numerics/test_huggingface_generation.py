@@ -38,7 +38,10 @@ def pair(cfg: ModelConfig, folder: Path) -> tuple[torch.nn.Module, torch.nn.Modu
     return model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("llama", "qwen3") else ()) for name in FAMILIES],
+)
 def test_greedy_text_is_transformers(family: str, tmp_path: Path) -> None:
     """Alone and in a batch, with the cache and without, guessing tokens and not."""
     model, reference = pair(FAMILIES[family], tmp_path)

@@ -33,7 +33,10 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name.endswith("model") else ()) for name in DRAFTERS],
+)
 def test_greedy_text_is_the_same(model: Decoder, name: str) -> None:
     """In a batch, up to the end of the context and beyond, with stop tokens among the guesses."""
     requests = [Request(prompt=prompt, max_new_tokens=20, sampling=GREEDY) for prompt in PROMPTS]
@@ -128,13 +131,23 @@ def distribution(
     return every.outcomes(text)
 
 
+PLAIN = Sampling(temperature=1.0)
+OPTIONS = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.5)
+
+
+def guesser() -> DraftModel:
+    return DraftModel(GUESSER, context=64, n_blocks=2)
+
+
 @pytest.mark.parametrize(
-    "drafter", [LookUp, lambda: DraftModel(GUESSER, context=64, n_blocks=2)], ids=["look-up", "draft model"]
-)
-@pytest.mark.parametrize(
-    "how",
-    [Sampling(temperature=1.0), Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.5)],
-    ids=["as it is", "options"],
+    ("drafter", "how"),
+    [
+        (LookUp, OPTIONS),
+        (guesser, PLAIN),
+        pytest.param(LookUp, PLAIN, marks=pytest.mark.slow),
+        pytest.param(guesser, OPTIONS, marks=pytest.mark.slow),
+    ],
+    ids=["look-up, options", "draft model", "look-up", "draft model, options"],
 )
 def test_sampled_text_has_the_same_distribution(
     monkeypatch: pytest.MonkeyPatch, drafter: Callable[[], Drafter], how: Sampling
@@ -142,7 +155,7 @@ def test_sampled_text_has_the_same_distribution(
     prompt = [2, 0, 1, 2, 0]
     found = distribution(monkeypatch, how, prompt, drafter)
     truth = distribution(monkeypatch, how, prompt, lambda: None)
-    if how == Sampling(temperature=1.0):
+    if how == PLAIN:
         table = TARGET.table.detach().exp()
         for text in product(range(3), repeat=LENGTH):
             steps = zip((prompt[-1], *text), text, strict=False)
