@@ -217,10 +217,5 @@ class PagedAttention:
         try:
             yield
         finally:
-<<<<<<< HEAD
-            for part, own in zip(self.parts, before, strict=True):
-                replace_seam(part, "core", own)
-=======
             for part, usual in zip(self.parts, before, strict=True):
                 replace_seam(part, "core", usual)
->>>>>>> 5b8bf10fbdb940679206e5ae9de5340e51157985
