@@ -73,18 +73,11 @@ def load_trained(
         UserError: `directory` is neither, lacks what is asked for, or the model does not fit the layout.
     """
     layout = layout or ParallelConfig()
-    is_run = (directory / CONFIG_FILE).is_file()
-    if not is_run and not (directory / HF_CONFIG).is_file():
-        raise UserError(
-            f"{directory} is neither a run directory nor a Hugging Face model directory: it has no {CONFIG_FILE} and "
-            f"no {HF_CONFIG}"
-        )
+    cfg, is_run = config_for_inference(directory, layout)
     if not is_run and average:
         raise UserError(
             f"{directory} is a Hugging Face directory, which has no moving average of its weights"
         )
-    cfg = read_config(directory) if is_run else _config_of_hf(directory)
-    cfg = _for_inference(cfg, layout)
     device = device or pick_device(processes.local_rank)
     if world_size(layout) > 1:
         require_processes(layout, processes.size)
@@ -97,6 +90,21 @@ def load_trained(
     with torch.no_grad():
         _read_hf(directory, cfg.model, parallel)
     return TrainedModel(parallel, read_model_tokenizer(directory, cfg.model), cfg, None)
+
+
+def config_for_inference(directory: Path, layout: ParallelConfig) -> tuple[Config, bool]:
+    """Return the config of a model in `layout`, without what only training does, and whether `directory` is a run's.
+
+    Raises:
+        UserError: `directory` is neither a run's nor of Hugging Face's form, or the model does not fit the layout.
+    """
+    is_run = (directory / CONFIG_FILE).is_file()
+    if not is_run and not (directory / HF_CONFIG).is_file():
+        raise UserError(
+            f"{directory} is neither a run directory nor a Hugging Face model directory: it has no {CONFIG_FILE} and "
+            f"no {HF_CONFIG}"
+        )
+    return _for_inference(read_config(directory) if is_run else _config_of_hf(directory), layout), is_run
 
 
 def _for_inference(cfg: Config, layout: ParallelConfig) -> Config:
