@@ -1,15 +1,10 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
 from megatrain.cli.verb import Verb
+from megatrain.cli.verbs_of_models import AVERAGE, EVALUATE, GENERATE
 from megatrain.cli.verbs_tuning import FINETUNE
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
-
-AVERAGE = (
-    "--[no-]average",
-    "use the moving average of the weights, or the weights themselves; default: the average, if the run keeps one "
-    "(train.ema_decay)",
-)
 
 VERBS = (
     Verb(
@@ -33,30 +28,8 @@ VERBS = (
         takes_config=True,
     ),
     FINETUNE,
-    Verb(
-        name="generate",
-        summary="continue a text with the model of a run",
-        usage="RUN [PROMPT] [flags]",
-        examples=(
-            (
-                'megatrain generate runs/default "def main("',
-                "continue a prompt with the run's latest checkpoint",
-            ),
-            ('megatrain generate runs/default "import " --temperature 0', "greedy decoding"),
-            (
-                "megatrain generate runs/default --tokens 500 --seed 7",
-                "without a prompt, longer, with another seed",
-            ),
-        ),
-        takes_config=False,
-        flags=(
-            ("--tokens N", "maximum number of tokens to generate; default: 200"),
-            ("--temperature T", "sampling temperature; 0: greedy decoding; default: 0.8"),
-            ("--top-k K", "sample from the K most likely tokens; default: all"),
-            ("--seed N", "sampling seed; default: 0"),
-            AVERAGE,
-        ),
-    ),
+    GENERATE,
+    EVALUATE,
     Verb(
         name="report",
         summary="write one HTML page with a run's curves, samples of text, events and config, or compare several runs",
@@ -367,7 +340,7 @@ VERBS = (
     Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
-        usage="[--cluster] [--json]",
+        usage="[--cluster [--unfit FILE]] [--json]",
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
             ("megatrain doctor --json", "the same for programs"),
@@ -381,6 +354,10 @@ VERBS = (
             (
                 "--cluster",
                 "compare the machines on which a launcher has started it; exit code 1 if one is unfit",
+            ),
+            (
+                "--unfit FILE",
+                "write the names of unfit machines there, one a line, for a launcher that has others",
             ),
             ("--json", "print one JSON object instead of a table"),
         ),

@@ -69,6 +69,7 @@ class Decoder(nn.Module):
         doc_ids: Tensor | None = None,
         token_numbers: Tensor | None = None,
         z_loss: float = 0.0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
 
@@ -79,6 +80,7 @@ class Decoder(nn.Module):
             doc_ids: `(batch, seq)`; attention stays inside a document.
             token_numbers: `(batch, seq)` int64 in training with dropout: each token's number in the run.
             z_loss: factor on the squared log-partition.
+            keep: `(kept,)` indices of the tokens of a row whose logits are wanted; None: all.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -91,7 +93,7 @@ class Decoder(nn.Module):
         hidden = self.norm(hidden)
         table = self.embed if self.head is None else self.head
         assert table is not None
-        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss)
+        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss, keep)
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ def parallelize(
     seq_len: int,
     compute_dtype: torch.dtype,
     float8: Scaling | None = None,
+    shards_data: bool = True,
 ) -> ParallelModel:
     """Apply pipeline, expert, tensor and context parallelism, fp8, activation checkpointing, compilation and FSDP.
 
@@ -148,6 +149,7 @@ def parallelize(
         seq_len: tokens of a training sequence, which decide with the layers' sizes where a pipeline is cut.
         compute_dtype: dtype in which FSDP gathers parameters.
         float8: granularity of the scales of linear layers in fp8; None if they compute in `compute_dtype`.
+        shards_data: whether FSDP is applied; a model that is not trained does without where nothing is data-parallel.
     """
     models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg, seq_len))
     for model in models:
@@ -161,7 +163,7 @@ def parallelize(
             float8_linears(model, plan, mesh, cfg, scaling=float8)
         checkpoint_activations(model, plan, mesh, cfg)
         compile_blocks(model, plan, mesh, cfg)
-        if mesh is not None:
+        if mesh is not None and shards_data:
             fully_shard_blocks(model, plan, mesh, cfg, compute_dtype=compute_dtype)
     pipeline = None if mesh is None or cfg.pp == 1 else Pipeline(cfg, plan, mesh, models, compute_dtype)
     return ParallelModel(cfg, plan, models, mesh, pipeline)

@@ -125,7 +125,12 @@ class VocabularyParallelLossHead(nn.Module):
         self.shares = [share_of(tokens, group.size(), rank) for rank in range(group.size())]
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor | None = None, z_loss: float = 0.0
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor | None = None,
+        z_loss: float = 0.0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Return what `LossHead` does, from hidden `(batch, seq / tp, hidden)` and this rank's rows of the weight."""
         hidden = gather_shared(hidden, SEQ, self.group)
@@ -140,7 +145,7 @@ class VocabularyParallelLossHead(nn.Module):
                 tp_group=self.group,
                 vocab_size=self.shares[-1].stop,
             )
-        logits = self._gather_columns(linear(hidden, weight))
+        logits = self._gather_columns(linear(hidden if keep is None else hidden[:, keep], weight))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _gather_columns(self, logits: Tensor) -> Tensor:

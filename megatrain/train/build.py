@@ -27,7 +27,7 @@ from megatrain.optim.build import RULES, build_optimizer, start_state
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel, parallelize
-from megatrain.parallel.float8 import check_float8
+from megatrain.parallel.float8 import Scaling, check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.lora import add_adapters, with_adapters
 from megatrain.parallel.mesh import Mesh
@@ -89,6 +89,40 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         check_float8(device)
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
 
+    parallel = build_model(
+        cfg, device, mesh if cfg.engine == "native" else None, master_dtype=master_dtype, float8=float8
+    )
+    plan = parallel.plan
+    for model in parallel.models:
+        init_weights(
+            model, plan, seed=cfg.train.seed, shard_of=lambda name, p: shard_of(p, parallel.splits.get(name))
+        )
+    if cfg.engine != "native":
+        return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
+    # With a mesh, FSDP makes the copies in the compute dtype.
+    weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
+    optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
+    decay = cfg.train.ema_decay
+    average = None if decay is None else WeightAverage(weights.trained, decay)
+    return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
+
+
+def build_model(
+    cfg: Config,
+    device: torch.device,
+    mesh: Mesh | None,
+    *,
+    master_dtype: torch.dtype,
+    float8: Scaling | None = None,
+    shards_data: bool = True,
+) -> ParallelModel:
+    """Make this rank's part of the model on `device`, its weights not yet set.
+
+    Args:
+        master_dtype: of the weights; they compute in `train.precision`.
+        float8, shards_data: as in `parallelize`.
+    """
+    compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
     spec = get_spec(cfg.model.kind)
     plan = with_adapters(spec.plan(cfg.model), cfg.lora)
 
@@ -101,26 +135,17 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     parallel = parallelize(
         make_model,
         plan,
-        mesh if cfg.engine == "native" else None,
+        mesh,
         cfg.parallel,
         seq_len=cfg.seq_len,
         compute_dtype=compute_dtype,
         float8=float8,
+        shards_data=shards_data,
     )
     for model in parallel.models:
         model.to_empty(device=device)
-        init_weights(
-            model, plan, seed=cfg.train.seed, shard_of=lambda name, p: shard_of(p, parallel.splits.get(name))
-        )
         use_experts_backend(model, cfg.moe.backend, compute_dtype)
-    if cfg.engine != "native":
-        return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
-    # With a mesh, FSDP makes the copies in the compute dtype.
-    weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
-    decay = cfg.train.ema_decay
-    average = None if decay is None else WeightAverage(weights.trained, decay)
-    return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
+    return parallel
 
 
 def _state_of_engine(cfg: Config, parallel: ParallelModel, plan: Plan) -> TrainState:

@@ -55,7 +55,7 @@ def import_hf(source: Path, run: RunConfig, *, progress: Progress) -> Imported:
     free_directory(run)
     model = read_model_config(source)
     tokenizer = read_model_tokenizer(source, model)
-    files = _open_all(source)
+    files = open_shards(source)
     tensors = {WEIGHTS + name: pair for name, pair in map_tensors(Shards(files), model).items()}
     done = write_run(run, model, tokenizer, tensors, _identity(source), progress=progress)
     return replace(done, files=len(files))
@@ -206,7 +206,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _open_all(source: Path) -> list[SafetensorsSource]:
+def open_shards(source: Path) -> list[SafetensorsSource]:
     """Open the safetensors files of `source`."""
     if (source / INDEX_FILE).is_file():
         listed = _read_json(source / INDEX_FILE).get("weight_map")

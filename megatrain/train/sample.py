@@ -1,4 +1,4 @@
-"""Samples of text from a model: during a run, at its end, and by `megatrain generate`."""
+"""Samples of text from a model during a run and at its end."""
 
 import contextlib
 import time
@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.models.generate import generate
-from megatrain.parallel.last_logits import LastLogits
+from megatrain.models.sampling import Sampling
 from megatrain.parallel.layout import FLOAT8_GROUP
+from megatrain.parallel.packed_logits import PackedLogits
 from megatrain.train.config import Config
+from megatrain.train.generation import TextRequest, continue_texts
 from megatrain.train.run import Run
 
 PYTHON_PROMPT = "def "
@@ -35,12 +36,12 @@ def sample(run: Run, tokens: int = TOKENS) -> tuple[str, str] | None:
     cfg = run.cfg
     wanted = min(cfg.train.sample_tokens, tokens)
     unit = _tokens_together(cfg)
-    if not wanted or cfg.data.kind == "synthetic" or (cfg.seq_len // cfg.parallel.cp) % unit:
+    if not wanted or cfg.data.kind == "synthetic" or cfg.seq_len % unit:
         return None
     if cfg.data.kind == "chat" and "chat_template" in getattr(run.data.tokenizer, "described", ()):
         return None
     prompt = prompt_of(run)
-    model = LastLogits(run.state.parallel, multiple_of=unit)
+    model = PackedLogits(run.state.parallel, multiple_of=unit)
     pieces: list[str] = []
     began = time.monotonic()
     eager = torch.compiler.set_stance("force_eager") if cfg.parallel.compile else contextlib.nullcontext()
@@ -69,8 +70,7 @@ def _tokens_together(cfg: Config) -> int:
     """Return what a rank's number of tokens must be a multiple of: more than one in fp8 only."""
     if cfg.train.precision != "fp8":
         return 1
-    in_halves = 2 if cfg.parallel.cp > 1 else 1
-    return FLOAT8_GROUP * in_halves if cfg.train.fp8_scaling == "block" else FLOAT8_ROWS
+    return FLOAT8_GROUP if cfg.train.fp8_scaling == "block" else FLOAT8_ROWS
 
 
 def prompt_of(run: Run) -> str:
@@ -92,46 +92,7 @@ def sample_text(
     model: nn.Module, tokenizer: Tokenizer, prompt: str, cfg: Config, *, tokens: int
 ) -> Iterator[str]:
     """Yield a sample of a run, piece by piece: the same settings at all times, so that samples compare."""
-    return continue_text(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=tokens,
-        context=cfg.seq_len,
-        temperature=TEMPERATURE,
-        top_k=TOP_K,
-        seed=cfg.train.seed,
-    )
-
-
-def continue_text(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    context: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> Iterator[str]:
-    """Yield the text that follows `prompt`, piece by piece; an empty prompt starts a new document."""
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    produced: list[int] = []
-    shown = ""
-    for token in generate(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        context=context,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        stop=tokenizer.eos_id,
-    ):
-        produced.append(token)
-        text = tokenizer.decode(produced)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue  # a character whose bytes are not complete yet
-        yield text[len(shown) :]
-        shown = text
+    sampling = Sampling(temperature=TEMPERATURE, top_k=TOP_K, seed=cfg.train.seed)
+    request = TextRequest(prompt=prompt, tokens=tokens, sampling=sampling)
+    for _, piece, _ in continue_texts(model, tokenizer, [request], context=cfg.seq_len):
+        yield piece

@@ -32,6 +32,10 @@ OPTIONAL = {
     "wandb",
     "yaml",
     "fcntl",
+    "sklearn",
+    "sacrebleu",
+    "rouge_score",
+    "lm_eval",
 }
 """Packages that may be absent, or that are slow to import and not always needed: imported where they are used."""
 HEAVY = {"torch", "megatrain", "numpy"}

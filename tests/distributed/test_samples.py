@@ -10,10 +10,11 @@ from layouts import RUNS, STORE, with_layout
 from probes import live_bytes
 
 from megatrain.models.flops import n_params
-from megatrain.models.generate import generate
-from megatrain.parallel.last_logits import LastLogits
+from megatrain.models.generate import Request, generate
+from megatrain.models.sampling import Sampling
 from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import make_mesh
+from megatrain.parallel.packed_logits import PackedLogits
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config
@@ -28,9 +29,10 @@ def texts(cfg: Config) -> list[list[int]]:
     mesh = make_mesh(cfg.parallel, CPU) if world_size(cfg.parallel) > 1 else None
     state = build_state(cfg, CPU, mesh)
     train_step(state, build_loader(cfg, STORE, mesh).step_batch(0), cfg, lr=1e-2)
-    model = LastLogits(state.parallel)
-    ways: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 20, "seed": 5})
-    return [list(generate(model, PROMPT, max_new_tokens=9, context=10, **how)) for how in ways]
+    model = PackedLogits(state.parallel)
+    ways = (Sampling(temperature=0.0), Sampling(temperature=1.0, top_k=20, seed=5))
+    requests = [Request(prompt=PROMPT, max_new_tokens=9, sampling=how) for how in ways]
+    return [list(generate(model, request, context=10)) for request in requests]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def most_bytes(cfg: Config) -> int:
             gathered = list(block.parameters())
             block.register_forward_pre_hook(lambda *_, gathered=gathered: held.append(live_bytes(gathered)))
             block.mlp.register_forward_hook(lambda *_, gathered=gathered: held.append(live_bytes(gathered)))  # type: ignore[union-attr]
-    next(generate(LastLogits(state.parallel), PROMPT, max_new_tokens=1, context=32))
+    next(generate(PackedLogits(state.parallel), Request(prompt=PROMPT, max_new_tokens=1), context=32))
     return max(held) - before
 
 

@@ -109,6 +109,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         exec(program, {})
     (folder / "books").mkdir()
     (folder / "books" / "one.txt").write_text("\n".join(lines))
+    (folder / "prompts.jsonl").write_text('{"prompt": "Line", "seed": 3}\n')
+    (folder / "reviews.jsonl").write_text(
+        '{"prompt": "a", "answer": " b"}\n{"prompt": "b", "answer": " c"}\n'
+    )
+    (folder / "answers.jsonl").write_text('{"prompt": "Line", "reference": ["7", "8"]}\n')
     (folder / "tokenizer").mkdir()
     train_bpe(iter(lines), vocab_size=270).save_pretrained(folder / "tokenizer")
     (folder / ".venv" / "bin").mkdir(parents=True)

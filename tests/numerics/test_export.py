@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -30,11 +31,11 @@ FAMILIES |= {name: EXPERTS[name] for name in ("mixtral", "deepseek")}
 ALL = 1 << 40  # bytes of a file
 
 
-def make_run(directory: Path, model: ModelConfig) -> Path:
+def make_run(directory: Path, model: ModelConfig, *, precision: Literal["fp32", "fp64"] = "fp32") -> Path:
     """A run with one checkpoint, whose weights and averages are random."""
     model = replace(model, vocab_size=300)
     data = DataConfig(tokenizer=TokenizerConfig(vocab_size=300))
-    cfg = Config(model=model, data=data, train=TrainConfig(ema_decay=0.9, precision="fp32"), seq_len=16)
+    cfg = Config(model=model, data=data, train=TrainConfig(ema_decay=0.9, precision=precision), seq_len=16)
     state = build_state(cfg, torch.device("cpu"))
     tensors = state.tensors()
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,8 @@ from megatrain.data.tokenizer import train_bpe
 from megatrain.models.registry import get_spec
 from megatrain.parallel.lora import with_adapters
 from megatrain.parallel.lora_config import LoRAConfig
+from megatrain.runtime.processes import Processes
+from megatrain.train.inference import load_trained
 from megatrain.train.restore import restore_model
 
 SIZES = {"vocab_size": 270, "bos_token_id": None, "eos_token_id": None}
@@ -73,6 +75,8 @@ def test_peft_and_merged_models_compute_the_same(folder: Path, name: str) -> Non
     ]
     adapted = PeftModel.from_pretrained(plain, f"{name}-adapter")
     assert (logits_of(adapted) - ours).abs().max() < 1e-5 * size
+    trained = load_trained(Path(run), Processes())
+    assert torch.equal(logits_of(trained.parallel.models[0]), ours)
     assert main(["export", run, f"{name}-merged", "--merge", "--check"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(f"{name}-merged", dtype=torch.float32)
     assert (logits_of(merged) - ours).abs().max() < 1e-5 * size

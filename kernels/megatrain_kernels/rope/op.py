@@ -17,7 +17,7 @@ from megatrain_kernels.kernel import (
 )
 from megatrain_kernels.rope.cases import SUITE
 from megatrain_kernels.rope.reference import rotary_reference
-from megatrain_kernels.rope.torch import Rotate
+from megatrain_kernels.rope.torch import torch_rotary
 
 
 @torch.library.custom_op("megatrain::rotary", mutates_args=())
@@ -64,7 +64,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
     if path == "reference":
         return rotary_reference(q, k, cos, sin)
     if path == "torch":
-        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        return torch_rotary(q, cos, sin), torch_rotary(k, cos, sin)
     rotated_q, rotated_k = rotary_op(q, k, cos, sin, False, path)
     return rotated_q, rotated_k
 

@@ -30,6 +30,14 @@ class Rotate(torch.autograd.Function):
         return _rotate(grad, cos, sin, -1), None, None
 
 
+def torch_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x `(batch, seq, heads, dim)`, differentiably where gradients are wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        rotated: Tensor = Rotate.apply(x, cos, sin)
+        return rotated
+    return _rotate(x, cos, sin, 1)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """Rotate by `sign` times the angles, as many sequences at once as a CPU's cache holds; float32 at least inside."""
     batch, seq, heads, dim = x.shape

@@ -1,0 +1,178 @@
+"""`megatrain evaluate`: how good the model of a run, or of a Hugging Face directory, is at text and tasks."""
+
+import contextlib
+import io
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatrain.cli.actions import progress_display, strict_json
+from megatrain.cli.generate import add_layout, in_layout, load_model
+from megatrain.cli.options import Parser
+from megatrain.cli.prompts import check_numbers
+from megatrain.config.errors import UserError
+from megatrain.config.paths import expanded
+from megatrain.runtime.packages import how_to_install
+from megatrain.runtime.processes import Processes
+
+if TYPE_CHECKING:
+    from megatrain.evaluate.scoring import Scorer
+
+PACKAGES = {
+    "choices": {"sklearn": "scikit-learn"},
+    "answers": {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"},
+    "tasks": {"lm_eval": "lm-eval"},
+}
+"""Flag -> module that it needs -> package that has it."""
+Progress = Callable[[str, float], None]
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate, print a table, and write the results as JSON if asked to; return the exit code."""
+    options = _parser().parse_intermixed_args(argv)
+    check_numbers("evaluate", options)
+    asked = [name for name in ("text", "choices", "answers", "tasks") if getattr(options, name)]
+    if not asked:
+        raise UserError(
+            "evaluate: say what to evaluate on: --text, --choices, --answers or --tasks; "
+            "see `megatrain evaluate --help`"
+        )
+    for name in asked:
+        for module, package in PACKAGES.get(name, {}).items():
+            if find_spec(module) is None:
+                raise UserError(f"evaluate: --{name} needs the package {package}: {how_to_install(package)}")
+    return in_layout("evaluate", argv, options, partial(_evaluate, options))
+
+
+def _parser() -> Parser:
+    parser = Parser("evaluate")
+    parser.add_argument("run")
+    parser.add_argument("--text", action="append", default=[], metavar="PATH")
+    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--stride", type=int)
+    parser.add_argument("--choices", metavar="FILE")
+    parser.add_argument("--answers", metavar="FILE")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--tasks", type=lambda text: [each for each in text.split(",") if each], default=[])
+    parser.add_argument("--task-dir", metavar="DIR")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--shots", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", metavar="FILE")
+    add_layout(parser)
+    return parser
+
+
+def _evaluate(options: Namespace, processes: Processes) -> int:
+    with processes.at_work():
+        from megatrain.evaluate.answers import read_tasks
+        from megatrain.evaluate.choices import read_questions
+        from megatrain.evaluate.scoring import Scorer
+
+    # A mistake in a file comes to light before the model is loaded.
+    questions = read_questions(Path(expanded(options.choices))) if options.choices else []
+    tasks = read_tasks(Path(expanded(options.answers))) if options.answers else []
+    trained = load_model(options, processes)
+    scorer = Scorer(trained)
+    found: dict[str, Any] = {"model": options.run, "step": trained.step}
+    output = io.StringIO() if not processes.is_first else sys.stderr
+    with contextlib.redirect_stdout(output), progress_display(not processes.is_first) as display:
+        if options.text:
+            found["text"] = _on_text(options, scorer, display.phase)
+        if questions:
+            from megatrain.evaluate.choices import choose
+
+            display.phase("choosing", 0.0)
+            found["choices"] = choose(scorer, questions)
+        if tasks:
+            from megatrain.evaluate.answers import answer, compare
+
+            display.phase("answering", 0.0)
+            texts = answer(
+                trained, tasks, tokens=options.tokens, stop=tuple(options.stop), max_batch=options.batch
+            )
+            found["answers"] = compare(texts, tasks)
+        if options.tasks:
+            found["tasks"] = _on_tasks(options, scorer)
+    if processes.is_first:
+        _show(found, options)
+    return 0
+
+
+def _on_text(options: Namespace, scorer: "Scorer", progress: Progress) -> dict[str, Any]:
+    from megatrain.evaluate.perplexity import perplexity
+
+    context = scorer.trained.context
+    stride = context if options.stride is None else options.stride
+    if stride > context:
+        raise UserError(
+            f"evaluate: --stride {stride}: must be at most {context}, the tokens that the model sees"
+        )
+    paths = [expanded(each) for each in options.text]
+    return perplexity(scorer, paths, field=options.text_field, stride=stride, progress=progress)
+
+
+def _on_tasks(options: Namespace, scorer: "Scorer") -> dict[str, Any]:
+    from megatrain.evaluate.harness import run_tasks
+
+    folder = None if options.task_dir is None else Path(expanded(options.task_dir))
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"evaluate: --task-dir {options.task_dir}: there is no such directory")
+    return run_tasks(
+        scorer,
+        options.tasks,
+        folder=folder,
+        limit=options.limit,
+        shots=options.shots,
+        max_batch=options.batch,
+    )
+
+
+def _show(found: dict[str, Any], options: Namespace) -> None:
+    """Print the table, and write the JSON file; with `--json -` to standard output, and the table to stderr."""
+    text = json.dumps(strict_json(found), indent=1, ensure_ascii=False, allow_nan=False)
+    print(as_table(found), file=sys.stderr if options.json == "-" else sys.stdout)
+    if options.json == "-":
+        print(text)
+    elif options.json is not None:
+        path = Path(expanded(options.json))
+        try:
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"evaluate: --json {path}: {error.strerror}") from None
+
+
+def as_table(found: dict[str, Any]) -> str:
+    """Return the results as text: a line for each figure, the confusion matrix as rows of the true labels."""
+    step = "" if found["step"] is None else f", step {found['step']}"
+    lines = [f"{found['model']}{step}"]
+    for part in ("text", "choices", "answers"):
+        if part in found:
+            lines += [part, *_figures(found[part])]
+    if "labels" in (choices := found.get("choices", {})):
+        width = max(len(label) for label in choices["labels"])
+        lines.append(f"  {'label':<{width}}  precision  recall      f1  support  predicted as")
+        for label, row in zip(choices["labels"], choices["confusion"]["rows_are_true"], strict=True):
+            each = choices["labels"][label]
+            figures = (
+                f"{each['precision']:9.4f}  {each['recall']:6.4f}  {each['f1']:6.4f}  {each['support']:7.0f}"
+            )
+            lines.append(f"  {label:<{width}}  {figures}  {' '.join(map(str, row))}")
+    for task, values in found.get("tasks", {}).items():
+        lines += [f"task {task}", *_figures(values)]
+    return "\n".join(lines)
+
+
+def _figures(values: dict[str, Any]) -> list[str]:
+    """Return a line for each number of `values`."""
+    numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+    shown = {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:.6g}" for name, value in numbers.items()
+    }
+    return [f"  {name:<20} {text}" for name, text in shown.items()]

@@ -1,0 +1,111 @@
+"""The verbs that use a trained model, for the table of verbs."""
+
+from megatrain.cli.verb import Verb
+
+AVERAGE = (
+    "--[no-]average",
+    "use the moving average of the weights, or the weights themselves; default: the average, if the run keeps one "
+    "(train.ema_decay)",
+)
+
+LAYOUT = (
+    ("--tp N", "load the model into N tensor-parallel processes; default: 1"),
+    ("--pp N", "load the model into N pipeline stages; default: 1"),
+)
+
+GENERATE = Verb(
+    name="generate",
+    summary="continue texts with the model of a run, or of a Hugging Face directory",
+    usage="RUN [PROMPT...] [flags]",
+    examples=(
+        (
+            'megatrain generate runs/default "def main("',
+            "continue a prompt with the run's latest checkpoint",
+        ),
+        (
+            'megatrain generate runs/default "import " "class " --temperature 0 --json',
+            "greedy decoding of two prompts in one batch, as JSON",
+        ),
+        (
+            "megatrain generate runs/default --tokens 500 --seed 7 --top-p 0.9 --lookup",
+            "without a prompt, longer, with another seed, guessing tokens from the text so far",
+        ),
+    ),
+    takes_config=False,
+    flags=(
+        ("--prompts FILE", "prompts of a file: one a line, or of a .jsonl file each line's `prompt`"),
+        ("--tokens N", "maximum number of tokens to generate; default: 200"),
+        ("--temperature T", "sampling temperature; 0: greedy decoding; default: 0.8"),
+        ("--top-k K", "sample from the K most likely tokens; default: all"),
+        ("--top-p P", "sample from the fewest most likely tokens with total probability P; default: all"),
+        (
+            "--min-p P",
+            "sample from tokens with at least P times the most likely one's probability; default: all",
+        ),
+        (
+            "--repetition-penalty R",
+            "make tokens that the text has already less likely; default: 1, no penalty",
+        ),
+        ("--stop TEXT", "end before this text; may be given several times"),
+        ("--seed N", "sampling seed of each prompt; default: 0"),
+        (
+            "--logprobs N",
+            "with --json: log-probabilities of the tokens, and of the N most likely ones beside each",
+        ),
+        ("--json", "print one JSON object instead of text"),
+        ("--batch N", "how many prompts are continued at a time; default: 8"),
+        ("--lookup", "speculative decoding: guess that the text goes on as after the same words before"),
+        ("--draft RUN", "speculative decoding: guess with a smaller model of the same tokenizer"),
+        ("--draft-tokens N", "number of tokens to guess at a time; default: 4"),
+        *LAYOUT,
+        AVERAGE,
+    ),
+)
+
+EVALUATE = Verb(
+    name="evaluate",
+    summary="measure how good a model is: perplexity, labelled tasks, generated answers, the EleutherAI harness",
+    usage="RUN [flags]",
+    examples=(
+        (
+            "megatrain evaluate runs/default --text my.txt",
+            "perplexity and bits per byte of a file, or of anything that data.path takes",
+        ),
+        (
+            "megatrain evaluate runs/default --choices reviews.jsonl --json result.json",
+            "accuracy, F1, confusion matrix and calibration on lines with prompt and answer",
+        ),
+        (
+            "megatrain evaluate exported --tasks hellaswag,arc_easy --shots 5",
+            "tasks of lm-eval, on a Hugging Face directory",
+        ),
+    ),
+    takes_config=False,
+    flags=(
+        ("--text PATH", "perplexity and bits per byte of its documents; may be given several times"),
+        ("--text-field NAME", "--text: field of rows that holds the text; default: text"),
+        (
+            "--stride N",
+            "--text: tokens that are predicted at a time beyond the first context; default: the whole context, so that "
+            "each token is read once",
+        ),
+        (
+            "--choices FILE",
+            "JSONL with prompt, answer and choices (default: all answers of the file): the likeliest choice",
+        ),
+        (
+            "--answers FILE",
+            "JSONL with prompt and reference: generate an answer; exact match, BLEU, chrF, ROUGE",
+        ),
+        ("--tokens N", "--answers: most tokens of an answer; default: 128"),
+        ("--stop TEXT", "--answers: end before this text; may be given several times"),
+        ("--tasks A,B", "tasks of lm-eval, by their names there"),
+        ("--task-dir DIR", "--tasks: a directory with task files of your own"),
+        ("--limit N", "--tasks: most examples of each task; default: all"),
+        ("--shots N", "--tasks: solved examples in each prompt; default: as the task says"),
+        ("--batch N", "how many answers are generated at a time; default: 8"),
+        ("--json FILE", "write the results as JSON, too; -: to standard output, and the table to stderr"),
+        *LAYOUT,
+        AVERAGE,
+    ),
+)

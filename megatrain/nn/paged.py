@@ -1,0 +1,221 @@
+"""A paged cache of keys and values (PagedAttention, arXiv 2309.06180), and attention over it.
+
+Tokens of several sequences are packed into one row, each sequence's one after the other: a prompt of a hundred tokens,
+the next token of a sequence that is being generated. Attention appends their keys and values to the sequences' blocks
+and lets each query see its own sequence. The rest of a model treats tokens one by one, so nothing is padded for it.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatrain.nn.attention import Attention
+from megatrain.nn.layer import replace_seam
+from megatrain.nn.mla import MultiHeadLatentAttention
+from megatrain_kernels import attention
+
+BLOCK_SIZE = 16
+"""Tokens of a block: few, so that a sequence wastes little of its last one."""
+
+
+class Part(NamedTuple):
+    """New tokens of one sequence in a packed row."""
+
+    sequence: int
+    start: int
+    """Tokens of the sequence that are in the cache already."""
+    n_tokens: int
+
+
+class OutOfBlocksError(RuntimeError):
+    """The cache has too few free blocks."""
+
+
+@dataclass
+class PagedCache:
+    """Blocks of keys and values, and for each sequence a table of its blocks.
+
+    A layer's memory is allocated when it first attends, in the type and with the heads that it has then.
+    """
+
+    n_blocks: int
+    block_size: int = BLOCK_SIZE
+    _free: list[int] = field(init=False)
+    _tables: dict[int, list[int]] = field(default_factory=dict)
+    _pools: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.n_blocks))[::-1]
+
+    @property
+    def n_free(self) -> int:
+        """Number of blocks that no sequence has."""
+        return len(self._free)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return the number of blocks that `tokens` tokens of one sequence take."""
+        return -(-tokens // self.block_size)
+
+    def extend(self, sequence: int, tokens: int) -> None:
+        """Give a sequence the blocks that it lacks for `tokens` tokens in all.
+
+        Raises:
+            OutOfBlocksError: there are not as many; nothing has changed.
+        """
+        table = self._tables.setdefault(sequence, [])
+        lacking = self.blocks_for(tokens) - len(table)
+        if lacking > len(self._free):
+            raise OutOfBlocksError(f"{lacking} blocks of {self.block_size} tokens wanted, {self.n_free} free")
+        table += [self._free.pop() for _ in range(lacking)]
+
+    def release(self, sequence: int) -> None:
+        """Take all blocks of a sequence back, if it has any."""
+        self._free += reversed(self._tables.pop(sequence, []))
+
+    def slots(self, sequence: int, tokens: int) -> np.ndarray:
+        """Return where a sequence's first `tokens` keys are, `(tokens,)` int64 indices into the memory of a layer."""
+        blocks = np.array(self._tables[sequence], dtype=np.int64)
+        found: np.ndarray = (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[:tokens]
+        return found
+
+    def pool(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the memory of a layer's keys and values, `(n_blocks * block_size, kv_heads, dim)` each.
+
+        k, v: `(1, tokens, kv_heads, dim)`, after which it is modelled at first.
+        """
+        if layer not in self._pools:
+            tokens = self.n_blocks * self.block_size
+            self._pools[layer] = (k.new_empty(tokens, *k.shape[2:]), v.new_empty(tokens, *v.shape[2:]))
+        return self._pools[layer]
+
+
+class _Group(NamedTuple):
+    """Adjacent parts of equally many tokens, which are attended to together."""
+
+    tokens: slice
+    """Place of its tokens in the packed row."""
+    n_tokens: int
+    """New tokens of each part."""
+    slots: Tensor | None
+    """`(parts, keys)`: where each part's keys are, the last ones on the right; None: all of them are new."""
+    is_key: Tensor | None
+    """`(parts, keys)` int32: 0 where a shorter sequence than the longest has no key; None: all have as many."""
+
+
+class PackedStep:
+    """What a pass over one packed row reads and writes, computed once for all layers."""
+
+    def __init__(self, cache: PagedCache, parts: Sequence[Part], device: torch.device) -> None:
+        """Take the parts in the order of the row. Those of equally many tokens are attended to together if adjacent.
+
+        Raises:
+            OutOfBlocksError: the cache has too few free blocks.
+        """
+        self.cache = cache
+        for part in parts:
+            cache.extend(part.sequence, part.start + part.n_tokens)
+        written = [cache.slots(part.sequence, part.start + part.n_tokens)[part.start :] for part in parts]
+        self.slots = torch.from_numpy(np.concatenate(written)).to(device)
+        self.groups: list[_Group] = []
+        first = 0
+        for (count, _), group in itertools.groupby(parts, key=lambda part: (part.n_tokens, part.start > 0)):
+            members = list(group)
+            tokens = slice(first, first + count * len(members))
+            self.groups.append(self._group(members, tokens, count, device))
+            first = tokens.stop
+
+    def _group(self, parts: list[Part], tokens: slice, count: int, device: torch.device) -> _Group:
+        if not any(part.start for part in parts):
+            return _Group(tokens, count, None, None)
+        lengths = [part.start + count for part in parts]
+        longest = max(lengths)
+        slots = np.empty((len(parts), longest), dtype=np.int64)
+        for row, part, length in zip(slots, parts, lengths, strict=True):
+            row[longest - length :] = self.cache.slots(part.sequence, length)
+            # The place of a missing key is that of a real one: memory that was never written may hold NaN.
+            row[: longest - length] = row[longest - length]
+        is_key = None
+        if min(lengths) < longest:
+            places = torch.arange(longest, device=device)
+            is_key = (places >= longest - torch.tensor(lengths, device=device)[:, None]).to(torch.int32)
+        return _Group(tokens, count, torch.from_numpy(slots).to(device), is_key)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None
+    ) -> Tensor:
+        """Append keys and values to the cache, and attend; returns `(1, tokens, heads, v_dim)`.
+
+        Args:
+            q, k, v: `(1, tokens, heads, dim)` of the packed row, which tokens without a meaning may follow.
+        """
+        keys, values = self.cache.pool(layer, k, v)
+        n = len(self.slots)
+        keys[self.slots], values[self.slots] = k[0, :n], v[0, :n]
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        for group in self.groups:
+            rows = (-1, group.n_tokens)
+            queries = q[0, group.tokens].unflatten(0, rows)
+            if group.slots is None:
+                own = (t[0, group.tokens].unflatten(0, rows) for t in (k, v))
+                mixed = attention(queries, *own, scale=scale, window=window)
+            else:
+                seen = group.slots.shape[1]
+                if window is not None:
+                    seen = min(seen, window + group.n_tokens - 1)
+                slots = group.slots[:, -seen:]
+                mixed = attention(
+                    queries,
+                    keys[slots],
+                    values[slots],
+                    scale=scale,
+                    window=window,
+                    doc_ids=None if group.is_key is None else group.is_key[:, -seen:],
+                    q_offset=seen - group.n_tokens,
+                )
+            assert isinstance(mixed, Tensor)
+            out[0, group.tokens] = mixed.flatten(0, 1)
+        return out
+
+
+class PagedCore(nn.Module):
+    """An `AttentionCore` of one layer for packed rows, of which `step` is the present one."""
+
+    step: PackedStep
+
+    def __init__(self, layer: int, *, window: int | None, scale: float | None) -> None:
+        super().__init__()
+        self.layer, self.sliding_window, self.scale = layer, window, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
+        return self.step.attend(self.layer, q, k, v, window=self.sliding_window, scale=self.scale)
+
+
+class PagedAttention:
+    """The attention modules of a model, which attend over pages while `over` says so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        kinds = Attention | MultiHeadLatentAttention
+        self.parts = [part for part in model.modules() if isinstance(part, kinds)]
+        self.cores = [
+            PagedCore(layer, window=part.core.sliding_window, scale=part.core.scale)  # type: ignore[arg-type]
+            for layer, part in enumerate(self.parts)
+        ]
+
+    @contextlib.contextmanager
+    def over(self, step: PackedStep) -> Iterator[None]:
+        """Attend to a packed row as `step` says, in the `with` block."""
+        before = [part.core for part in self.parts]
+        for part, core in zip(self.parts, self.cores, strict=True):
+            core.step = step
+            replace_seam(part, "core", core)
+        try:
+            yield
+        finally:
+            for part, usual in zip(self.parts, before, strict=True):
+                replace_seam(part, "core", usual)

@@ -1,0 +1,170 @@
+"""A trained model in tensor-parallel and pipeline ranks, or one process, to generate from or to be evaluated."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.store import Checkpointer
+from megatrain.config.errors import UserError
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer_files import load_tokenizer
+from megatrain.models.config import ModelConfig
+from megatrain.models.registry import get_spec
+from megatrain.parallel.apply import ParallelModel
+from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import problems, require_processes, world_size
+from megatrain.parallel.mesh import make_mesh
+from megatrain.parallel.packed_logits import PackedLogits
+from megatrain.parallel.shards import shard_of, tell_place
+from megatrain.runtime.device import pick_device
+from megatrain.runtime.processes import Processes
+from megatrain.train.adopt import adopted, require_same_base
+from megatrain.train.build import build_model
+from megatrain.train.config import Config
+from megatrain.train.files import CONFIG_FILE, read_config, require_unchanged
+from megatrain.train.import_hf import Shards, map_tensors, open_shards, read_model_config
+from megatrain.train.imported import SEQ_LEN, read_model_tokenizer
+from megatrain.train.restore import AVERAGE, WEIGHTS, takes_average
+
+HF_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with what is needed to use it; each process holds its shards."""
+
+    parallel: ParallelModel
+    tokenizer: Tokenizer
+    cfg: Config
+    """Of the run, in the layout of these processes; of a Hugging Face directory, its model with defaults."""
+    step: int | None
+    """Of the checkpoint; None: a Hugging Face directory."""
+
+    @property
+    def context(self) -> int:
+        """Most tokens that the model sees: those of a training sequence."""
+        return self.cfg.seq_len
+
+    def packed(self) -> PackedLogits:
+        """Return the model as `models.runner.Runner` takes it."""
+        return PackedLogits(self.parallel)
+
+
+def load_trained(
+    directory: Path,
+    processes: Processes,
+    layout: ParallelConfig | None = None,
+    *,
+    average: bool | None = None,
+    device: torch.device | None = None,
+) -> TrainedModel:
+    """Load the newest checkpoint of a run, or a Hugging Face directory; all processes call this together.
+
+    Weights and computation are in float32; in float64 if the run is.
+
+    Args:
+        layout: whose ranks the processes are: tp and pp. None: each process has the full model.
+        average: as in `takes_average`.
+
+    Raises:
+        UserError: `directory` is neither, lacks what is asked for, or the model does not fit the layout.
+    """
+    layout = layout or ParallelConfig()
+    is_run = (directory / CONFIG_FILE).is_file()
+    if not is_run and not (directory / HF_CONFIG).is_file():
+        raise UserError(
+            f"{directory} is neither a run directory nor a Hugging Face model directory: it has no {CONFIG_FILE} and "
+            f"no {HF_CONFIG}"
+        )
+    if not is_run and average:
+        raise UserError(
+            f"{directory} is a Hugging Face directory, which has no moving average of its weights"
+        )
+    cfg = read_config(directory) if is_run else _config_of_hf(directory)
+    cfg = _for_inference(cfg, layout)
+    device = device or pick_device(processes.local_rank)
+    if world_size(layout) > 1:
+        require_processes(layout, processes.size)
+    mesh = make_mesh(layout, device) if world_size(layout) > 1 else None
+    dtype = torch.float64 if cfg.train.precision == "fp64" else torch.float32
+    parallel = build_model(cfg, device, mesh, master_dtype=dtype, shards_data=False)
+    if is_run:
+        together = processes if mesh is not None else Processes()
+        return _from_run(directory, cfg, parallel, together, average)
+    with torch.no_grad():
+        _read_hf(directory, cfg.model, parallel)
+    return TrainedModel(parallel, read_model_tokenizer(directory, cfg.model), cfg, None)
+
+
+def _for_inference(cfg: Config, layout: ParallelConfig) -> Config:
+    """Return `cfg` without what only training does, in `layout`.
+
+    Raises:
+        UserError: the model does not fit the layout.
+    """
+    plan = get_spec(cfg.model.kind).plan(cfg.model)
+    broken = list(problems(layout, plan, math.lcm(2, layout.tp), rows=layout.pp, micro_batch=1))
+    if broken:
+        text = " ".join(str(replace(each, field=each.field.replace("parallel.", "--"))) for each in broken)
+        raise UserError(f"{text} It is the layout in which the model is loaded.")
+    train = replace(cfg.train, precision="fp64" if cfg.train.precision == "fp64" else "fp32")
+    return replace(cfg, train=train, parallel=layout, engine="native")
+
+
+def _config_of_hf(directory: Path) -> Config:
+    model = read_model_config(directory)
+    return Config(model=model, seq_len=min(SEQ_LEN, model.max_seq_len))
+
+
+def _from_run(
+    directory: Path, cfg: Config, parallel: ParallelModel, processes: Processes, average: bool | None
+) -> TrainedModel:
+    prefix = AVERAGE if takes_average(directory, cfg, average) else WEIGHTS
+    tensors: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}  # beside adapters: those of the run that they were trained on
+    for name, parameter in parallel.parameters().items():
+        split = parallel.splits.get(name)
+        own = parameter.detach()
+        placed = own if split is None else tell_place(own, split)
+        if parameter.requires_grad:
+            tensors[prefix + name] = placed
+        else:
+            frozen[WEIGHTS + name] = placed
+    buffers = {  # these have no average
+        WEIGHTS + name: buffer for model in parallel.models for name, buffer in model.named_buffers()
+    }
+    checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes, moves_damaged=False)
+    everywhere = sorted({name for names in processes.gather(list(buffers)) for name in names})
+    found = checkpointer.load(tensors | buffers, only=(prefix, *everywhere))
+    if found is None:
+        raise UserError(f"{directory} has no checkpoint yet")
+    require_unchanged(directory, cfg, found.manifest.info, found.path)
+    if cfg.lora.rank:
+        base, step = adopted(cfg, checkpointer)
+        require_same_base(found.manifest.info, base.load(frozen, only=WEIGHTS, step=step), found.path)
+    _sync_copies(parallel)
+    return TrainedModel(parallel, load_tokenizer(directory / "tokenizer"), cfg, found.step)
+
+
+def _read_hf(directory: Path, model: ModelConfig, parallel: ParallelModel) -> None:
+    """Read this process's shards of the weights in a Hugging Face directory."""
+    rows = map_tensors(Shards(open_shards(directory)), model)
+    named = parallel.parameters()
+    for part in parallel.models:
+        named |= dict(part.named_buffers())  # type: ignore[arg-type]
+    for name, tensor in named.items():
+        shard = shard_of(tensor, parallel.splits.get(name))
+        first, size = shard.offsets[0], shard.values.shape[0]
+        found = rows[name][1](first, first + size)
+        for dim in range(1, found.ndim):
+            found = found.narrow(dim, shard.offsets[dim], shard.values.shape[dim])
+        shard.values.copy_(found)
+    _sync_copies(parallel)
+
+
+def _sync_copies(parallel: ParallelModel) -> None:
+    if parallel.pipeline is not None:
+        parallel.pipeline.sync_tied_embeddings()
