@@ -109,6 +109,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
         "experiment",
         "log",
         "model",
+        "lora",
         "moe",
         "optim",
         "parallel",
