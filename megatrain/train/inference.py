@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,18 +73,8 @@ def load_trained(
         UserError: `directory` is neither, lacks what is asked for, or the model does not fit the layout.
     """
     layout = layout or ParallelConfig()
+    cfg = processes.agree(partial(_config_of, directory, layout, average))
     is_run = (directory / CONFIG_FILE).is_file()
-    if not is_run and not (directory / HF_CONFIG).is_file():
-        raise UserError(
-            f"{directory} is neither a run directory nor a Hugging Face model directory: it has no {CONFIG_FILE} and "
-            f"no {HF_CONFIG}"
-        )
-    if not is_run and average:
-        raise UserError(
-            f"{directory} is a Hugging Face directory, which has no moving average of its weights"
-        )
-    cfg = read_config(directory) if is_run else _config_of_hf(directory)
-    cfg = _for_inference(cfg, layout)
     device = device or pick_device(processes.local_rank)
     if world_size(layout) > 1:
         require_processes(layout, processes.size)
@@ -96,6 +87,25 @@ def load_trained(
     with torch.no_grad():
         _read_hf(directory, cfg.model, parallel)
     return TrainedModel(parallel, read_model_tokenizer(directory, cfg.model), cfg, None)
+
+
+def _config_of(directory: Path, layout: ParallelConfig, average: bool | None) -> Config:
+    """Return the config of the model in `directory`, in `layout`.
+
+    Raises:
+        UserError: `directory` has no model, or it does not fit.
+    """
+    is_run = (directory / CONFIG_FILE).is_file()
+    if not is_run and not (directory / HF_CONFIG).is_file():
+        raise UserError(
+            f"{directory} is neither a run directory nor a Hugging Face model directory: it has no {CONFIG_FILE} and "
+            f"no {HF_CONFIG}"
+        )
+    if not is_run and average:
+        raise UserError(
+            f"{directory} is a Hugging Face directory, which has no moving average of its weights"
+        )
+    return _for_inference(read_config(directory) if is_run else _config_of_hf(directory), layout)
 
 
 def _for_inference(cfg: Config, layout: ParallelConfig) -> Config:
