@@ -1,5 +1,7 @@
 """The command in a process that is forked from one that has imported torch, which takes most of a small run's seconds.
 
+TEST_PLANT in its environment names a module to be imported first, which plants a fault.
+
 Apart from that it is the process that a shell starts: command line, environment, folder, output, exit code. The ranks
 of a layout are forked too.
 """
@@ -15,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +59,8 @@ def _be(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     sys.argv = ["megatrain", *argv]
     code: object = 1
     try:
+        if plant := environment.get("TEST_PLANT"):
+            import_module(plant)
         from megatrain.cli.main import main
         from megatrain.resilience import signals
 

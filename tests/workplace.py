@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +66,14 @@ class Workplace:
         """The command line of a tiny run on the workplace's text."""
         return command("train", f"data.path={self.text}", *TINY, *overrides)
 
-    def run(self, arguments: Sequence[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, arguments: Sequence[str], expect: int = 0, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; it is forked where it could as well have been started anew."""
         if list(arguments[:3]) == command():
-            done = run_forked(arguments[3:], cwd=self.folder, environment=self.environment)
+            done = run_forked(
+                arguments[3:], cwd=self.folder, environment={**self.environment, **(environment or {})}
+            )
         else:
             done = subprocess.run(
                 arguments, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False

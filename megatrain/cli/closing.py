@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from megatrain.train.words import Outcome
 
 
-def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
-    """Say all that is to be said; `argv` are the words after `megatrain train`."""
+def close(cfg: Config, done: "Outcome", verb: str, argv: Sequence[str]) -> None:
+    """Say all that is to be said; `argv` are the words after `megatrain VERB`."""
     from megatrain.observe.figures import say, visible
     from megatrain.train.files import run_directory
     from megatrain.train.words import ending, reached
@@ -30,7 +30,7 @@ def close(cfg: Config, done: "Outcome", argv: Sequence[str]) -> None:
     kept = "metrics.jsonl, events.jsonl, checkpoints/, config.yaml"
     say("\n" + "\n".join([ending(cfg, done), *reached(done)]))
     say(f"The run is in {directory}: {'report.html (its curves), ' if done.has_report else ''}{kept}.")
-    again, what = _go_on(cfg, done, argv)
+    again, what = _go_on(cfg, done, verb, argv)
     if done.kind != "signal":
         say(
             "\n".join(
@@ -45,7 +45,7 @@ def _commands(cfg: Config, directory: Path, prompt: str) -> list[str]:
     run = shlex.quote(str(directory))
     generate = f"megatrain generate {run} {shlex.quote(_on_one_line(prompt))}"
     others = [f"megatrain report {run}", f"megatrain export {run} {shlex.quote(_new_directory(cfg))}"]
-    return [generate, *others] if cfg.data.kind == "text" else others
+    return [generate, *others] if cfg.data.kind != "synthetic" else others
 
 
 def _on_one_line(prompt: str) -> str:
@@ -54,7 +54,7 @@ def _on_one_line(prompt: str) -> str:
     return line if line.isprintable() and not line.startswith("-") and line else "Once"
 
 
-def _go_on(cfg: Config, done: "Outcome", argv: Sequence[str]) -> tuple[str, str]:
+def _go_on(cfg: Config, done: "Outcome", verb: str, argv: Sequence[str]) -> tuple[str, str]:
     """Return the command that continues the run, and what it does."""
     more = ["train.resume=auto"] if cfg.train.resume == "never" else []
     if done.kind == "finished":
@@ -77,10 +77,10 @@ def _go_on(cfg: Config, done: "Outcome", argv: Sequence[str]) -> tuple[str, str]
     words = [*(word for word in argv if not word.startswith(replaced)), *more]
     if is_started() and MEETING not in os.environ:  # by torchrun, whose own words we don't know
         return (
-            f"-m megatrain train {shlex.join(words)}",
+            f"-m megatrain {verb} {shlex.join(words)}",
             f"{why}, with the same torchrun words before it",
         )
-    return f"megatrain train {shlex.join(words)}".rstrip(), why
+    return f"megatrain {verb} {shlex.join(words)}".rstrip(), why
 
 
 def _new_directory(cfg: Config) -> str:

@@ -25,13 +25,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from megatrain.cli.base import read_base
 from megatrain.cli.conf import config_dirs, group_options
 from megatrain.cli.mistakes import REMOVABLE, cannot_be_removed, explain, in_words, must_be_given
 from megatrain.config.errors import UserError
 from megatrain.config.legal import confirmed, exists
 from megatrain.config.load import accepts, check, config_classes, dump, hint_at, hints, keys, kind_of
 from megatrain.config.nearest import nearest
+from megatrain.config.paths import expanded
 from megatrain.config.schema import ABSENT, ConfigError, Problem
+from megatrain.models.config import ModelConfig
 from megatrain.train.config import Config
 from megatrain.train.files import CONFIG_FILE, IMPORT_FILE, read_config, run_directory
 
@@ -53,6 +56,8 @@ class Source:
     """The user's config directory, searched before the built-in one."""
     config_name: str = "config"
     """Name of the primary config file, without `.yaml`."""
+    starts_from_base: bool = False
+    """Whether model and tokenizer are those of checkpoint.adopt, which must be given."""
 
 
 def compose(overrides: list[str], source: Source = Source()) -> Config:
@@ -66,11 +71,11 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
         parsed, broken = parse(overrides)
         tree = _compose_rest(parsed, source, broken)
         data = _resolved(tree, "", broken)
-        imported = _imported(data)
-        if imported is not None and not broken:
-            broken += _model_overrides(parsed)
-            data = _resolved(_compose(source.config_name, _lines_for(imported, parsed)), "", broken)
-            data["model"] = dump(imported.model)
+        fixed = _base(data, broken) if source.starts_from_base else _imported(data)
+        if fixed is not None and not broken:
+            broken += _model_overrides(parsed, fixed)
+            data = _resolved(_compose(source.config_name, _lines_for(fixed, parsed)), "", broken)
+            data["model"] = dump(fixed.model)
     broken += _recipe_problems(data.pop("recipe", None))
     cfg, wrong = check(Config, data)
     if not os.path.exists(
@@ -167,40 +172,66 @@ def _compose(config_name: str, lines: list[str]) -> DictConfig:
     return hydra_compose(config_name, lines)
 
 
-def _imported(data: dict[str, Any]) -> Config | None:
-    """Return the config of the run that `data` names if that run was imported."""
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """A model that comes with its weights, the values that come with it unless others are given, and why."""
+
+    model: ModelConfig
+    own: dict[str, str]
+    reason: str
+
+
+def _base(data: dict[str, Any], broken: list[Problem]) -> _Fixed | None:
+    """Return the model that fine-tuning starts from; add a problem if `data` names none, or one that can't be read."""
+    adopt = data.get("checkpoint", {}).get("adopt")
+    if not isinstance(adopt, str):
+        broken.append(must_be_given("checkpoint.adopt"))
+        return None
+    try:
+        base = read_base(expanded(adopt))
+    except UserError as error:
+        broken.append(
+            Problem("checkpoint.adopt", adopt, str(error).removeprefix(f"checkpoint.adopt={adopt}: "))
+        )
+        return None
+    own = {"recipe": "imported", "data": "chat", "seq_len": str(base.seq_len)}
+    own |= {f"data.tokenizer.{key}": _quoted(value) for key, value in base.tokenizer.items()}
+    own["run.name"] = _quoted(f"{base.name}-tuned")
+    return _Fixed(base.model, own, f"it is that of {adopt}")
+
+
+def _imported(data: dict[str, Any]) -> _Fixed | None:
+    """Return the model of the run that `data` names if that run was imported."""
     try:
         directory = Path(data["run"]["dir"]) / data["run"]["name"]
-        return read_config(directory) if (directory / IMPORT_FILE).is_file() else None
+        imported = read_config(directory) if (directory / IMPORT_FILE).is_file() else None
     except (
         KeyError,
         TypeError,
         OSError,
     ):  # missing, of a wrong type or too long: the config classes report it
         return None
-
-
-def _lines_for(imported: Config, parsed: list[Override]) -> list[str]:
-    """Return the overrides preceded by an imported run's own values: tokenizer, sequence length and recipe."""
-    given = [override.input_line or "" for override in parsed]
-    tokenizer = Path(imported.run.dir) / imported.run.name / "tokenizer"
+    if imported is None:
+        return None
     own = {
         "recipe": "imported",
         "seq_len": str(imported.seq_len),
         "data.tokenizer.kind": "huggingface",
-        "data.tokenizer.path": _quoted(str(tokenizer)),
+        "data.tokenizer.path": _quoted(str(Path(imported.run.dir) / imported.run.name / "tokenizer")),
     }
+    return _Fixed(imported.model, own, "the run was imported, and its model is fixed")
+
+
+def _lines_for(fixed: _Fixed, parsed: list[Override]) -> list[str]:
+    """Return the overrides preceded by the values that come with the model: tokenizer, sequence length and recipe."""
+    given = [override.input_line or "" for override in parsed]
     taken = {override.key_or_group for override in parsed}
-    return [f"{key}={value}" for key, value in own.items() if key not in taken] + given
+    return [f"{key}={value}" for key, value in fixed.own.items() if key not in taken] + given
 
 
-def _model_overrides(parsed: list[Override]) -> list[Problem]:
+def _model_overrides(parsed: list[Override], fixed: _Fixed) -> list[Problem]:
     return [
-        Problem(
-            override.key_or_group,
-            override.value(),
-            "can't be changed: the run was imported, and its model is fixed",
-        )
+        Problem(override.key_or_group, override.value(), f"can't be changed: {fixed.reason}")
         for override in parsed
         if override.key_or_group.partition(".")[0] == "model"
     ]

@@ -4,10 +4,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from megatrain.cli import doctor_cluster, machine
 from megatrain.cli.machine import Row
 from megatrain.cli.options import Parser
+from megatrain.config.errors import UserError
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "versions": machine.versions,
@@ -26,9 +28,12 @@ def run(argv: list[str]) -> int:
     parser = Parser("doctor")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cluster", action="store_true")
+    parser.add_argument("--unfit", type=Path)
     options = parser.parse_args(argv)
+    if options.unfit is not None and not options.cluster:
+        raise UserError("--unfit FILE is for --cluster, which compares machines.")
     if options.cluster:
-        return doctor_cluster.run(as_json=options.json)
+        return doctor_cluster.run(as_json=options.json, unfit=options.unfit)
     found = {part: _look(function) for part, function in PARTS.items()}
     broken = [f"{part}: {row.name}" for part, rows in found.items() for row in rows if row.state == "broken"]
     if options.json:

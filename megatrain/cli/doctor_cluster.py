@@ -3,11 +3,13 @@
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain.config.errors import UserError
 from megatrain.resilience.config import ResilienceConfig
 from megatrain.runtime.processes import Processes, is_started
+from megatrain.runtime.slurm import name_task
 
 if TYPE_CHECKING:
     from megatrain.resilience.bandwidth import Speed
@@ -15,12 +17,16 @@ if TYPE_CHECKING:
     from megatrain.resilience.preflight import Problem
 
 
-def run(*, as_json: bool) -> int:
+def run(*, as_json: bool, unfit: Path | None = None) -> int:
     """Check the machines on which a launcher has started this; return 1 if one is unfit, else 0.
+
+    Args:
+        unfit: a file to write, with the name of an unfit machine on each line.
 
     Raises:
         UserError: no launcher has started several processes.
     """
+    name_task()
     if not is_started():
         raise UserError(
             "--cluster compares the machines of a job: start it with the launcher that starts the job, as in "
@@ -40,6 +46,9 @@ def run(*, as_json: bool) -> int:
         problems += judge(speeds, ResilienceConfig().least_bandwidth)
         if processes.is_first:
             (_print_json if as_json else _print)(found, speeds, problems)
+            if unfit is not None:
+                hosts = dict.fromkeys(host for each in problems if each.is_fatal for host in each.hosts)
+                unfit.write_text("".join(f"{host}\n" for host in hosts))
         return 1 if any(problem.is_fatal for problem in problems) else 0
 
 

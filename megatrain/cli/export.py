@@ -24,6 +24,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--average", action=argparse.BooleanOptionalAction)
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--merge", action="store_true")
     options = parser.parse_args(argv)
     if not 0 < options.shard_gb < math.inf:
         raise UserError("export: --shard-gb must be finite and above 0")
@@ -34,8 +35,10 @@ def run(argv: list[str]) -> int:
     )  # these import torch, so only once the command line is valid
     from megatrain.train.export import export
     from megatrain.train.export_check import check_logits
+    from megatrain.train.files import read_config
 
     source, target = run_here(options.run), Path(expanded(options.directory))
+    _check_merge(read_config(source).lora.rank > 0, merge=options.merge, check=options.check)
     display = make_display("auto")
     try:
         done = export(
@@ -45,6 +48,7 @@ def run(argv: list[str]) -> int:
             average=options.average,
             shard_bytes=int(options.shard_gb * 1e9),
             progress=display.phase,
+            merge=options.merge,
         )
     finally:
         display.close()
@@ -56,3 +60,17 @@ def run(argv: list[str]) -> int:
         difference = check_logits(source, target, tolerance=tolerance, average=options.average)
         print(f"largest difference of logits to transformers: {difference:.2e} of the largest logit")
     return 0
+
+
+def _check_merge(has_adapters: bool, *, merge: bool, check: bool) -> None:
+    """Refuse flags that do not fit a run with or without adapters.
+
+    Raises:
+        UserError: they don't.
+    """
+    if merge and not has_adapters:
+        raise UserError(
+            "export: --merge adds the adapters of a run (lora.rank) to its model; this one has none"
+        )
+    if check and has_adapters and not merge:
+        raise UserError("export: --check compares whole models; add --merge, as this run trains adapters")

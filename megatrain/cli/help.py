@@ -81,7 +81,7 @@ def _values(options: Options) -> tuple[dict[str, object], str]:
     )
     from megatrain.cli.mistakes import must_be_given
 
-    source = Source(options.config_dir, options.config_name)
+    source = Source(options.config_dir, options.config_name, options.starts_from_base)
     given = " ".join(options.overrides)
     try:
         return flatten(
@@ -91,7 +91,8 @@ def _values(options: Options) -> tuple[dict[str, object], str]:
         if any(problem.rule != must_be_given(problem.field).rule for problem in error.problems):
             raise
         problems = "; ".join(str(problem).rstrip(".") for problem in error.problems)
-        return flatten(compose([], source)), f"with their defaults ({problems})"
+        alone = Source(options.config_dir, options.config_name)
+        return flatten(compose([], alone)), f"with their defaults ({problems})"
 
 
 def _key_list(title: str, keys: list[Key], values: dict[str, object]) -> str:

@@ -40,7 +40,7 @@ def run_job(
         UserError: the command line or a config is invalid; nothing was run.
     """
     options = parse_options(verb, argv)
-    source = Source(options.config_dir, options.config_name)
+    source = Source(options.config_dir, options.config_name, options.starts_from_base)
     if options.cfg == "schema":
         print(json.dumps(json_schema(Config), indent=2))
         return 0

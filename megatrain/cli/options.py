@@ -49,6 +49,8 @@ class Options:
     multirun: bool
     config_dir: str | None
     config_name: str
+    starts_from_base: bool = False
+    """Whether model and tokenizer are those of checkpoint.adopt."""
 
 
 def parse_options(verb: str, argv: list[str]) -> Options:
@@ -65,10 +67,14 @@ def parse_options(verb: str, argv: list[str]) -> Options:
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--config-name", "-cn", default="config")
     found = parser.parse_intermixed_args(argv)
+    starts_from_base = verb == "finetune"
+    if starts_from_base and found.overrides and "=" not in found.overrides[0]:
+        found.overrides[0] = f"checkpoint.adopt={found.overrides[0]}"
     return Options(
         overrides=found.overrides,
         cfg=found.cfg,
         multirun=found.multirun,
         config_dir=found.config_dir,
         config_name=found.config_name.removesuffix(".yaml"),
+        starts_from_base=starts_from_base,
     )

@@ -15,18 +15,19 @@ from megatrain.train.config import Config
 def run(argv: list[str]) -> int:
     """Compose and check the config, train, and show the result; return the exit code."""
     with StopSignals() as signals:
-        return run_in_layout("train", argv, argv, partial(_train, argv, signals))
+        return run_in_layout("train", argv, argv, partial(train, "train", argv, signals))
 
 
-def _train(argv: Sequence[str], signals: StopSignals, cfg: Config, processes: Processes) -> int:
+def train(verb: str, argv: Sequence[str], signals: StopSignals, cfg: Config, processes: Processes) -> int:
+    """Train as `cfg` says, and show the result of `megatrain VERB ARGV`; return the exit code."""
     with processes.at_work():  # on a busy machine this takes long, and not for all processes alike
         from megatrain.observe.report.page import REPORT_FILE
         from megatrain.train.failures import DivergedError
         from megatrain.train.files import run_directory
-        from megatrain.train.main import run as train  # imports torch, so only once the config is valid
+        from megatrain.train.main import run as do_train  # imports torch, so only once the config is valid
 
     try:
-        done = train(cfg, processes, signals)
+        done = do_train(cfg, processes, signals)
     except DivergedError as error:
         if processes.is_first:
             page = run_directory(cfg) / REPORT_FILE
@@ -35,6 +36,6 @@ def _train(argv: Sequence[str], signals: StopSignals, cfg: Config, processes: Pr
         return 1
     if cfg.log.display != "off" and processes.is_first:
         with unbreakable_output():  # the run is done and saved, whether or not anyone reads this
-            close(cfg, done, argv)
+            close(cfg, done, verb, argv)
             sys.stdout.flush()
     return done.exit_code

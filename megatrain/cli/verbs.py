@@ -2,6 +2,7 @@
 
 from megatrain.cli.verb import Verb
 from megatrain.cli.verbs_of_models import AVERAGE, EVALUATE, GENERATE
+from megatrain.cli.verbs_tuning import FINETUNE
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
 
@@ -26,6 +27,7 @@ VERBS = (
         ),
         takes_config=True,
     ),
+    FINETUNE,
     GENERATE,
     EVALUATE,
     Verb(
@@ -72,6 +74,10 @@ VERBS = (
             ("--dtype TYPE", "fp32, bf16 or fp16; default: fp32"),
             AVERAGE,
             ("--shard-gb GB", "maximum file size in GB; default: 5"),
+            (
+                "--merge",
+                "of a run of adapters: the whole model with them added; else the adapters alone, in PEFT's format",
+            ),
             ("--check", "load it with transformers and print the largest difference of logits"),
         ),
     ),
@@ -334,7 +340,7 @@ VERBS = (
     Verb(
         name="doctor",
         summary="report this machine's hardware and software, what is missing for which feature, and how to get it",
-        usage="[--cluster] [--json]",
+        usage="[--cluster [--unfit FILE]] [--json]",
         examples=(
             ("megatrain doctor", "a table of versions, devices, memory, compiler, network, paths, features"),
             ("megatrain doctor --json", "the same for programs"),
@@ -348,6 +354,10 @@ VERBS = (
             (
                 "--cluster",
                 "compare the machines on which a launcher has started it; exit code 1 if one is unfit",
+            ),
+            (
+                "--unfit FILE",
+                "write the names of unfit machines there, one a line, for a launcher that has others",
             ),
             ("--json", "print one JSON object instead of a table"),
         ),

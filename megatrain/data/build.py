@@ -24,6 +24,7 @@ from megatrain.data.clean.duplicates import find_duplicates
 from megatrain.data.clean.report import CleaningReport
 from megatrain.data.config import DataConfig
 from megatrain.data.sources.corpus import Corpus, Part
+from megatrain.data.sources.examples import FORMS
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.listing import TEXT_HINT
 from megatrain.data.store import UnfinishedError
@@ -126,11 +127,17 @@ def _choose(
             raise UserError(
                 f"{corpus.origin}: data.clean removed every document.\n  " + "\n  ".join(cleaning.lines())
             )
+        if cfg.kind == "chat":
+            raise UserError(
+                f"{corpus.origin} gives no examples (left out: {left_out.details() or 'nothing'}): {FORMS}"
+            )
         raise UserError(
             f"{corpus.origin} contains no text (left out: {left_out.details() or 'nothing'}). {TEXT_HINT} Of rows, "
             "data.text_field says which field holds the text."
         )
     held = sum(int((each.keep & each.held_out).sum()) for each in found)
+    if cfg.val_fraction > 0 and held in (0, documents) and cfg.kind == "chat":
+        return _with_one_held_out(found, spools), chars
     if cfg.val_fraction > 0 and held in (0, documents):
         _, unit, number = longest
         text = open_spool(spools[unit]).text(number)
@@ -140,6 +147,18 @@ def _choose(
         )
         found = nothing
     return found, chars
+
+
+def _with_one_held_out(found: list[Encoding], spools: list[Path]) -> list[Encoding]:
+    """Hold out the one example whose digest is the least, since examples are not cut; none if there is only one."""
+    digests = [(open_spool(spool).facts["digest"].tobytes(), unit) for unit, spool in enumerate(spools)]
+    places = [
+        (every[16 * n : 16 * n + 16], unit, n) for every, unit in digests for n in range(len(every) // 16)
+    ]
+    _, unit, number = min(places)
+    held_out = [np.zeros_like(each.keep) for each in found]
+    held_out[unit][number] = len(places) > 1
+    return [Encoding(each.keep, mask) for each, mask in zip(found, held_out, strict=True)]
 
 
 def _without_duplicates(cfg: DataConfig, spools: list[Path], cleaning: CleaningReport) -> list[np.ndarray]:

@@ -33,8 +33,10 @@ class TokenizerConfig:
 
 @config
 class DataConfig:
-    kind: Literal["text", "synthetic"] = "text"
-    """Source of the tokens. text: the documents under `path`; synthetic: random tokens, for benchmarks."""
+    kind: Literal["text", "chat", "synthetic"] = "text"
+    """Source of the tokens. text: the documents under `path`; chat: examples in the rows of files under `path`
+    (conversations, instructions with outputs, prompts with completions), of which only the answers have a loss;
+    synthetic: random tokens, for benchmarks."""
     path: PathText | tuple[PathText, ...] | None = None
     """What to read: a file (text, JSON, JSONL, CSV, Parquet, Arrow, also compressed, tar, zip), a directory of such
     files, a glob pattern, a URL (s3://, hf://, ...), or a list of these; null: the source code of the Python standard
@@ -42,7 +44,10 @@ class DataConfig:
     text_field: str = "text"
     """Key or column that contains the text, or a conversation."""
     template: str | None = None
-    """Text made from several fields, as in "{instruction}\\n{output}" (\\n: a line break); null: `text_field`."""
+    """Text made from several fields, as in "{instruction}\\n{output}" (\\n: a line break); null: `text_field`. With
+    kind=chat, the prompt."""
+    answer: str | None = None
+    """Template of the answer to the prompt that `template` makes, with kind=chat; null: the usual fields."""
     encoding: str = "auto"
     """Encoding of text files, as Python names it (latin-1, cp1252, shift_jis, ...); auto: UTF-8, or what a byte-order
     mark says."""
@@ -71,11 +76,12 @@ class DataConfig:
             yield Problem("path", self.path, "must name a file, a directory or a pattern, or be null")
         if self.kind == "synthetic" and self.path is not None:
             yield Problem("path", self.path, "synthetic data reads no path; remove it, or use data=text")
-        if self.template is not None:
+        for name, template in (("template", self.template), ("answer", self.answer)):
             try:
-                template_parts(self.template)
+                template_parts("{_}" if template is None else template)
             except ValueError as error:
-                yield Problem("template", self.template, f"is no template: {error}")
+                yield Problem(name, template, f"is no template: {error}")
+        yield from self._chat_problems()
         try:
             codec = codecs.lookup("utf-8" if self.encoding == "auto" else self.encoding)
         except (LookupError, ValueError):
@@ -91,3 +97,20 @@ class DataConfig:
                 "clean", self.clean, "synthetic data has no text to clean; remove it, or use data=text"
             )
         yield from order_problems(self.clean)
+
+    def _chat_problems(self) -> Iterator[Problem]:
+        """Yield what examples need, and what only they can have."""
+        if self.kind != "chat":
+            if self.answer is not None:
+                yield Problem("answer", self.answer, "only examples have answers: use data=chat", (None,))
+            return
+        if self.path is None:
+            yield Problem("path", None, "must name files with rows of examples (data=chat)")
+        if (self.template is None) != (self.answer is None):
+            missing = "template" if self.template is None else "answer"
+            rule = "data.template makes the prompt and data.answer the answer: give both, or none"
+            yield Problem(missing, None, rule)
+        if self.clean:
+            yield Problem("clean", self.clean, "does not clean examples (data=chat); remove it")
+        if not self.mask_documents:
+            yield Problem("mask_documents", False, "must be true for examples (data=chat)", (True,))

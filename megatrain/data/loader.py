@@ -1,8 +1,9 @@
 """The data loader: which samples each rank reads in a step, and their tensors.
 
 Sample i of a store is its tokens [i * seq_len, (i + 1) * seq_len]: `seq_len` inputs and, shifted by one, as many
-targets. Step s (counted from 0) takes `global_batch_size` samples from number s * global_batch_size on, in the order of
-`order.py`; each rank reads only its own rows. The step is the only state of the loader.
+targets. (Examples are packed into samples as wholes, `packing.py`.) Step s (counted from 0) takes `global_batch_size`
+samples from number s * global_batch_size on, in the order of `order.py`; each rank reads only its own rows. The step is
+the only state of the loader.
 """
 
 import hashlib
@@ -11,12 +12,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
 
 from megatrain.config.errors import UserError
 from megatrain.data.order import sample_ids
+from megatrain.data.packing import ExampleSource
 from megatrain.data.store import DamagedDataError, TokenSource, file_of
 
 IGNORED = -100
@@ -36,6 +39,8 @@ class Batch:
     targets: torch.Tensor
     positions: torch.Tensor
     doc_ids: torch.Tensor | None
+    token_numbers: torch.Tensor | None = None
+    """Each token's number in the run, the same in every layout, where something is drawn by it; None: nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ class Loader:
     rank: int = 0
     size: int = 1
     prefetch: int = 2
+    numbers_tokens: bool = False
     on_damage: Callable[[DamagedDataError], None] | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +101,11 @@ class Loader:
         """Number of samples in an epoch; fewer than seq_len tokens at the end of the data are unused."""
         return (self.store.n_tokens - 1) // self.seq_len
 
+    @property
+    def _examples(self) -> ExampleSource | None:
+        """The data, if it is of examples."""
+        return as_examples(self.store)
+
     def batches(self, start_step: int) -> Iterator[StepBatch]:
         """Yield the batches of step `start_step` (the number of steps done before) and of all later ones."""
         return _ahead(self.step_batch, start_step, count=self.prefetch)
@@ -105,16 +116,23 @@ class Loader:
         rows = self.global_batch_size // self.size
         starts = ids[self.rank * rows : (self.rank + 1) * rows] * self.seq_len
         cuts = range(0, rows, self.micro_batch_size)
+        first = step * self.global_batch_size + self.rank * rows
         return StepBatch(
             step=step,
             sample_ids=ids,
-            micro_batches=[self._micro_batch(starts[cut : cut + self.micro_batch_size]) for cut in cuts],
+            micro_batches=[
+                self._numbered(self._micro_batch(starts[cut : cut + self.micro_batch_size]), first + cut)
+                for cut in cuts
+            ],
             valid_tokens=self._valid_tokens(ids * self.seq_len),
             digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16],
         )
 
     def documents_of(self, ids: np.ndarray) -> list[list[int]]:
         """Return the first and the last document, numbered from 0 in the data, of each sample in `ids` `(samples,)`."""
+        if self._examples is not None:
+            found = [self._examples.examples_of(n * self.seq_len, self.seq_len) for n in ids.tolist()]
+            return [[min(numbers), max(numbers)] for numbers in found]
         starts = self.store.document_starts
         if starts is None or not len(starts):
             return []
@@ -136,10 +154,18 @@ class Loader:
         first = step % steps * self.global_batch_size
         return block[first : first + self.global_batch_size].copy()
 
+    def _numbered(self, batch: Batch, first: int) -> Batch:
+        """Return `batch`, whose first row is number `first` of the run, with the numbers of its tokens if wanted."""
+        if not self.numbers_tokens:
+            return batch
+        numbers = torch.arange(first * self.seq_len, (first + len(batch.tokens)) * self.seq_len)
+        return replace(batch, token_numbers=numbers.view_as(batch.tokens))
+
     def _micro_batch(self, starts: np.ndarray) -> Batch:
         documents = self.store.document_starts if self.mask_documents else None
         try:
-            return make_batch(self.store.read(starts, self.seq_len + 1), starts, documents)
+            batch = make_batch(self.store.read(starts, self.seq_len + 1), starts, documents)
+            return batch if self._examples is None else with_answers(batch, self._examples, starts)
         except DamagedDataError as error:
             if self.on_damage is None:
                 raise
@@ -148,10 +174,12 @@ class Loader:
             return make_batch(rows, starts, None if documents is None else np.zeros(1, dtype=np.int64))
 
     def _valid_tokens(self, starts: np.ndarray) -> int:
-        """Count the targets of the global batch that have a loss, from the document index alone.
+        """Count the targets of the global batch that have a loss, without reading its tokens.
 
-        Each document that starts among a row's targets takes one away.
+        Each document that starts among a row's targets takes one away; of examples the answers are counted.
         """
+        if self._examples is not None:
+            return int(self._examples.read_answers(starts, self.seq_len + 1)[:, 1:].sum())
         valid = len(starts) * self.seq_len
         if self.mask_documents:
             begin, end = _documents_within(self.store.document_starts, starts, self.seq_len)
@@ -199,6 +227,17 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
     )
 
 
+def as_examples(store: TokenSource) -> ExampleSource | None:
+    """Return `store` if it tells which of its tokens have a loss; None if all have."""
+    return cast(ExampleSource, store) if hasattr(store, "read_answers") else None
+
+
+def with_answers(batch: Batch, store: ExampleSource, starts: np.ndarray) -> Batch:
+    """Return `batch`, whose rows begin at tokens `starts` of `store`, with a loss on answers alone."""
+    counts = torch.from_numpy(store.read_answers(starts, batch.tokens.shape[1] + 1)[:, 1:])
+    return replace(batch, targets=torch.where(counts, batch.targets, IGNORED))
+
+
 def validation_batches(
     store: TokenSource, *, seq_len: int, tokens: int, micro_batch_size: int, mask_documents: bool
 ) -> Iterator[Batch]:
@@ -222,6 +261,8 @@ def validation_batches(
         for row, length in enumerate(lengths):
             rows[row, :length] = store.read(starts[row : row + 1], int(length))[0]
         batch = make_batch(rows, starts, store.document_starts if mask_documents else None)
+        if (examples := as_examples(store)) is not None:
+            batch = with_answers(batch, examples, starts)
         missing = np.arange(seq_len) >= lengths[:, None] - 1
         missing[len(chosen) :] = True
         batch.targets[torch.from_numpy(missing)] = IGNORED

@@ -41,8 +41,11 @@ class PlainText:
             self._make_copy()
             if not self._reserved[ids].any():  # it was the token for unknown text
                 return ids
-        encoding = self._copy.encode_batch_fast([text], add_special_tokens=False)[0]
-        return self._ids[np.array(encoding.ids, dtype=np.int64)]
+        return self._ids[np.array(self.encoding(text).ids, dtype=np.int64)]
+
+    def encoding(self, text: str) -> Any:
+        """Return the encoding of a text that `checked` encoded anew; its places are right, its ids the copy's."""
+        return self._copy.encode_batch([text], add_special_tokens=False)[0]
 
     def _make_copy(self) -> None:
         """Make a tokenizer whose model knows the reserved tokens by names that no text spells."""
@@ -57,6 +60,7 @@ class PlainText:
             False
         )
         renamed = {i: f"\uffff{i}\uffff" if self._reserved[i] else word for i, word in words.items()}
+        state["post_processor"] = None
         model["vocab"] = (
             [[renamed[i], score] for i, score in enumerate(scores)] if scores else _inverse(renamed)
         )

@@ -38,6 +38,7 @@ from megatrain.data.tokenizer import ByteTokenizer, Tokenizer
 from megatrain.data.tokenizer_files import load_tokenizer, tokenizer_files
 
 RECIPE_VERSION = 2  # part of every cache key: increment it when the same input would give other tokens
+CHAT_VERSION = 1  # likewise, for examples
 HASHING_THREADS = 4
 
 
@@ -130,6 +131,8 @@ def _corpus(cfg: DataConfig, conversation: Conversation) -> Corpus:
         template=cfg.template,
         encoding=cfg.encoding,
         conversation=conversation,
+        answer=cfg.answer,
+        is_chat=cfg.kind == "chat",
     )
 
 
@@ -262,7 +265,14 @@ def _key(cfg: DataConfig, conversation: Conversation, content: object, tokenizer
     tokenizer = cfg.tokenizer
     bpe_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else None
     recipe = [RECIPE_VERSION, FORMAT_VERSION, cfg.path is None, cfg.val_fraction]
-    text = [cfg.text_field, cfg.template, cfg.encoding, conversation.source, identity(cfg.clean)]
+    text: list[object] = [
+        cfg.text_field,
+        cfg.template,
+        cfg.encoding,
+        conversation.source,
+        identity(cfg.clean),
+    ]
+    text += ["chat", CHAT_VERSION, cfg.answer] if cfg.kind == "chat" else []
     parts = [*recipe, *text, tokenizer.kind, bpe_size, content, tokenizer_content]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -39,6 +39,9 @@ PATIENCE_S = 600.0
 """How long a process waits for another one that prepares the same data and stands still."""
 POLL_S = 0.2
 SPLIT_PARTS = ("tokens", "documents")
+EXAMPLE_PARTS = ("answers", "rows")
+"""Further files of a split of examples: uint8, 1 for each token that has a loss; the name of each example's row, a
+line of JSON each."""
 
 
 class UnfinishedError(UserError):
@@ -75,6 +78,10 @@ class TokenStore:
     """Size of the text in UTF-8 bytes, without end-of-text tokens."""
     vocab_size: int | None = None
     """Tokens of the vocabulary; None: ids are not checked as they are read."""
+    answers: np.ndarray | None = None
+    """`(n_tokens,)` bool: which tokens of examples have a loss; None: the documents are no examples."""
+    rows: Path | None = None
+    """File with the name of each example's row."""
 
     @property
     def n_tokens(self) -> int:
@@ -133,9 +140,13 @@ class SyntheticStore:
 class SplitWriter:
     """A writer of one split in `directory`; a context manager that must be left before the split is read."""
 
-    def __init__(self, directory: Path, name: str, *, vocab_size: int, eos_id: int) -> None:
+    def __init__(
+        self, directory: Path, name: str, *, vocab_size: int, eos_id: int, has_answers: bool = False
+    ) -> None:
         self._paths = [directory / f"{name}.{part}" for part in SPLIT_PARTS]
         self._file = open(self._paths[0], "wb")  # noqa: SIM115 - closed by `__exit__`
+        beside = [directory / f"{name}.{part}" for part in EXAMPLE_PARTS * has_answers]
+        self._beside = [open(path, "wb") for path in beside]  # noqa: SIM115 - likewise
         self._dtype = token_dtype(vocab_size)
         self._vocab_size, self._eos_id = vocab_size, eos_id
         self._starts = array("q")
@@ -147,11 +158,24 @@ class SplitWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._file.close()
+        for file in (self._file, *self._beside):
+            file.close()
         self._paths[1].write_bytes(np.asarray(self._starts, dtype="<i8").tobytes())
 
-    def append(self, ids: np.ndarray, *, text_bytes: int, ends_document: bool) -> None:
+    def append(
+        self,
+        ids: np.ndarray,
+        *,
+        text_bytes: int,
+        ends_document: bool,
+        answers: np.ndarray | None = None,
+        row: str = "",
+    ) -> None:
         """Append a piece of a document: `ids` `(tokens,)` that encode `text_bytes` bytes of text.
+
+        Args:
+            answers: of an example, a document in one piece: `(tokens + 1,)` bool, which tokens, and whether the
+                end-of-text token, have a loss. row: name of its row.
 
         Raises:
             UserError: an id is not below the vocabulary size.
@@ -166,6 +190,9 @@ class SplitWriter:
         if ends_document:
             ids = np.append(ids, self._eos_id)
         self._file.write(ids.astype(self._dtype).tobytes())
+        if answers is not None:
+            self._beside[0].write(answers.astype(np.uint8).tobytes())
+            self._beside[1].write(json.dumps(row).encode() + b"\n")
         self.n_tokens += len(ids)
         self.text_bytes += text_bytes
         self._in_document = not ends_document
@@ -220,6 +247,8 @@ def write_index(
 
 def _fingerprint(tokenizer_digest: str, splits: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
     hashes = [files[f"{name}.{part}"]["sha256"] for name in sorted(splits) for part in SPLIT_PARTS]
+    answers = [f"{name}.{EXAMPLE_PARTS[0]}" for name in sorted(splits)]
+    hashes += [files[name]["sha256"] for name in answers if name in files]
     return hashlib.sha256(" ".join([tokenizer_digest, *hashes]).encode()).hexdigest()
 
 
@@ -264,12 +293,17 @@ def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore 
     if counts is None:
         return None
     hashes = [index["files"][f"{name}.{part}"]["sha256"] for part in SPLIT_PARTS]
+    answers, rows = (f"{name}.{part}" for part in EXAMPLE_PARTS)
+    has_answers = answers in index["files"]
+    hashes += [index["files"][answers]["sha256"]] if has_answers else []
     return TokenStore(
         tokens=np.memmap(directory / f"{name}.tokens", dtype=token_dtype(index["vocab_size"]), mode="r"),
         document_starts=np.memmap(directory / f"{name}.documents", dtype="<i8", mode="r"),
         fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
         text_bytes=counts["text_bytes"],
         vocab_size=index["vocab_size"],
+        answers=np.memmap(directory / answers, dtype=np.bool_, mode="r") if has_answers else None,
+        rows=directory / rows if has_answers else None,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatrain.config.errors import UserError
 from megatrain.data.order import sample_ids
+from megatrain.data.packing import pack
 from megatrain.data.store import TokenStore, open_split, read_index
 from megatrain.data.tokenizer import META_FILE
 from megatrain.data.tokenizer_files import load_tokenizer
@@ -108,6 +109,14 @@ def first_sample(directory: Path, *, seq_len: int, seed: int) -> list[str]:
         UserError: the cache is missing or incomplete, or shorter than a sample.
     """
     store, tokenizer = _train_split(directory), load_tokenizer(directory / "tokenizer")
+    if store.answers is not None:
+        packed = pack(store, seq_len=seq_len)
+        ids = sample_ids(0, 1, n=packed.n_rows, seed=seed, fingerprint=packed.fingerprint)
+        numbers = packed.examples_of(int(ids[0]) * seq_len, seq_len)
+        return [
+            tokenizer.decode(store.tokens[store.document_starts[n] : _end(store, n)].tolist())
+            for n in numbers
+        ]
     n_samples = (store.n_tokens - 1) // seq_len
     if n_samples < 1:
         raise UserError(

@@ -13,7 +13,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatrain.runtime.packages import how_to_install
 EOS = "<|endoftext|>"
 META_FILE = "meta.json"
 HF_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 RANKS_FILE = "ranks.tiktoken"
 
 
@@ -76,6 +77,16 @@ class Tokenizer(ABC):
         """Encode each text as `encode_batch` does, but for special tokens that it spells, which become their ids."""
         return self.encode_batch(texts)
 
+    @abstractmethod
+    def encode_places(
+        self, texts: Sequence[str], *, markup: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode each text as `encode_batch` does, or with `markup` as `encode_markup`, and say where tokens stand.
+
+        Returns ids `(tokens,)` uint32, and `(tokens, 2)` int64: a token's first character, and the one after its last.
+        Tokens that share a character all have it; one that stands for no character is empty.
+        """
+
     def encode(self, text: str) -> list[int]:
         """Encode `text` to a list of ids, without special tokens."""
         return self.encode_batch([text])[0].tolist()
@@ -89,6 +100,12 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def encode_places(
+        self, texts: Sequence[str], *, markup: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = self.encode_batch(texts)
+        return [(ids, _places(text, np.ones_like(ids))) for text, ids in zip(texts, found, strict=True)]
 
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
         yield from (text[start : start + size] for start in range(0, len(text) or 1, size))
@@ -109,7 +126,13 @@ class ByteTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the package `tokenizers`: trained here, or read from a file `tokenizer.json`."""
 
-    def __init__(self, inner: Any, *, eos_id: int) -> None:
+    def __init__(self, inner: Any, *, eos_id: int, described: Mapping[str, Any] | None = None) -> None:
+        """Take a tokenizer of the package.
+
+        Args:
+            described: entries of a tokenizer_config.json to keep: the chat template and the names of special tokens.
+        """
+        self.described = dict(described or {})
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
@@ -131,6 +154,26 @@ class HuggingFaceTokenizer(Tokenizer):
             marked.encode_special_tokens = False
             encodings = marked.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def encode_places(
+        self, texts: Sequence[str], *, markup: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        state = json.loads(self._inner.to_str())
+        state["post_processor"] = (
+            None  # with no special tokens to add it would only take spaces off the places
+        )
+        with cuts.explained_failures():
+            placing = type(self._inner).from_str(json.dumps(state))
+            placing.encode_special_tokens = not markup
+            found = []
+            for text, encoding in zip(
+                texts, placing.encode_batch(list(texts), add_special_tokens=False), strict=True
+            ):
+                ids = np.array(encoding.ids, dtype=np.uint32)
+                if not markup and (plain := self._plain.checked(text, ids)) is not ids:
+                    ids, encoding = plain, self._plain.encoding(text)
+                found.append((ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)))
+            return found
 
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
         return cuts.cut(text, self._rule, size)
@@ -158,14 +201,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> None:
         _write_meta(directory, kind="huggingface", eos_id=self.eos_id)
-        self._inner.save(str(directory / HF_FILE), pretty=False)
+        self.save_pretrained(directory)
 
     def save_pretrained(self, directory: Path) -> None:
         """Write the two files from which transformers loads a tokenizer."""
         self._inner.save(str(directory / HF_FILE), pretty=False)
         eos = self._tokens[self.eos_id]
-        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-        (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", **self.described, "eos_token": eos}
+        (directory / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
     def digest(self) -> str:
         return _digest("huggingface", self.eos_id, sorted(self._tokens.items()))
@@ -189,6 +232,12 @@ class TiktokenTokenizer(Tokenizer):
         encode = partial(self._inner.encode_to_numpy, disallowed_special=())
         with cuts.explained_failures(), ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(encode, texts))
+
+    def encode_places(
+        self, texts: Sequence[str], *, markup: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        sizes, found = self.token_bytes(), self.encode_batch(texts)
+        return [(ids, _places(text, sizes[ids])) for text, ids in zip(texts, found, strict=True)]
 
     def pieces(self, text: str, *, size: int = cuts.PIECE_CHARS) -> Iterator[str]:
         return cuts.cut(text, cuts.BETWEEN_WORDS, size)
@@ -232,6 +281,15 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> HuggingFaceTokenizer:
     )
     inner.train_from_iterator(texts, trainer=trainer)
     return HuggingFaceTokenizer(inner, eos_id=inner.token_to_id(EOS))
+
+
+def _places(text: str, sizes: np.ndarray) -> np.ndarray:
+    """Return the places of the tokens of `text`, as `Tokenizer.encode_places` does, from their `sizes` in bytes."""
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    character_of = np.repeat(np.arange(len(points)), widths)
+    ends = np.cumsum(sizes.astype(np.int64))
+    return np.stack([character_of[ends - sizes.astype(np.int64)], character_of[ends - 1] + 1], axis=1)
 
 
 def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from megatrain.config.errors import UserError
 from megatrain.data import cuts
 from megatrain.data.config import TokenizerConfig
+from megatrain.data.sources.chat import TEMPLATE_FILE, read_chat
 from megatrain.data.tokenizer import (
+    CONFIG_FILE,
     EOS,
     HF_FILE,
     META_FILE,
@@ -57,7 +59,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return ByteTokenizer()
     if meta["kind"] == "tiktoken":
         return _read_tiktoken(directory / RANKS_FILE, eos_id=meta["eos_id"])
-    return HuggingFaceTokenizer(_load_json(directory / HF_FILE), eos_id=meta["eos_id"])
+    return HuggingFaceTokenizer(
+        _load_json(directory / HF_FILE), eos_id=meta["eos_id"], described=_described(directory)
+    )
 
 
 def tokenizer_files(cfg: TokenizerConfig) -> list[Path]:
@@ -67,7 +71,7 @@ def tokenizer_files(cfg: TokenizerConfig) -> list[Path]:
     path = Path(cfg.path)
     if path.is_file():
         return [path]
-    names = (HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    names = (HF_FILE, CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json", "vocab.json", "merges.txt")
     return [path / name for name in names if (path / name).is_file()]
 
 
@@ -89,16 +93,27 @@ def _read_huggingface(path: Path) -> HuggingFaceTokenizer:
     for token in candidates:
         eos_id = inner.token_to_id(token)
         if eos_id is not None:
-            return HuggingFaceTokenizer(inner, eos_id=eos_id)
+            return HuggingFaceTokenizer(inner, eos_id=eos_id, described=_described(directory))
     raise UserError(
         f"{path}: no end-of-text token. Looked for {', '.join(candidates)}; name it as eos_token in a "
         f"tokenizer_config.json beside {HF_FILE}"
     )
 
 
+def _described(directory: Path) -> dict[str, Any]:
+    """Return what a Hugging Face directory says of a tokenizer and is kept with it: chat template, special tokens.
+
+    Raises:
+        UserError: its files can't be read.
+    """
+    source, special = read_chat(directory)
+    found: dict[str, Any] = {name: token for name, token in special.items() if token}
+    return found if source is None else found | {"chat_template": source}
+
+
 def _named_eos(directory: Path) -> str | None:
     """Return the `eos_token` that a Hugging Face directory names, if any."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in (CONFIG_FILE, "special_tokens_map.json"):
         file = directory / name
         if not file.is_file():
             continue

@@ -22,8 +22,9 @@ from megatrain.data.clean.config import CleanStep
 from megatrain.data.clean.report import CleaningReport
 from megatrain.data.clean.steps import Cleaner
 from megatrain.data.sources.corpus import Corpus, Part
+from megatrain.data.sources.examples import RowExamples, Span
 from megatrain.data.sources.left_out import LeftOut
-from megatrain.data.store import SplitWriter
+from megatrain.data.store import EXAMPLE_PARTS, SPLIT_PARTS, SplitWriter
 from megatrain.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 8 << 20
@@ -40,6 +41,8 @@ class Spool(NamedTuple):
 
     facts: np.ndarray
     names: list[str]
+    answers: dict[int, list[Span]] | None
+    """Spans of the answers by the document's number; None if the documents are no examples."""
     files: list[int]
     """Numbers of the files that gave documents."""
     left_out: LeftOut
@@ -99,6 +102,7 @@ def read_unit(
     fingerprints: list[bytes] = []
     facts: list[tuple[int, int, bytes, bool]] = []
     names: list[str] = []
+    answers: dict[int, list[Span]] | None = {} if isinstance(corpus.row_text, RowExamples) else None
     files: set[int] = set()
     expected = sum(corpus.files[part.file].size for part in parts)
     done = 0
@@ -115,6 +119,8 @@ def read_unit(
                         stream.write(content)
                         digest = hashlib.sha256(content).digest()[:16]
                         facts.append((len(content), len(cleaned.text), digest, document.markup))
+                        if answers is not None and document.answers is not None:
+                            answers[len(names)] = list(document.answers)
                         names.append(document.id)
                         fingerprints.append(cleaner.fingerprint(cleaned.text))
                     if before >> 20 != done >> 20:
@@ -125,6 +131,7 @@ def read_unit(
         np.save(folder / "fingerprints.npy", joined)
         (folder / "report.pickle").write_bytes(pickle.dumps(report))
         described = {"names": names, "files": sorted(files), "left_out": left_out.as_json()}
+        described["answers"] = None if answers is None else [*answers.items()]
         (folder / "described.json").write_text(json.dumps(described), encoding="utf-8")
 
 
@@ -150,7 +157,10 @@ def open_spool(directory: Path) -> Spool:
     left_out = LeftOut(described["left_out"])
     report = pickle.loads((directory / "report.pickle").read_bytes())
     facts = np.load(directory / "facts.npy")
-    return Spool(facts, described["names"], described["files"], left_out, report, directory)
+    answers = None
+    if described["answers"] is not None:
+        answers = {number: [(begin, end) for begin, end in spans] for number, spans in described["answers"]}
+    return Spool(facts, described["names"], answers, described["files"], left_out, report, directory)
 
 
 def encode_unit(
@@ -166,16 +176,23 @@ def encode_unit(
         UserError: the tokenizer breaks its own vocabulary.
     """
     opened = open_spool(spool)
-    sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    sizes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
+    sizes["has_answers"] = opened.answers is not None
     total = max(1, int(opened.facts["chars"][encoding.keep].sum()))
     chars = 0
     with _completing(directory) as folder:
         with SplitWriter(folder, "train", **sizes) as train, SplitWriter(folder, "val", **sizes) as val:
             for batch in _batches(_pieces(opened, encoding, tokenizer)):
-                encode = tokenizer.encode_markup if batch[0].markup else tokenizer.encode_batch
-                for piece, ids in zip(batch, encode([p.text for p in batch]), strict=True):
+                for piece, (ids, answers) in zip(batch, _encoded(batch, tokenizer), strict=True):
                     writer = val if piece.held_out else train
-                    writer.append(ids, text_bytes=len(piece.text.encode()), ends_document=piece.ends_document)
+                    size = len(piece.text.encode())
+                    writer.append(
+                        ids,
+                        text_bytes=size,
+                        ends_document=piece.ends_document,
+                        answers=answers,
+                        row=piece.row,
+                    )
                     chars += len(piece.text)
                 advance(chars / total)
         (folder / "counts.json").write_text(json.dumps({"train": train.counts(), "val": val.counts()}))
@@ -188,6 +205,38 @@ class Piece(NamedTuple):
     text: str
     ends_document: bool
     markup: bool
+    answers: list[Span] | None = None
+    row: str = ""
+    """Name of the row that an example was made of."""
+
+
+def _encoded(batch: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield the tokens of each piece, and for an example which of them, and of the end, have a loss."""
+    texts, markup = [piece.text for piece in batch], batch[0].markup
+    if batch[0].answers is None:
+        encode = tokenizer.encode_markup if markup else tokenizer.encode_batch
+        yield from ((ids, None) for ids in encode(texts))
+        return
+    for piece, (ids, places) in zip(batch, tokenizer.encode_places(texts, markup=markup), strict=True):
+        yield ids, tokens_within(places, piece.answers or [], length=len(piece.text))
+
+
+def tokens_within(places: np.ndarray, spans: list[Span], *, length: int) -> np.ndarray:
+    """Return which tokens have a character in one of `spans`, and at the end whether the end-of-text token is in one.
+
+    Args:
+        places: `(tokens, 2)` first character of each token and the one after its last. spans: disjoint, ascending.
+        length: of the text, in characters.
+
+    Returns `(tokens + 1,)` bool. The first token is in none: nothing predicts it.
+    """
+    begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    first, after = places.T
+    nth = np.searchsorted(ends, first, side="right")  # the first span that ends behind the token's beginning
+    found = np.append(begins, np.iinfo(np.int64).max)[nth] < after
+    found &= first < after
+    found[:1] = False
+    return np.append(found, len(ends) > 0 and ends[-1] > length)
 
 
 def _pieces(spool: Spool, encoding: Encoding, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -200,6 +249,12 @@ def _pieces(spool: Spool, encoding: Encoding, tokenizer: Tokenizer) -> Iterator[
         for held_out, content in splits:
             if content:
                 markup = bool(spool.facts["markup"][number])
+                if spool.answers is not None:
+                    answers, row = spool.answers[number], spool.names[number]
+                    yield Piece(
+                        held_out, content, ends_document=True, markup=markup, answers=answers, row=row
+                    )
+                    continue
                 *front, last = [content] if markup else tokenizer.pieces(content)
                 for piece in front:
                     yield Piece(held_out, piece, ends_document=False, markup=markup)
@@ -252,9 +307,14 @@ def join_splits(folders: list[Path], directory: Path) -> dict[str, dict[str, Any
                 starts = np.fromfile(folder / f"{split}.documents", dtype="<i8")
                 documents.write((starts + total["tokens"]).astype("<i8").tobytes())
                 total = {key: total[key] + count[split][key] for key in total}
+        for part in EXAMPLE_PARTS:
+            if (folders[0] / f"{split}.{part}").is_file():
+                with open(directory / f"{split}.{part}", "wb") as joined:
+                    for folder in folders:
+                        joined.write((folder / f"{split}.{part}").read_bytes())
         totals[split] = total
     if totals["val"]["tokens"] - totals["val"]["documents"] < 2:
         del totals["val"]
-        for part in ("tokens", "documents"):
-            (directory / f"val.{part}").unlink()
+        for part in (*SPLIT_PARTS, *EXAMPLE_PARTS):
+            (directory / f"val.{part}").unlink(missing_ok=True)
     return totals

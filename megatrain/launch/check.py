@@ -47,7 +47,7 @@ def require_world(cfg: Config, cluster: Cluster) -> None:
 
 def warnings(cfg: Config) -> list[str]:
     """Return what may be a mistake, but can't be known here: the nodes may see other files than this machine."""
-    given = cfg.data.path if cfg.data.kind == "text" else None
+    given = cfg.data.path if cfg.data.kind != "synthetic" else None
     paths = (given,) if isinstance(given, str) else given or ()
     missing = [
         path

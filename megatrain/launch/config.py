@@ -105,6 +105,9 @@ class SlurmCluster(Cluster):
     """Seconds before the time limit at which the run is asked to save and stop; must cover a step and a save."""
     requeue: bool = True
     """Submit the job again when the run was stopped with everything saved, or failed and may do better."""
+    spare_nodes: Count = 0
+    """Nodes beyond `nodes` that a job asks for, so that unfit ones can be left out: all are compared and measured first
+    (`megatrain doctor --cluster`), and the run takes those that are fit."""
     max_restarts: Count = 3
     """Restarts in a row without a newer checkpoint after which the job gives up."""
     sbatch: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ The folder of a launch, `runs/NAME/launch/N/`, holds the script, the ids of its 
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,8 +83,11 @@ def script(
     here = os.getcwd()
     log = "job-%A_%a.log" if len(runs) > 1 else "job-%j.log"
     inside = [here, *(str(Path(run.directory).parent) for run in runs if Path(run.directory).is_absolute())]
+    mounts = [each if ":" in each else f"{each}:{each}" for each in dict.fromkeys([*inside, *cluster.mounts])]
     values = {
         "cluster": cluster,
+        "tasks": tasks,
+        "inside": _entering(cluster, mounts),
         "jobs": runs,
         "folder": str(folder),
         "cpus_per_task": cluster.cpus_per_node // tasks,
@@ -91,14 +95,21 @@ def script(
         "chdir": _quoted(here),
         "site": [(name, getattr(cluster, name)) for name in SITE if getattr(cluster, name) is not None],
         "python": python(cluster.venv, cluster.container),
-        "mounts": [
-            each if ":" in each else f"{each}:{each}" for each in dict.fromkeys([*inside, *cluster.mounts])
-        ],
+        "mounts": mounts,
         "name": options.name,
         "is_chain": options.is_chain,
         "at_once": options.at_once or len(runs),
     }
     return render(template, values)
+
+
+def _entering(cluster: SlurmCluster, mounts: Sequence[str]) -> str:
+    """Return the words before a command that is to run in the container, if srun does not see to that itself."""
+    if cluster.container is None or cluster.container_kind != "apptainer":
+        return ""
+    binds = " ".join(f"--bind {shlex.quote(each)}" for each in mounts)
+    gpu = "--nv " if cluster.gpus_per_node else ""
+    return f'apptainer exec {gpu}{binds} --pwd "$PWD" {shlex.quote(cluster.container)} '
 
 
 def python(venv: str | None, container: str | None) -> str:

@@ -31,10 +31,13 @@ def attention_pairs(seq_len: int, *, causal: bool, window: int | None) -> int:
     return rule.pairs(seq_len, seq_len)
 
 
-def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
+def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool, frozen: bool = False) -> float:
     """Return the FLOPs of forward and backward for one token of a sequence of `seq_len` tokens.
 
-    Recomputation does not count; of the experts, only those that a token is routed to count.
+    Recomputation does not count, nor do adapters; of the experts, only those that a token is routed to count.
+
+    Args:
+        frozen: the weights are not trained, so that a product's backward pass has one product in place of two.
     """
     plan = decoder_plan(cfg)
     matrices = plan.head_products + sum(plan.block_products(layer) for layer in range(cfg.n_layers))
@@ -43,4 +46,4 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool) -> float:
         for window, layers in Counter(map(cfg.window, range(cfg.n_layers))).items()
     )
     attention = 2 * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * pairs / seq_len
-    return 3 * (2 * matrices + attention)
+    return (2 if frozen else 3) * 2 * matrices + 3 * attention

@@ -19,6 +19,8 @@ class SequenceInfo(NamedTuple):
     sin: Tensor | None
     doc_ids: Tensor | None
     """`(batch, seq)`: a token attends to its own document only; None: each row is one document."""
+    token_numbers: Tensor | None = None
+    """`(batch, seq)` int64: each token's number in the run, which draws are keyed by; None: nothing is drawn."""
 
 
 class AttentionCore(nn.Module):

@@ -16,6 +16,13 @@ Body = Callable[[Tensor, SequenceInfo], Tensor]
 Run = Callable[[Body, Tensor, SequenceInfo], Tensor]
 
 
+Begin = Callable[[SequenceInfo], None]
+
+
+def do_nothing(sequence: SequenceInfo) -> None:
+    """Leave the parts of a block as they are before it computes."""
+
+
 def run_body(body: Body, x: Tensor, sequence: SequenceInfo) -> Tensor:
     """Call a block's body and keep its activations for the backward pass."""
     return body(x, sequence)
@@ -27,7 +34,7 @@ class Block(nn.Module):
     `layer` is its index in the full model.
     """
 
-    SEAMS = ("run",)
+    SEAMS = ("run", "begin")
 
     def __init__(self, cfg: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -43,12 +50,14 @@ class Block(nn.Module):
         else:
             self.mlp = make_mlp(cfg, part_of(weights, "mlp"))
         self.run: Run = run_body
+        self.begin: Begin = do_nothing
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
         return self.run(self.body, x, sequence)
 
     def body(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
         """Add attention's and then the feed-forward block's output to the residual stream `x`."""
+        self.begin(sequence)
         attended = self._scaled(self.attn(self.attn_norm(x), sequence))
         normed, x = self.mlp_norm(attended, residual=x)  # adds and normalizes in one
         feed_forward = self.moe if self.mlp is None else self.mlp

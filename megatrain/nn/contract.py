@@ -36,6 +36,10 @@ class Role(Flag):
     """Produces logits: never Muon's."""
     TIED = auto()
     """A tied embedding: also the weight of the output head."""
+    ADAPTER_DOWN = auto()
+    """The first product of a low-rank adapter, LoRA's A."""
+    ADAPTER_UP = auto()
+    """The second product of a low-rank adapter, LoRA's B; starts at 0."""
 
 
 @dataclass(frozen=True, slots=True)

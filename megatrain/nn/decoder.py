@@ -67,6 +67,7 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        token_numbers: Tensor | None = None,
         z_loss: float = 0.0,
         keep: Tensor | None = None,
     ) -> Tensor:
@@ -77,13 +78,14 @@ class Decoder(nn.Module):
                 there is none.
             positions: `(batch, seq)`; None counts from 0.
             doc_ids: `(batch, seq)`; attention stays inside a document.
+            token_numbers: `(batch, seq)` int64 in training with dropout: each token's number in the run.
             z_loss: factor on the squared log-partition.
             keep: `(kept,)` indices of the tokens of a row whose logits are wanted; None: all.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = tokens if tokens.is_floating_point() else self._embed(tokens, positions)
-        sequence = self._sequence_info(positions, doc_ids)
+        sequence = self._sequence_info(positions, doc_ids)._replace(token_numbers=token_numbers)
         for _, block in self.blocks():
             hidden = block(hidden, sequence)
         if self.norm is None:

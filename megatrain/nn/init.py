@@ -40,7 +40,7 @@ def initial_std(role: Role, cfg: DecoderConfig) -> float:
 def init_weights(
     model: Decoder, plan: Plan, *, seed: int, shard_of: Callable[[str, Tensor], Shard] = unsharded
 ) -> None:
-    """Fill all of `model`, each part on the device where it is: matrices normal, norms 1, biases and buffers 0.
+    """Fill all of `model`, each part where it is: matrices normal, norms 1, biases, buffers and adapters' outputs 0.
 
     Args:
         plan: plan of the full model, of which `model` may be a stage.
@@ -58,6 +58,9 @@ def init_weights(
             values.zero_()
         elif role & Role.NORM:
             values.fill_(1.0)
+        elif role & Role.ADAPTER_UP:
+            values.zero_()
         else:
-            std = initial_std(role, model.cfg)
+            # An adapter's first matrix has the variance of the usual uniform one, in ±1/sqrt(in).
+            std = (3 * shape[-1]) ** -0.5 if role & Role.ADAPTER_DOWN else initial_std(role, model.cfg)
             fill_normal_(values, seed=seed, name=name, std=std, shape=shape, offsets=offsets)

@@ -7,11 +7,13 @@ module hooks; nothing else of a model is ever patched. The seams:
 |---|---|---|
 | `parameter_view` | every layer with weights | hands the layer its parameter as it is |
 | `product` | `Linear`, `Experts` | multiplies with the weight |
+| `adapter` | `Linear` | adds nothing to the product |
 | `lookup` | `Embedding` | reads rows of the table |
 | `core` | attention | mixes tokens |
 | `dispatch` | `MoE` | sends tokens to experts and back |
 | `sequence_sum` | `BalancePoint` | sums over a sequence |
 | `run` | `Block` | calls the block's body |
+| `begin` | `Block` | does nothing before the body computes |
 | `loss_head` | `Decoder` | logits or loss from hidden states |
 """
 
@@ -60,13 +62,15 @@ class Layer(nn.Module):
 class Linear(Layer, nn.Linear):
     """A linear product, `(..., in)` to `(..., out)`, whose shape is stated by the model's plan."""
 
-    SEAMS = ("parameter_view", "product")
+    SEAMS = ("parameter_view", "product", "adapter")
     product: Product = staticmethod(F.linear)
 
     def __init__(self, weight: Weight) -> None:
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias=weight.bias)
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.tensor("bias")
-        return self.product(x, self.tensor("weight"), bias)
+        out = self.product(x, self.tensor("weight"), bias)
+        return out if self.adapter is None else out + self.adapter(x)

@@ -20,11 +20,18 @@ class MasterWeights:
             self.parameters = named
             self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
             return
-        self.parameters = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
+        self.parameters = {
+            name: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for name, p in named.items()
+        }
         # Not model.to(): buffers keep their precision.
         for parameter in named.values():
             parameter.data = parameter.data.to(compute_dtype)
         self._pairs = [(self.parameters[name], p) for name, p in named.items()]
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The masters that are trained: all but frozen ones."""
+        return {name: master for name, master in self.parameters.items() if master.requires_grad}
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

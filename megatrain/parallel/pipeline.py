@@ -209,6 +209,8 @@ class Pipeline:
         if not copies:
             return
         grads = [local_tensor(copy.grad) for copy in copies if copy.grad is not None]
+        if not grads:  # frozen
+            return
         if len(grads) == 2:  # a V-shaped schedule: both copies are on this rank
             grads[0].add_(grads[1])
             copies[1].grad = None
@@ -242,5 +244,5 @@ class Pipeline:
 
 
 def _kwargs(tensors: Tensors, z_loss: float) -> dict[str, Any]:
-    names = ("targets", "positions", "doc_ids", "keep")
+    names = ("targets", "positions", "doc_ids", "keep", "token_numbers")
     return {"z_loss": z_loss} | {name: tensors[name] for name in names if tensors.get(name) is not None}

@@ -63,7 +63,7 @@ def shard_parameter(
     shape, stride = parameter.shape, parameter.stride()
     sharded = DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
     owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(sharded))
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
 def uneven_splits(plan: Plan, mesh: Mesh | None, cfg: ParallelConfig) -> dict[str, Split]:

@@ -4,10 +4,10 @@ The stages of `torch.distributed.pipelining` reduce nothing before the last back
 after any (torch 2.13, `backward_maybe_with_nosync`): in them ZeRO-2 holds what ZeRO-1 does, and so does ZeRO-3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, _backward
@@ -62,11 +62,11 @@ class Stage(PipelineStage):
         # Hooks of FSDP that fire all the same must reduce and free nothing yet.
         before_micro_batch(model, is_last=False, zero_stage=1)
         if backward_type == "input":
-            found = stage_backward_input(outputs, bwd_kwargs["output_grads"], inputs, model.parameters())
+            found = stage_backward_input(outputs, bwd_kwargs["output_grads"], inputs, _trained(model))
             if self.zero_stage == 3:
                 reshard(model)
             return found
-        gradients = stage_backward_weight(model.parameters(), bwd_kwargs["param_groups"])
+        gradients = stage_backward_weight(_trained(model), bwd_kwargs["param_groups"])
         self._set_flags()
         finish_backward(model)
         return gradients, None
@@ -76,6 +76,11 @@ class Stage(PipelineStage):
         self._done += 1
         is_last = self._done % self.micro_batches == 0
         before_micro_batch(self.submod, is_last=is_last, zero_stage=self.zero_stage)
+
+
+def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that are not frozen."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 _node_of = _backward._get_grad_fn_or_grad_acc

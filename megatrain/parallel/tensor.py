@@ -23,6 +23,7 @@ from megatrain.parallel.collectives import Group, gather_from, gather_shared, ow
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import sum_sequences_over
 from megatrain.parallel.layout import needed_heads, shards_heads, share_of
+from megatrain.parallel.lora import Adapter, shard_inputs
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.sharding import (
     local_view,
@@ -50,6 +51,8 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
     for name, layer in model.named_modules():
         if isinstance(layer, Layer):
             replace_seam(layer, "parameter_view", _view(plan.weights.get(name), group))
+        elif isinstance(layer, Adapter):
+            shard_inputs(layer, plan.weights[f"{name}.down"], group.size(), group.rank())
     for _, block in model.blocks():
         for part in _parts_on_full_sequence(block, cfg, group):
             part.register_forward_pre_hook(partial(_gather_sequence, group))

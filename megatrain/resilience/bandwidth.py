@@ -76,6 +76,7 @@ def judge(speeds: list[Speed], least: float) -> list[Problem]:
                 Problem(
                     f"The network of {host} is slow: {best:.3g} GB/s, where links have {usual:.3g} GB/s (median).",
                     True,
+                    (host,),
                 )
             )
         for speed in slow:
@@ -83,7 +84,9 @@ def judge(speeds: list[Speed], least: float) -> list[Problem]:
                 pair = " to ".join(speed.hosts)
                 problems.append(
                     Problem(
-                        f"The link from {pair} is slow: {speed.gb_s:.3g} GB/s, median {usual:.3g} GB/s.", True
+                        f"The link from {pair} is slow: {speed.gb_s:.3g} GB/s, median {usual:.3g} GB/s.",
+                        True,
+                        speed.hosts[1:],
                     )
                 )
     for axis, those in kinds.items():
@@ -96,6 +99,7 @@ def judge(speeds: list[Speed], least: float) -> list[Problem]:
                         f"The {axis} group of ranks {', '.join(map(str, speed.ranks))} ({where}) is slow: "
                         f"{speed.gb_s:.3g} GB/s, median {usual:.3g} GB/s.",
                         True,
+                        tuple(speed.hosts) if len(set(speed.hosts)) == 1 else (),
                     )
                 )
     return problems

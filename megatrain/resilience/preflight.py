@@ -31,6 +31,8 @@ class Problem:
     text: str
     is_fatal: bool
     """Whether the run would compute something else, or hardly at all."""
+    hosts: tuple[str, ...] = ()
+    """Names of the machines without which it would not be there."""
 
 
 def look_around(processes: Processes, device: torch.device) -> list[MachineFacts]:
@@ -108,16 +110,18 @@ def _unlike(
         like = next(facts for facts, value in zip(found, values, strict=True) if value == usual)
         told = "; ".join(f"{value} on {_hosts(those)}" for value, those in odd.items())
         subject = f"{what} {name}" if not name.startswith("its ") else f"{what} ({name.removeprefix('its ')})"
-        problems.append(
-            Problem(f"Machines differ in {subject}: {told}, where {_hosts([like])} has {usual}.", is_fatal)
-        )
+        text = f"Machines differ in {subject}: {told}, where {_hosts([like])} has {usual}."
+        hosts = dict.fromkeys(facts.host for those in odd.values() for facts in those)
+        problems.append(Problem(text, is_fatal, tuple(hosts)))
     return problems
 
 
 def _unhealthy(found: list[MachineFacts]) -> list[Problem]:
     return [
         Problem(
-            f"The {facts.device} of rank {facts.rank} on {facts.host}: {', '.join(facts.unhealthy)}.", True
+            f"The {facts.device} of rank {facts.rank} on {facts.host}: {', '.join(facts.unhealthy)}.",
+            True,
+            (facts.host,),
         )
         for facts in found
         if facts.unhealthy

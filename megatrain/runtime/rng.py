@@ -48,6 +48,11 @@ def normal(counters: Tensor, key: int) -> Tensor:
     return share.log_().mul_(-2.0).sqrt_().mul_(angle.cos_())
 
 
+def keeps(counters: Tensor, key: int, dropout: float) -> Tensor:
+    """Return whether dropout leaves the elements number `counters` of the stream `key`, each with 1 - `dropout`."""
+    return _shift_right(random_bits(counters, key), 33) >= int(dropout * (1 << 31))
+
+
 def fill_normal_(
     out: Tensor, *, seed: int, name: str, std: float, shape: Sequence[int], offsets: Sequence[int]
 ) -> None:

@@ -56,6 +56,7 @@ def require_memory(cfg: Config, memory: int) -> None:
     needed = (
         state_bytes(cfg.model, cfg.parallel, precision=cfg.train.precision) / 2
     )  # without AdamW's moments
+    needed /= 2 if cfg.lora.rank else 1  # frozen weights have no gradients
     if needed > memory:
         raise UserError(
             f"The weights and gradients take {needed / GIB:,.1f} GiB per process, but its device has only "

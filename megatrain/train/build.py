@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from megatrain.config.errors import UserError
 from megatrain.config.load import rule_problems
 from megatrain.config.schema import ConfigError
 from megatrain.data.build import Progress
 from megatrain.data.loader import Batch, Loader, validation_batches
+from megatrain.data.packing import PackedExamples, pack, too_long
 from megatrain.data.prepare import Prepared, prepare
-from megatrain.data.store import DamagedDataError, TokenSource
+from megatrain.data.store import DamagedDataError, TokenSource, TokenStore
 from megatrain.engines.config import zero_stage
 from megatrain.engines.engine import Engine
 from megatrain.models.registry import get_spec
@@ -27,6 +29,7 @@ from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel, parallelize
 from megatrain.parallel.float8 import Scaling, check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
+from megatrain.parallel.lora import add_adapters, with_adapters
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
 from megatrain.runtime.processes import Processes
@@ -98,9 +101,9 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
     # With a mesh, FSDP makes the copies in the compute dtype.
     weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.parameters, plan.roles, parallel.splits)
+    optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
-    average = None if decay is None else WeightAverage(weights.parameters, decay)
+    average = None if decay is None else WeightAverage(weights.trained, decay)
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
 
 
@@ -121,14 +124,17 @@ def build_model(
     """
     compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
     spec = get_spec(cfg.model.kind)
+    plan = with_adapters(spec.plan(cfg.model), cfg.lora)
 
     def make_model() -> Decoder:
         with torch.device("meta"):
-            return spec.build(cfg.model).to(master_dtype)
+            model = spec.build(cfg.model)
+            add_adapters(model, plan, cfg.lora, seed=cfg.train.seed)
+            return model.to(master_dtype)
 
     parallel = parallelize(
         make_model,
-        spec.plan(cfg.model),
+        plan,
         mesh,
         cfg.parallel,
         seq_len=cfg.seq_len,
@@ -202,7 +208,7 @@ def build_loader(
         UserError: the data is too short for `seq_len`.
     """
     return Loader(
-        store=store,
+        store=packed(cfg, store),
         seq_len=cfg.seq_len,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.resolved_micro_batch_size,
@@ -211,8 +217,31 @@ def build_loader(
         rank=0 if mesh is None else mesh.data_rank,
         size=data_ranks(cfg.parallel),
         prefetch=cfg.data.prefetch,
+        numbers_tokens=cfg.lora.dropout > 0,
         on_damage=on_damage,
     )
+
+
+def packed(cfg: Config, store: TokenSource) -> TokenSource:
+    """Return `store` as samples are made of it: of examples, whole ones packed together.
+
+    Raises:
+        UserError: all examples are longer than a sample, or one is and `data.on_skip` is `error`.
+    """
+    if not isinstance(store, TokenStore) or store.answers is None:
+        return store
+    found = pack(store, seq_len=cfg.seq_len)
+    if cfg.data.on_skip == "error" and (text := too_long(found)):
+        raise UserError(
+            f"data.on_skip=error, and this would be left out: {text}. Raise seq_len, or allow it with warn"
+        )
+    return found
+
+
+def left_out_of(loader: Loader) -> list[str]:
+    """Return a notice if the loader leaves out examples."""
+    text = too_long(loader.store) if isinstance(loader.store, PackedExamples) else ""
+    return [f"Left out of training: {text}. Raise seq_len to take them in."] if text else []
 
 
 def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
@@ -221,7 +250,7 @@ def build_eval_batches(cfg: Config, store: TokenSource | None) -> list[Batch]:
         return []
     return list(
         validation_batches(
-            store,
+            packed(cfg, store),
             seq_len=cfg.seq_len,
             tokens=cfg.train.eval_tokens,
             micro_batch_size=cfg.resolved_micro_batch_size,

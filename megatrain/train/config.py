@@ -23,6 +23,7 @@ from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
 from megatrain.parallel.layout import problems as layout_problems
+from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
 
@@ -133,6 +134,7 @@ class Config:
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
+    lora: LoRAConfig = LoRAConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     engine: EngineName = "native"
     """Library that runs the passes and shards the model. native: PyTorch, in every layout; deepspeed: ZeRO-0 to ZeRO-3
@@ -171,13 +173,18 @@ class Config:
             ema_decay=self.train.ema_decay,
         )
         yield from self._native_problems()
+        yield from self._lora_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
         if self.schedule.warmup_steps != "auto" and self.schedule.warmup_steps > self.train.steps:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
-        if self.data.kind == "text" and self.data.tokenizer.kind == "bpe" and self.model.vocab_size < 257:
+        if (
+            self.data.kind != "synthetic"
+            and self.data.tokenizer.kind == "bpe"
+            and self.model.vocab_size < 257
+        ):
             rule = "must be at least 257: a byte-level tokenizer has a token for each byte and one that ends a document"
             yield Problem("model.vocab_size", self.model.vocab_size, rule, (257,))
         elif self._trained_vocab_size() > self.model.vocab_size:
@@ -197,7 +204,7 @@ class Config:
     def _trained_vocab_size(self) -> int:
         """Return the vocabulary size of a tokenizer trained on the data; 0 if none is trained or the model decides."""
         size = self.data.tokenizer.vocab_size
-        is_trained = self.data.kind == "text" and self.data.tokenizer.kind == "bpe"
+        is_trained = self.data.kind != "synthetic" and self.data.tokenizer.kind == "bpe"
         return size if is_trained and size != "auto" else 0
 
     def _native_problems(self) -> Iterator[Problem]:
@@ -205,6 +212,7 @@ class Config:
         if self.engine == "native":
             return
         for key, value, off in (
+            ("lora.rank", self.lora.rank, 0),
             ("checkpoint.async_save", self.checkpoint.async_save, False),
             ("log.fingerprints_every", self.log.fingerprints_every, 0),
             ("resilience.spike", self.resilience.spike, "ignore"),
@@ -212,6 +220,18 @@ class Config:
         ):
             if value != off:
                 yield Problem(key, value, f"is not supported by engine={self.engine}", (off,))
+
+    def _lora_problems(self) -> Iterator[Problem]:
+        """Yield what adapters need, beside what they need of the model."""
+        if not self.lora.rank:
+            return
+        if self.checkpoint.adopt is None:
+            rule = "adapters need the weights of another run: checkpoint.adopt, which `megatrain finetune SOURCE` gives"
+            yield Problem("lora.rank", self.lora.rank, rule, (0,))
+        if self.lora.dropout and self.parallel.compile:
+            yield Problem("parallel.compile", True, "is not supported with lora.dropout", (False,))
+        if self.train.precision == "fp8":
+            yield Problem("train.precision", "fp8", "does not train adapters (lora.rank)", ("bf16",))
 
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel
@@ -244,6 +264,7 @@ class Config:
         if any(True for _ in rule_problems(self.model)):
             return
         plan = decoder_plan(self.model)
+        yield from lora_problems(self.lora, plan)
         yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)
         if self.train.precision == "fp8":
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)

@@ -1,13 +1,8 @@
 """Export of a run's model as a Hugging Face directory, tensor by tensor: the full model is never in memory."""
 
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +12,16 @@ from megatrain.checkpoint.rows import read_pieces
 from megatrain.checkpoint.safetensors_file import write_shards
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
-from megatrain.data.tokenizer import HuggingFaceTokenizer
-from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import WeightMap
 from megatrain.train.files import read_config, require_unchanged
+from megatrain.train.hf_files import Exported, new_directory, require_new, write_json, write_tokenizer
+from megatrain.train.peft import Adapters, export_adapters, open_base, read_adapters
 from megatrain.train.restore import AVERAGE, WEIGHTS, takes_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG = "config.json"
 HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@dataclass(frozen=True)
-class Exported:
-    step: int
-    files: int
-    parameters: int
 
 
 def export(
@@ -44,21 +32,24 @@ def export(
     average: bool | None,
     shard_bytes: int,
     progress: Callable[[str, float], None],
+    merge: bool = False,
 ) -> Exported:
     """Write the newest checkpoint's model into the new directory `target`, which appears atomically.
 
     Args:
         dtype: a key of `DTYPES`. average: export the moving average of the weights; None: if the run keeps one.
         shard_bytes: maximum size of a file, unless a single tensor is larger.
+        merge: of a run of adapters, write the model with them added; else they are written alone, in PEFT's format.
 
     Raises:
         UserError: there is no such run or checkpoint, the model has options that the Hugging Face format lacks, or
             `target` exists.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already. Remove it, or export to another directory.")
+    require_new(target)
     cfg = read_config(run)
     prefix = AVERAGE if takes_average(run, cfg, average) else WEIGHTS
+    if cfg.lora.rank and not merge:
+        return export_adapters(run, target, cfg, prefix=prefix, dtype=DTYPES[dtype])
     spec = get_spec(cfg.model.kind)
     mapping, config = spec.weights(cfg.model), spec.hf_config(cfg.model)
     checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint, moves_damaged=False)
@@ -66,24 +57,18 @@ def export(
     if found is None:
         raise UserError(f"{run} has no checkpoint yet")
     require_unchanged(run, cfg, found.manifest.info, found.path)
-    partial = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
-    try:
-        partial.mkdir(parents=True)
-        tokenizer = _write_tokenizer(run / "tokenizer", partial)
-        _write_json(partial / CONFIG, config | tokenizer | {"dtype": HF_DTYPES[dtype]})
+    with new_directory(target) as partial:
+        tokenizer = write_tokenizer(run / "tokenizer", partial)
+        write_json(partial / CONFIG, config | tokenizer | {"dtype": HF_DTYPES[dtype]})
         source = _Source(checkpointer.open(found.step), prefix, DTYPES[dtype])
+        if cfg.lora.rank:
+            adapters = read_adapters(source.reader, prefix, cfg.lora)
+            source = _Source(open_base(cfg, found), WEIGHTS, DTYPES[dtype], adapters)
         parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
         parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
         specs = {name: spec for part in parts for name, spec in source.outline(part).items()}
         tensors = _tensors(source, parts, progress)
         files = write_shards(partial, specs, tensors, shard_bytes=shard_bytes, metadata={"format": "pt"})
-        if target.exists():
-            target.rmdir()
-        os.rename(partial, target)
-    except OSError as error:
-        raise UserError(f"{target} can't be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(found.step, files, sum(spec.size.numel() for spec in specs.values()))
 
 
@@ -94,6 +79,8 @@ class _Source:
     reader: CheckedReader
     prefix: str
     dtype: torch.dtype
+    adapters: Mapping[str, Adapters] = field(default_factory=dict)
+    """Adapters to add, by the name of the weight."""
 
     def outline(self, part: WeightMap) -> dict[str, TensorSpec]:
         """Return what `read` will return for a part of the map, without reading it."""
@@ -113,12 +100,15 @@ class _Source:
             yield from zip(stack.theirs, matrices, strict=True)
             return
         (rule,) = part.rules
-        if len(rule.ours) == 1 and not rule.transpose and rule.pairs is None:
+        adapted = [name for name in stored if name in self.adapters]
+        if len(rule.ours) == 1 and not rule.transpose and rule.pairs is None and not adapted:
             ((key, _),) = stored.values()
             yield from ((rule.theirs, rows) for rows in read_pieces(self.reader, key))
             return
         ours = {key: torch.empty(spec.size, dtype=spec.dtype) for key, spec in stored.values()}
         read_tensors(self.reader, ours)
+        for name in adapted:
+            ours[stored[name][0]] += self.adapters[name].product()
         yield from part.export({name: ours[key] for name, (key, _) in stored.items()}).items()
 
     def _stored(self, part: WeightMap) -> dict[str, tuple[str, TensorSpec]]:
@@ -141,15 +131,3 @@ def _tensors(
         progress("exporting", done / len(parts))
         for name, tensor in source.read(part):
             yield name, tensor.to(source.dtype)
-
-
-def _write_tokenizer(source: Path, target: Path) -> dict[str, Any]:
-    """Write the tokenizer if Hugging Face has a format for it; return its entries in config.json."""
-    tokenizer = load_tokenizer(source)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer.save_pretrained(target)
-    return {"eos_token_id": tokenizer.eos_id}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Import of a Hugging Face directory as a run at step 0, some rows at a time: the full model is never in memory."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from megatrain.models.config import ModelConfig
 from megatrain.models.registry import config_from_hf, get_spec
 from megatrain.models.spec import Rule, Stack, WeightMap
 from megatrain.train.config import RunConfig
+from megatrain.train.files import IMPORT_FILE
 from megatrain.train.imported import (
     Imported,
     Progress,
@@ -55,8 +57,37 @@ def import_hf(source: Path, run: RunConfig, *, progress: Progress) -> Imported:
     tokenizer = read_model_tokenizer(source, model)
     files = open_shards(source)
     tensors = {WEIGHTS + name: pair for name, pair in map_tensors(Shards(files), model).items()}
-    done = write_run(run, model, tokenizer, tensors, {"source": str(source.resolve())}, progress=progress)
+    done = write_run(run, model, tokenizer, tensors, _identity(source), progress=progress)
     return replace(done, files=len(files))
+
+
+def import_once(source: Path, run_dir: str, *, progress: Progress) -> Path:
+    """Return the run as which `source` was imported under its own name in `run_dir`; import it if it was not.
+
+    Raises:
+        UserError: it can't be imported, or has changed since, or the name is another run's.
+    """
+    run = RunConfig(
+        name=re.sub(r"[^A-Za-z0-9._=,-]+", "-", source.absolute().name).lstrip("._=,-"), dir=run_dir
+    )
+    target = Path(run.dir) / run.name
+    if not (target / IMPORT_FILE).is_file():
+        import_hf(source, run, progress=progress)
+        return target
+    known, now = _read_json(target / IMPORT_FILE), _identity(source)
+    if any(known.get(key) != value for key, value in now.items()):
+        raise UserError(
+            f"{target} was imported from {known.get('source')}, as it was then, and not from {source} as it is now. "
+            f"Remove it, or import under another name (megatrain import {source} run.name=NAME) and start there."
+        )
+    return target
+
+
+def _identity(source: Path) -> dict[str, object]:
+    """Return what tells whether a Hugging Face directory is still the same: place, and sizes and times of files."""
+    files = sorted(path for path in source.iterdir() if path.suffix in (".json", ".safetensors"))
+    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {"source": str(source.resolve()), "files": stamps}
 
 
 def read_model_config(directory: Path) -> ModelConfig:

@@ -22,6 +22,7 @@ from megatrain.parallel.packed_logits import PackedLogits
 from megatrain.parallel.shards import shard_of, tell_place
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.processes import Processes
+from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.build import build_model
 from megatrain.train.config import Config
 from megatrain.train.files import CONFIG_FILE, read_config, require_unchanged
@@ -133,10 +134,15 @@ def _from_run(
 ) -> TrainedModel:
     prefix = AVERAGE if takes_average(directory, cfg, average) else WEIGHTS
     tensors: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}  # beside adapters: those of the run that they were trained on
     for name, parameter in parallel.parameters().items():
         split = parallel.splits.get(name)
         own = parameter.detach()
-        tensors[prefix + name] = own if split is None else tell_place(own, split)
+        placed = own if split is None else tell_place(own, split)
+        if parameter.requires_grad:
+            tensors[prefix + name] = placed
+        else:
+            frozen[WEIGHTS + name] = placed
     buffers = {  # these have no average
         WEIGHTS + name: buffer for model in parallel.models for name, buffer in model.named_buffers()
     }
@@ -146,6 +152,9 @@ def _from_run(
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
     require_unchanged(directory, cfg, found.manifest.info, found.path)
+    if cfg.lora.rank:
+        base, step = adopted(cfg, checkpointer)
+        require_same_base(found.manifest.info, base.load(frozen, only=WEIGHTS, step=step), found.path)
     _sync_copies(parallel)
     return TrainedModel(parallel, load_tokenizer(directory / "tokenizer"), cfg, found.step)
 

@@ -13,7 +13,6 @@ import torch
 
 from megatrain.checkpoint.errors import UnknownFormatError
 from megatrain.checkpoint.manifest import installed_versions
-from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserError
 from megatrain.config.load import digest, dump
@@ -28,11 +27,14 @@ from megatrain.runtime.device import choose_precision, device_name, memory_bytes
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
+from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
+from megatrain.train.base import load_base, with_base
 from megatrain.train.build import (
     build_eval_batches,
     build_loader,
     build_state,
+    left_out_of,
     prepare_together,
     with_layout,
 )
@@ -47,7 +49,12 @@ from megatrain.train.files import (
     saved_config,
     write_config,
 )
-from megatrain.train.imported import is_untrained_import, require_imported_weights, take_up_weights
+from megatrain.train.imported import (
+    Progress,
+    is_untrained_import,
+    require_imported_weights,
+    take_up_weights,
+)
 from megatrain.train.loop import reason_to_stop, report_uploads, train_loop
 from megatrain.train.machines import check_likeness, make_checked_mesh
 from megatrain.train.resume import check_same_data, check_same_run
@@ -73,7 +80,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
         fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=display.phase))
-        cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device))
+        cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device, display.phase))
         processes.describe(directory=str(directory.absolute()))
         hosts, notices = check_likeness(processes, cfg.resilience, device)
         processes.doing("preparing the data")
@@ -104,7 +111,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     display=display,
                     log=(RunLog if processes.is_first else NoLog)(directory, cfg.run.id, require_owner),
                     signals=signals,
-                    notices=(*notices, *told),
+                    notices=(*notices, *told, *left_out_of(loader)),
                     fetched=fetched,
                 )
             )
@@ -125,8 +132,12 @@ def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
     log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
 
 
-def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device) -> Config:
+def _settle(
+    cfg: Config, directory: Path, checkpointer: Checkpointer, device: torch.device, progress: Progress
+) -> Config:
     """Resolve every `auto` of `cfg`, give the run its id, and compare it with the config in its directory.
+
+    A Hugging Face directory that it adopts is imported first.
 
     This spares a long preparation of data that would end in a refusal; what counts is compared once more with the
     checkpoint itself, when the directory is this process's own (`_resume`).
@@ -134,6 +145,7 @@ def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: to
     A directory without a committed checkpoint has nothing to resume, so its config is not compared. One with only
     damaged checkpoints is refused on loading, when the directory is locked and status.json can record the failure.
     """
+    cfg = with_base(cfg, checkpointer, progress=progress)
     frozen = read_config(directory) if checkpointer.steps() else None
     if frozen is None and cfg.train.resume == "must" and not checkpointer.has_damaged():
         raise UserError(
@@ -147,7 +159,7 @@ def _settle(cfg: Config, directory: Path, checkpointer: Checkpointer, device: to
         )
     require_imported_weights(directory, checkpointer)
     if cfg.checkpoint.adopt is not None and frozen is None:
-        _adopted(cfg, checkpointer)
+        adopted(cfg, checkpointer)
     cfg = _with_id(cfg, directory)
     if is_untrained_import(directory, checkpointer):
         frozen = None  # its config names the model only; the recipe and the data are free
@@ -175,25 +187,6 @@ def _with_id(cfg: Config, directory: Path) -> Config:
             f"{directory} is the run {known}, not run.id={cfg.run.id}. Choose another run.name, or leave run.id out."
         )
     return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, id=known or cfg.run.id or new_run_id()))
-
-
-def _adopted(cfg: Config, checkpointer: Checkpointer) -> tuple[Checkpointer, int | None]:
-    """Return the checkpoints that checkpoint.adopt names, to be read only, and the step if it names one.
-
-    Raises:
-        UserError: there are none.
-    """
-    path = Path(str(cfg.checkpoint.adopt))
-    step = int(path.name.removeprefix("step-")) if STEP_NAME.fullmatch(path.name) else None
-    directory = path / "checkpoints" if step is None else path.parent
-    found = Checkpointer(directory, cfg.checkpoint, checkpointer.processes, moves_damaged=False)
-    steps = found.steps()
-    if not steps or (step is not None and step not in steps):
-        raise UserError(
-            f"checkpoint.adopt={path}: there is no checkpoint. It must be a run directory with checkpoints, or one of "
-            "its checkpoints/step-..."
-        )
-    return found, step
 
 
 @contextlib.contextmanager
@@ -299,6 +292,7 @@ def _resume(run: Run) -> tuple[str, ...]:
     found: VerifiedCheckpoint | None = None
     source: VerifiedCheckpoint | None = None
     changes: dict[str, Any] = {}
+    base = load_base(cfg, run.checkpointer, state) if cfg.lora.rank else None
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         source = take_up_weights(run.checkpointer, state, moments=True)
         require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)
@@ -308,12 +302,14 @@ def _resume(run: Run) -> tuple[str, ...]:
         if (saved := saved_config(info, found.path)) is not None:
             changes = check_same_run(saved, cfg)
         check_same_data(info["data_fingerprint"], run.data.fingerprint, cfg)
+        require_same_base(info, base, found.path)
         state.restore(found.state, tensors)
-    elif cfg.checkpoint.adopt is not None:
-        other, step = _adopted(cfg, run.checkpointer)
+    elif cfg.checkpoint.adopt is not None and base is None:
+        other, step = adopted(cfg, run.checkpointer)
         source = take_up_weights(other, state, step=step)
     unverified = None if found is None else found.manifest.info.get("data_unverified_since")
     run.cache_check.begin(state.step, unverified_since=unverified)
+    source = source or base
     loaded = found or source
     warnings = (run.fetched.warnings if run.fetched else ()) + (() if loaded is None else loaded.warnings)
     run.processes.from_first(lambda: _write_inputs(run))

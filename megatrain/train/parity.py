@@ -16,7 +16,7 @@ from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.sharding import Split
 from megatrain.parallel.shards import full_tensor
-from megatrain.train.build import build_loader, build_state
+from megatrain.train.build import build_loader, build_state, packed
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
 from megatrain.train.planting import planted
@@ -101,7 +101,7 @@ def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Tr
 def validation_loss(state: TrainState, cfg: Config, store: TokenSource) -> float:
     """Return the loss of five rows: an odd number, so that data-parallel ranks run out of them at different times."""
     batches = validation_batches(
-        store,
+        packed(cfg, store),
         seq_len=cfg.seq_len,
         tokens=5 * cfg.seq_len,
         micro_batch_size=1,

@@ -10,6 +10,8 @@ from megatrain.config.errors import UserError
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
+from megatrain.parallel.lora import add_adapters, with_adapters
+from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, require_unchanged
 
@@ -44,15 +46,24 @@ def restore_model(
     """
     cfg = read_config(directory)
     prefix = AVERAGE if takes_average(directory, cfg, average) else WEIGHTS
+    spec = get_spec(cfg.model.kind)
     with torch.device("meta"):
-        model = get_spec(cfg.model.kind).build(cfg.model)
+        model = spec.build(cfg.model)
+        add_adapters(model, with_adapters(spec.plan(cfg.model), cfg.lora), cfg.lora)
     dtype = torch.float64 if cfg.train.precision == "fp64" else torch.float32
     model = model.to(dtype).to_empty(device=device)
-    tensors = {prefix + name: parameter.detach() for name, parameter in model.named_parameters()}
+    own = {
+        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    tensors = {prefix + name: parameter for name, parameter in own.items()}
     buffers = {WEIGHTS + name: buffer for name, buffer in model.named_buffers()}  # these have no average
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, moves_damaged=False)
     found = checkpointer.load(tensors | buffers, only=(prefix, *buffers))
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
     require_unchanged(directory, cfg, found.manifest.info, found.path)
+    if cfg.lora.rank:
+        frozen = {WEIGHTS + name: p.detach() for name, p in model.named_parameters() if name not in own}
+        base, step = adopted(cfg)
+        require_same_base(found.manifest.info, base.load(frozen, only=WEIGHTS, step=step), found.path)
     return model, load_tokenizer(directory / "tokenizer"), cfg, found.step

@@ -81,7 +81,7 @@ def _listed(changed: dict[str, tuple[object, object]], keys: Iterable[str]) -> s
 
 def _changes_tensors(key: str, old: Config, new: Config) -> bool:
     """Return whether the change of `key` alone gives a checkpoint other tensors, which none can be loaded into."""
-    if key in ("model.kind", "optim.kind"):
+    if key in ("model.kind", "optim.kind", "lora.rank", "lora.targets"):
         return True
     if key == "train.ema_decay":
         return (old.train.ema_decay is None) != (new.train.ema_decay is None)

@@ -54,12 +54,14 @@ class Run:
     @cached_property
     def flops_full(self) -> float:
         """FLOPs per token, counting every query against every key."""
-        return flops_per_token(self.cfg.model, self.cfg.seq_len, causal=False)
+        frozen = self.cfg.lora.rank > 0
+        return flops_per_token(self.cfg.model, self.cfg.seq_len, causal=False, frozen=frozen)
 
     @cached_property
     def flops_causal(self) -> float:
         """FLOPs per token, counting the pairs that the causal mask leaves."""
-        return flops_per_token(self.cfg.model, self.cfg.seq_len, causal=True)
+        frozen = self.cfg.lora.rank > 0
+        return flops_per_token(self.cfg.model, self.cfg.seq_len, causal=True, frozen=frozen)
 
     @cached_property
     def peak(self) -> Peak | None:
@@ -138,6 +140,8 @@ class Run:
             "tokenizer_sha256": self.tokenizer_sha256,
             "layout": dump(self.cfg.parallel),
         }
+        if self.cfg.lora.rank:
+            info["base"] = self.state.base
         if eval_loss is not None and math.isfinite(eval_loss):
             info[EVAL_LOSS] = eval_loss
         state = self.state

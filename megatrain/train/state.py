@@ -36,6 +36,8 @@ class TrainState:
     """Number of tokens with a loss seen so far."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Counters of the over-fitting notice and of early stopping."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Of adapters: the checkpoint that the frozen weights come from."""
     batches_passed_over: int = 0
     """Batches that were not trained on when the run went back to an earlier checkpoint; later steps read later ones."""
 
@@ -45,7 +47,10 @@ class TrainState:
         return self.parallel.models[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of a checkpoint by its key. One is loaded into them, and then taken up by `restore`."""
+        """Return every tensor of a checkpoint by its key. One is loaded into them, and then taken up by `restore`.
+
+        Frozen weights are not in it: `frozen` has those.
+        """
         buffers = {
             f"model.{name}": buffer
             for model in self.parallel.models
@@ -54,7 +59,7 @@ class TrainState:
         if isinstance(self.engine, Partitioned):
             return self.engine.tensors() | buffers
         found: dict[str, Tensor] = {}
-        for name, parameter in self.weights.parameters.items():
+        for name, parameter in self.weights.trained.items():
             own = {f"model.{name}": parameter.detach()}
             states = optimizer_tensors(self.optimizer, {name: parameter})
             own |= {f"optim.{key}": value for key, value in states.items()}
@@ -66,6 +71,18 @@ class TrainState:
             }
         found |= buffers
         return found
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Return the weights that are not trained, by their keys in the checkpoint of the run that they come from."""
+        found = {
+            name: parameter.detach()
+            for name, parameter in self.weights.parameters.items()
+            if not parameter.requires_grad
+        }
+        splits = self.parallel.splits
+        return {
+            f"model.{name}": tell_place(t, splits[name]) if name in splits else t for name, t in found.items()
+        }
 
     def metadata(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, as JSON."""

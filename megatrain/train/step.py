@@ -67,7 +67,7 @@ def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
     """Return this rank's shard of `batch` on the device, by the names of the model's arguments."""
-    names = ("tokens", "targets", "positions", "doc_ids")
+    names = ("tokens", "targets", "positions", "doc_ids", "token_numbers")
     with record_function("data"):
         tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
         device = parallel.device
@@ -108,7 +108,7 @@ def train_step(
         if stats.was_taken:
             balance_experts(parallel.models, cfg.model, parallel.total)
             if state.average is not None:
-                state.average.update(state.weights.parameters)
+                state.average.update(state.weights.trained)
     state.step += 1
     state.tokens += batch.valid_tokens
     return stats

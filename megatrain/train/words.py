@@ -8,9 +8,11 @@ import numpy as np
 
 from megatrain.data.prepare import Contents
 from megatrain.models.flops import n_params
+from megatrain.nn.plan import decoder_plan
 from megatrain.observe.figures import Beginning, amount, byte_size
 from megatrain.observe.watch import over_fits
 from megatrain.parallel.layout import layout_summary
+from megatrain.parallel.lora import with_adapters
 from megatrain.train.config import Config
 from megatrain.train.run import Run
 from megatrain.train.sample import prompt_of
@@ -53,7 +55,7 @@ def beginning(run: Run) -> Beginning:
     processes = run.processes.size
     layout = f"{processes} processes ({layout_summary(cfg.parallel)}), " if processes > 1 else ""
     title = (
-        f"{cfg.run.name}: {cfg.model.kind}, {amount(n_params(cfg.model))} parameters, {layout}"
+        f"{cfg.run.name}: {cfg.model.kind}, {amount(n_params(cfg.model))} parameters, {_adapters(cfg)}{layout}"
         f"{cfg.train.precision}, seed {cfg.train.seed}"
     )
     contents = run.data.contents
@@ -66,6 +68,13 @@ def beginning(run: Run) -> Beginning:
         steps_per_epoch=steps_per_epoch,
         record=run.directory / "metrics.jsonl",
     )
+
+
+def _adapters(cfg: Config) -> str:
+    """Say how many parameters adapters have."""
+    plan = decoder_plan(cfg.model)
+    more = with_adapters(plan, cfg.lora).n_params() - plan.n_params()
+    return f"all frozen, {amount(more)} in adapters of rank {cfg.lora.rank}, " if more else ""
 
 
 def what_was_read(contents: Contents | None) -> str:

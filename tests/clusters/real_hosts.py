@@ -1,4 +1,4 @@
-"""A real SLURM of two hosts on this machine: each slurmd in network, host-name and mount namespaces of its own.
+"""A real SLURM of three hosts on this machine: each slurmd in network, host-name and mount namespaces of its own.
 
 Bringing it up takes two seconds. It needs root, network namespaces and Debian's packages slurm-wlm and munge; without
 them these tests are skipped.
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-LOGIN, HOSTS = "login", ("h1", "h2")
+LOGIN, HOSTS = "login", ("h1", "h2", "h3")
 NETWORK = "10.77.0"
-ADDRESSES = {"h1": f"{NETWORK}.1", "h2": f"{NETWORK}.2", LOGIN: f"{NETWORK}.254"}
+ADDRESSES = {"h1": f"{NETWORK}.1", "h2": f"{NETWORK}.2", "h3": f"{NETWORK}.3", LOGIN: f"{NETWORK}.254"}
 INSIDE = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
 CONF = """
 ClusterName=test
@@ -32,6 +32,7 @@ CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={root}/prolog
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -57,10 +58,17 @@ PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 NodeName=h1 NodeHostname=h1 NodeAddr={NETWORK}.1 CPUs=4 State=UNKNOWN
 NodeName=h2 NodeHostname=h2 NodeAddr={NETWORK}.2 CPUs=4 State=UNKNOWN
+NodeName=h3 NodeHostname=h3 NodeAddr={NETWORK}.3 CPUs=4 State=UNKNOWN
+PartitionName=wide Nodes=h[1-3] MaxTime=INFINITE State=UP
 PartitionName=low Nodes=h[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
 PartitionName=high Nodes=h[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 """cred_expire is also what makes a requeued job wait, two minutes by default; the least is 5 s."""
+PROLOG = """#!/bin/bash
+[ -z "$SLURM_STEP_NUM_TASKS" ] || [ ! -e "{root}/odd-$SLURMD_NODENAME" ] || echo "export PYTORCH_ODD=1"
+"""
+"""It gives the tasks of a node for which there is a file `odd-NAME` another environment than the others have.
+Not its batch script, whose environment all tasks inherit."""
 
 
 @dataclass
@@ -142,7 +150,7 @@ def missing(programs: Sequence[str]) -> str:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Hosts]:
-    """Three hosts on one network."""
+    """Hosts on one network, and the login node."""
     if why := missing(["ip", "nsenter", "unshare"]):
         pytest.skip(why)
     prefix = f"mt{secrets.token_hex(2)}"
@@ -180,13 +188,15 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="session")
 def slurm(hosts: Hosts) -> Iterator[Slurm]:
-    """The cluster, with both nodes idle."""
+    """The cluster, with all nodes idle."""
     if why := missing(["slurmctld", "slurmd", "munged", "sbatch"]):
         pytest.skip(f"{why}: apt-get install slurm-wlm munge")
     root = hosts.root
     for name in ("state", "spool", "log", "run", "munge", *(f"spool/{host}" for host in HOSTS)):
         (root / name).mkdir()
     (root / "slurm.conf").write_text(CONF.format(root=root, address=ADDRESSES[LOGIN], NETWORK=NETWORK))
+    (root / "prolog").write_text(PROLOG.format(root=root))
+    (root / "prolog").chmod(0o755)
     cluster = Slurm(root, hosts.prefix, {"SLURM_CONF": str(root / "slurm.conf")})
     with contextlib.ExitStack() as stack:
         munged = _munged(root / "munge")
@@ -199,7 +209,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
 
         def nodes_are_idle() -> bool:
             done = cluster.run(
-                LOGIN, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", timeout=30
+                LOGIN, "sinfo", "--noheader", "--Node", "--partition=wide", "--format=%T", timeout=30
             )
             return done.stdout.split() == ["idle"] * len(HOSTS)
 

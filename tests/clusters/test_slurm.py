@@ -175,6 +175,21 @@ def test_scancel_in_a_save(jobs: Jobs, unbroken: list[dict[str, object]]) -> Non
 
 
 @pytest.mark.slow
+def test_an_unfit_node_is_left_out(jobs: Jobs, unbroken: list[dict[str, object]]) -> None:
+    """The first one, which would otherwise be where the others meet."""
+    odd = jobs.slurm.root / "odd-h1"
+    odd.touch()
+    try:
+        job = jobs.submit("--partition", "wide", "--spare-nodes", "1", name="mine")
+        jobs.await_end(job)
+    finally:
+        odd.unlink()
+    assert "launch: left out h1; see " in jobs.logs()
+    assert "PYTORCH_ODD: 1 on h1" in jobs.logs()
+    assert jobs.curve("mine") == unbroken
+
+
+@pytest.mark.slow
 def test_a_node_is_set_down(jobs: Jobs, unbroken: list[dict[str, object]]) -> None:
     job = jobs.submit(name="mine")
     jobs.pause_at("mine", 12)

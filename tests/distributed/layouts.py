@@ -4,8 +4,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
+
+from megatrain.checkpoint.config import CheckpointConfig
 from megatrain.data.config import DataConfig
-from megatrain.data.store import SyntheticStore
+from megatrain.data.store import SyntheticStore, TokenSource, TokenStore
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
@@ -13,6 +16,7 @@ from megatrain.nn.config import ExpertsConfig, MLAConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
+from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config, TrainConfig
 from megatrain.train.parity import Trace, merged, trace
@@ -52,6 +56,8 @@ LATENT = replace(
 UNEVEN = replace(CFG, model=replace(CFG.model, n_heads=6, n_kv_heads=2, ffn_size=49, vocab_size=67))
 """Sizes that no number of ranks divides: with more than two, they hold parts of grouped heads."""
 UNEVEN_EXPERTS = replace(UNEVEN, model=replace(UNEVEN.model, experts=replace(MOE, n_experts=6, ffn_size=25)))
+LORA = LoRAConfig(rank=4, alpha=64.0, dropout=0.3, targets=("wq", "wk", "wv", "wo", "down"))
+"""Adapters of layers that tensor parallelism shards by outputs, by inputs, and by heads."""
 RUNS = {
     "untied": CFG,
     "tied": TIED,
@@ -74,6 +80,10 @@ RUNS = {
         ),
     ),
     "uneven_muon": replace(UNEVEN_EXPERTS, optim=MUON.optim),
+    "chat": CFG,
+    "lora": replace(CFG, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
+    "lora_gpt2": replace(GPT2, lora=replace(LORA, targets=()), checkpoint=CheckpointConfig(adopt="base")),
+    "lora_uneven": replace(UNEVEN, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
     "gpt2_vocabulary": replace(
         GPT2, model=replace(GPT2.model, n_layers=2, n_heads=12, head_dim=4, vocab_size=50257)
     ),
@@ -81,15 +91,21 @@ RUNS = {
 
 
 @cache
+def store_of(name: str) -> TokenSource:
+    """The data of the run `name`."""
+    return examples_store() if name == "chat" else STORE
+
+
+@cache
 def single(name: str, precision: str = "fp64") -> Trace:
     """The run in one process."""
-    return trace(with_layout(RUNS[name], precision, {}), STORE, STEPS)
+    return trace(with_layout(RUNS[name], precision, {}), store_of(name), STEPS)
 
 
 def in_layout(workers: WorkerPool, name: str, layout: dict[str, Any], precision: str = "fp64") -> Trace:
     """The run in `layout`."""
     cfg = with_layout(RUNS[name], precision, layout)
-    return merged(workers.run(trace, world_size(cfg.parallel), cfg, STORE, STEPS))
+    return merged(workers.run(trace, world_size(cfg.parallel), cfg, store_of(name), STEPS))
 
 
 def with_layout(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
@@ -104,3 +120,15 @@ def with_layout(cfg: Config, precision: str, layout: dict[str, Any]) -> Config:
     )
     assert not list(changed.problems()), list(map(str, changed.problems()))
     return changed
+
+
+def examples_store(lengths: list[int] | None = None) -> TokenStore:
+    """Random examples: of each the first third, and a few tokens after it, are what is asked, the rest is answered."""
+    random = np.random.default_rng(5)
+    sizes = random.integers(3, 40, size=200) if lengths is None else np.array(lengths)
+    starts = np.cumsum(sizes) - sizes
+    tokens = random.integers(0, 64, size=sizes.sum(), dtype=np.uint16)
+    answers = random.random(len(tokens)) < 0.8
+    for start, size in zip(starts, sizes, strict=True):
+        answers[start : start + max(1, size // 3)] = False
+    return TokenStore(tokens, starts, "examples", text_bytes=0, vocab_size=64, answers=answers)

@@ -91,6 +91,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("uneven_experts", {"dp_shard": 4, "tp": 2, "ep": 4}),
     ("uneven_muon", {"tp": 4, "dp_shard": 2}),
     ("gpt2_vocabulary", {"tp": 8}),
+    # examples, of which the answers alone have a loss, in packed samples
+    *[("chat", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "cp": 2})],
+    # adapters beside frozen weights
+    *[("lora", {"dp_shard": 2, "zero_stage": stage}) for stage in (1, 3)],
+    ("lora", {"tp": 2}),
+    ("lora_uneven", {"tp": 4}),
+    ("lora", {"pp": 2}),
+    ("lora_gpt2", {"pp": 2, "pp_schedule": "zbv", "dp_shard": 2}),
     # operators that are kept, and an FSDP group of experts inside of the recomputed block
     ("experts", {"dp_shard": 2, "ep": 2, "activation_checkpointing": "selective"}),
     # triples on eight ranks

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from megatrain.cli.compose import compose
+from megatrain.cli.compose import Source, compose
 from megatrain.cli.main import main
 from megatrain.cli.options import parse_options
 from megatrain.cli.verbs import find_verb
@@ -104,6 +104,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rows = "".join(f'{{"text": "{line}", "content": "{line}"}}\n' for line in lines)
     (folder / "corpus" / "part.jsonl").write_text(rows)
     shutil.copytree(CORPORA, folder, dirs_exist_ok=True)
+    (program,) = [text for page, _, title, text in blocks("python") if title == "numbers.py"]
+    with chdir(folder):
+        exec(program, {})
     (folder / "books").mkdir()
     (folder / "books" / "one.txt").write_text("\n".join(lines))
     (folder / "prompts.jsonl").write_text('{"prompt": "Line", "seed": 3}\n')
@@ -144,9 +147,10 @@ def small(*words: str) -> list[str]:
     return [*SMALL, *own, *([] if reads else ["data.path=my.txt"])]
 
 
-def composed(words: list[str]) -> Config:
+def composed(words: list[str], verb: str = "train") -> Config:
     """Return the config of `words`, exactly as they are shown."""
-    return compose(parse_options("train", words).overrides)
+    options = parse_options(verb, words)
+    return compose(options.overrides, Source(starts_from_base=options.starts_from_base))
 
 
 @pytest.mark.parametrize("shown", commands(), ids=str)
@@ -180,6 +184,10 @@ def check_megatrain(words: list[str]) -> None:
         assert main(words) == 0
     elif verb == "launch":
         assert main([*words, "--dry-run"]) == 0
+    elif verb == "finetune":
+        composed(rest, verb)
+        own = [word for word in SMALL if not word.startswith(("model.", "seq_len="))]
+        assert main([*words, *own, "seq_len=128", "train.eval_tokens=256"]) == 0
     elif "-m" in rest or "--multirun" in rest or verb in NOT_RUN:
         assert main([*words, "--cfg", "job"]) == 0
     else:

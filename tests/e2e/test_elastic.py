@@ -15,13 +15,19 @@ import pytest
 from workplace import Workplace, wait_for_rows
 
 BOUND = 1e-9  # float64: sums in another order differ by 1e-16 each
-STEPS = 4000
+STEPS = 300
+"""Enough for an agent to start meanwhile: a step takes about 0.1 s."""
 RUN = (
+    "model.hidden_size=64",
+    "model.ffn_size=256",
+    "model.n_layers=4",
+    "seq_len=64",
+    "global_batch_size=4",
     "train.precision=fp64",
     f"train.steps={STEPS}",
     "train.eval_every=0",
     "train.sample_tokens=0",
-    "checkpoint.every=50",
+    "checkpoint.every=10",
     "checkpoint.keep=2",
     "resilience.timeout_s=20",
 )
@@ -69,6 +75,7 @@ def starts(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_machine_leaves_and_another_comes(workplace: Workplace) -> None:
     workplace.run(workplace.tiny("run.name=one", *RUN))
     run, port = workplace.folder / "runs" / "elastic", free_port()
@@ -76,12 +83,12 @@ def test_a_machine_leaves_and_another_comes(workplace: Workplace) -> None:
     with ExitStack() as stack:
         first = stack.enter_context(agent(workplace, port, "first.log"))
         second = stack.enter_context(agent(workplace, port, "second.log"))
-        assert wait_for_rows(first, metrics, 200), (workplace.folder / "first.log").read_text()
+        assert wait_for_rows(first, metrics, 25), (workplace.folder / "first.log").read_text()
         os.killpg(second.pid, signal.SIGKILL)  # the machine is gone, with its agent and its process
         reached = metrics.read_bytes().count(b"\n")
-        assert wait_for_rows(first, metrics, reached + 100), (workplace.folder / "first.log").read_text()
+        assert wait_for_rows(first, metrics, reached + 12), (workplace.folder / "first.log").read_text()
         stack.enter_context(agent(workplace, port, "third.log"))
-        assert first.wait(240) == 0, (workplace.folder / "first.log").read_text()
+        assert first.wait(600) == 0, (workplace.folder / "first.log").read_text()
     attempts = starts(run)
     assert [each["machine"]["processes"] for each in attempts] == [2, 1, 2]
     assert attempts[2]["lost"]["steps"] == 0, "the steps before another machine came were not saved"

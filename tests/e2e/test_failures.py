@@ -2,77 +2,22 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from workplace import Workplace, final_weights, stable
 
-PLANTED = """
-import os, sys
-import torch
-from megatrain.train import step
-real = step.accumulate_gradients
-
-def planted(state, batch, cfg):
-    loss = real(state, batch, cfg)
-    if os.environ.get("RANK", "0") == os.environ.get("PLANT_RANK", "0"):
-        if str(batch.step) in os.environ.get("PLANT_NAN", "").split(","):
-            gradient = next(iter(state.weights.parameters.values())).grad
-            getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("nan")
-        if str(batch.step) in os.environ.get("PLANT_SPIKE", "").split(","):
-            loss = loss * 1000
-    return loss
-
-step.accumulate_gradients = planted
-if os.environ.get("PLANT_FLIP"):
-    from megatrain.train import failures
-    compare = failures.compare_replicas
-
-    def flipped(tensors, splits, gather):
-        if os.environ.get("RANK") == "1":
-            tensors["model.embed.weight"].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-        return compare(tensors, splits, gather)
-
-    failures.compare_replicas = flipped
-from megatrain.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 LONG = ("train.steps=32", "train.eval_every=0", "checkpoint.every=8", "train.precision=fp32")
 
 
 def train(
-    workplace: Workplace, *overrides: str, processes: int = 1, expect: int = 0, **planted: str
+    workplace: Workplace, *overrides: str, expect: int = 0, **planted: str
 ) -> subprocess.CompletedProcess[str]:
-    """Train with faults planted, in one process or several; returns the first one."""
-    script = workplace.folder / "planted.py"
-    script.write_text(PLANTED)
-    line = [sys.executable, str(script), *workplace.tiny(*LONG, *overrides)[3:]]
-    environment = workplace.environment | planted
-    started = []
-    for rank in range(processes):
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        meeting = {
-            "MEGATRAIN_MEETING": str(
-                workplace.folder / f"meeting-{'-'.join(overrides)[:80]}".replace("/", "_")
-            )
-        }
-        started.append(
-            subprocess.Popen(
-                line,
-                cwd=workplace.folder,
-                env=environment | (places | sizes | meeting if processes > 1 else {}),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    ended = [each.communicate(timeout=240) for each in started]
-    first = subprocess.CompletedProcess(line, started[0].returncode, *ended[0])
-    assert first.returncode == expect, f"{first.stdout}\n{first.stderr}"
-    return first
+    """Train with faults planted."""
+    return workplace.run(
+        workplace.tiny(*LONG, *overrides), expect, environment={"TEST_PLANT": "planted_steps", **planted}
+    )
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
@@ -87,7 +32,7 @@ def rows_without(workplace: Workplace, name: str, *steps: int) -> list[dict[str,
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(workplace: Workplace) -> None:
     train(workplace, "run.name=one", PLANT_NAN="12")
     two = ("parallel.dp_shard=2", "parallel.zero_stage=1")
-    train(workplace, "run.name=two", *two, processes=2, PLANT_NAN="12", PLANT_RANK="1")
+    train(workplace, "run.name=two", *two, PLANT_NAN="12", PLANT_RANK="1")
     (skipped,) = events(workplace.folder / "runs" / "one", "step_skipped")
     assert (skipped["step"], skipped["grad_norm"]) == (13, None)
     assert len(skipped["samples"]) == 4
@@ -140,8 +85,8 @@ def test_a_second_spike_after_the_same_checkpoint_ends_the_run(workplace: Workpl
 
 def test_replicas_that_differ_end_the_run(workplace: Workplace) -> None:
     layout = ("parallel.dp_replicate=2", "parallel.zero_stage=0", "resilience.compare_replicas_every=5")
-    train(workplace, "run.name=equal", *layout, "train.stop_at=6", processes=2)
-    done = train(workplace, "run.name=odd", *layout, processes=2, expect=1, PLANT_FLIP="1")
+    train(workplace, "run.name=equal", *layout, "train.stop_at=6")
+    done = train(workplace, "run.name=odd", *layout, expect=1, PLANT_FLIP="1")
     assert "model.embed.weight is not the same on all ranks that hold it" in done.stderr
     (found,) = events(workplace.folder / "runs" / "odd", "replicas_differ")
     assert (found["step"], found["ranks"]) == (5, [0, 1])

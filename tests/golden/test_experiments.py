@@ -84,7 +84,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    path = ["data.path=my.txt"] if (group, option) == ("data", "text") else []
+    path = ["data.path=my.txt"] if (group, option) in (("data", "text"), ("data", "chat")) else []
     model = ["model=llama3_8b"] if group == "recipe" else []  # whose sequences may be as long as any recipe's
     assert isinstance(compose([f"{group}={option}", *path, *model]), Config)
 

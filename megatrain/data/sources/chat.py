@@ -1,8 +1,11 @@
 """Conversations as text: through the tokenizer's own chat template, or as plain paragraphs."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +20,9 @@ ROLES = {
     "model": "assistant",
 }
 """ShareGPT's names of the roles, and others that are seen, by the usual ones."""
+TEMPLATE_FILE = "chat_template.jinja"
+BEGIN, END = "\ufdd0", "\ufdd1"
+"""Marks of what a template says is generated: code points that Unicode reserves for use inside of programs."""
 Message = dict[str, Any]
 """A message: its `role`, its `content` as text, and further entries such as `tool_calls` as they are."""
 
@@ -25,13 +31,21 @@ class NotTextError(ValueError):
     """A conversation has parts that are not text, such as images."""
 
 
+class TemplateError(ValueError):
+    """A chat template fails, or refuses the messages."""
+
+
 class Conversation:
     """Renders conversations. `source` is the text of a Jinja chat template; None: plain paragraphs `role: content`."""
 
     def __init__(self, source: str | None, special_tokens: dict[str, str]) -> None:
         self.source = source
         self._special = special_tokens
-        self._render: Callable[..., str] | None = None
+
+    @property
+    def eos(self) -> str:
+        """The end-of-text token as the template may write it; empty without a template."""
+        return self._special.get("eos_token", "")
 
     def render(self, messages: list[Message], where: str) -> str:
         """Return the text of one conversation.
@@ -39,14 +53,33 @@ class Conversation:
         Raises:
             UserError: the template fails, or refuses these messages.
         """
-        if self.source is None:
-            return "\n\n".join(f"{message['role']}: {_with_calls(message)}" for message in messages)
-        if self._render is None:
-            self._render = _compiled(self.source)
         try:
-            return self._render(messages=messages, add_generation_prompt=False, **self._special)
-        except Exception as error:  # a template may fail in any way
+            return self.text(messages)[0]
+        except TemplateError as error:
             raise UserError(f"{where}: the tokenizer's chat template can't render it: {error}") from None
+
+    def text(
+        self, messages: list[Message], *, tools: Any = None, asks: bool = False
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """Return the text of a conversation, and where the template's own `{% generation %}` blocks stand in it.
+
+        Args:
+            tools: what the assistant may call, for the template. asks: end with what comes before an answer.
+
+        Raises:
+            TemplateError: the template fails, or refuses these messages.
+        """
+        if self.source is None:
+            asked = [{"role": "assistant", "content": ""}] if asks else []
+            said = (f"{message['role']}: {_with_calls(message)}" for message in (*messages, *asked))
+            return "\n\n".join(said), ()
+        try:
+            text = _compiled(self.source)(
+                messages=messages, tools=tools, add_generation_prompt=asks, **self._special
+            )
+        except Exception as error:  # a template may fail in any way
+            raise TemplateError(str(error)) from None
+        return _without_marks(text)
 
 
 PARAGRAPHS = Conversation(None, {})
@@ -102,13 +135,22 @@ def read_conversation(cfg: TokenizerConfig) -> Conversation:
     """
     if cfg.kind != "huggingface" or not cfg.path:
         return PARAGRAPHS
-    directory = Path(cfg.path) if Path(cfg.path).is_dir() else Path(cfg.path).parent
+    source, special = read_chat(Path(cfg.path) if Path(cfg.path).is_dir() else Path(cfg.path).parent)
+    return Conversation(source, special)
+
+
+def read_chat(directory: Path) -> tuple[str | None, dict[str, str]]:
+    """Return the chat template of the tokenizer in a Hugging Face directory, if it has one, and its special tokens.
+
+    Raises:
+        UserError: its files can't be read.
+    """
     try:
         described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        file = directory / "chat_template.jinja"
+        file = directory / TEMPLATE_FILE
         source = file.read_text(encoding="utf-8") if file.is_file() else described.get("chat_template")
     except FileNotFoundError:
-        return PARAGRAPHS
+        return None, {}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{directory}: the tokenizer's chat template can't be read: {error}") from None
     if isinstance(source, list):  # several, by name
@@ -118,16 +160,41 @@ def read_conversation(cfg: TokenizerConfig) -> Conversation:
         token = described.get(key)
         text = token.get("content") if isinstance(token, dict) else token
         special[key] = text if isinstance(text, str) else ""
-    return Conversation(source if isinstance(source, str) else None, special)
+    return source if isinstance(source, str) else None, special
 
 
+def _without_marks(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Return a text without the marks of `{% generation %}` blocks, and the spans between them."""
+    pieces = re.split(f"[{BEGIN}{END}]", text)
+    if len(pieces) == 1:
+        return text, ()
+    ends = list(accumulate(map(len, pieces)))
+    return "".join(pieces), tuple(zip(ends[:-1:2], ends[1::2], strict=False))
+
+
+@lru_cache(maxsize=8)
 def _compiled(source: str) -> Callable[..., str]:
     """Compile a chat template with the names that transformers gives to it, in Jinja's sandbox."""
-    from jinja2.ext import loopcontrols
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """Marks what a template writes between `{% generation %}` and `{% endgeneration %}`."""
+
+        tags = frozenset({"generation"})  # type: ignore[assignment]
+
+        def parse(self, parser: Any) -> nodes.Node:
+            """Parse a block."""
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> str:
+            return f"{BEGIN}{caller()}{END}"
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
     environment.globals["raise_exception"] = _refuse

@@ -6,7 +6,6 @@ from typing import Any, BinaryIO
 
 from megatrain.config.errors import UserError
 from megatrain.data.sources.readers import Document, Reader
-from megatrain.data.sources.rows import no_field
 from megatrain.runtime.packages import how_to_install
 
 BATCH_ROWS = 1024
@@ -77,7 +76,7 @@ def _wanted(names: list[str], path: str, reader: Reader) -> list[str]:
     try:
         return reader.row_text.wanted(names)
     except KeyError as missing:
-        raise no_field(path, missing.args[0], names) from None
+        raise reader.row_text.no_field(path, missing.args[0], names) from None
 
 
 def _documents(batch: Any, before: int, name: str, path: str, reader: Reader) -> Iterator[Document]:

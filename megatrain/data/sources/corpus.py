@@ -18,6 +18,7 @@ from megatrain.config.errors import UserError
 from megatrain.data.sources.archives import read_tar, read_zip
 from megatrain.data.sources.chat import PARAGRAPHS, Conversation
 from megatrain.data.sources.columnar import read_arrow, read_parquet
+from megatrain.data.sources.examples import RowExamples
 from megatrain.data.sources.formats import (
     SNIFF_BYTES,
     UNREAD,
@@ -182,13 +183,20 @@ def find_corpus(
     template: str | None = None,
     encoding: str = "auto",
     conversation: Conversation = PARAGRAPHS,
+    answer: str | None = None,
+    is_chat: bool = False,
 ) -> Corpus:
     """List the files of `path` (see `DataConfig.path`) without reading them.
+
+    Args:
+        is_chat: read rows as examples, in which `answer` is the template of the answer, if there is one.
 
     Raises:
         UserError: there is no such file, or it contains no text.
     """
     row_text = RowText(text_field, template, conversation)
+    if is_chat:
+        row_text = RowExamples(text_field, template, answer, conversation)
     if path is None:
         return Corpus("the Python standard library", tuple(list_stdlib()), row_text, is_stdlib=True)
     left_out = LeftOut()

@@ -8,8 +8,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from megatrain.config.errors import UserError
 from megatrain.data.sources.chat import NotTextError
+from megatrain.data.sources.examples import RowExamples, UnusableRowError
 from megatrain.data.sources.left_out import LeftOut
-from megatrain.data.sources.rows import RowText, no_field, unicode_text
+from megatrain.data.sources.rows import RowText, unicode_text
 from megatrain.data.sources.streams import decode, lines
 
 DELIMITERS = ",;\t|"
@@ -18,12 +19,14 @@ DELIMITERS = ",;\t|"
 class Document(NamedTuple):
     """One text and its origin: `file`, `file:line` or `file:row`, counted from 1.
 
-    `markup`: special tokens that the text spells are meant as such, since a chat template wrote them.
+    `markup`: special tokens that the text spells are meant as such, since a chat template wrote them. `answers`: the
+    spans that have a loss (`examples.Span`); None: all of the text.
     """
 
     id: str
     text: str
     markup: bool = False
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 class Reader(NamedTuple):
@@ -43,6 +46,9 @@ class Reader(NamedTuple):
         Raises:
             UserError: the row holds no text where it should.
         """
+        if isinstance(self.row_text, RowExamples):
+            yield from self._examples(self.row_text, value, name, where)
+            return
         if isinstance(value, str):
             text: str | None = unicode_text(value, self.row_text.field, where)
         elif isinstance(value, Mapping):
@@ -58,10 +64,34 @@ class Reader(NamedTuple):
         else:
             self.left_out.add_row(name, "null" if text is None else "empty")
 
+    def _examples(self, rows: RowExamples, value: Any, name: str, where: str) -> Iterator[Document]:
+        if not isinstance(value, Mapping):
+            self.left_out.add_row(name, "not an object with fields")
+            return
+        try:
+            found = rows.examples(value, where)
+        except UnusableRowError as error:
+            self.left_out.add_row(name, str(error))
+            return
+        for number, example in enumerate(found, 1):
+            part = f"#{number}" if len(found) > 1 else ""
+            yield Document(name + part, example.text, example.markup, example.answers)
+
 
 def read_text(stream: BinaryIO, name: str, path: str, reader: Reader) -> Iterator[Document]:
-    """Yield the whole file as one document."""
+    """Yield the whole file as one document; it gives no examples.
+
+    Raises:
+        UserError: it is not in the encoding, or is to give examples, and was asked for by its name.
+    """
     content = stream.read()
+    if isinstance(reader.row_text, RowExamples):
+        if reader.is_single_file:
+            raise UserError(
+                f"{path} has no rows (JSON lines, JSON, CSV, Parquet, Arrow), so it gives no examples"
+            )
+        reader.left_out.add_file(name, "without rows", len(content))
+        return
     try:
         text = decode(content, path, reader.encoding)
     except UserError:
@@ -130,7 +160,7 @@ def read_json(stream: BinaryIO, name: str, path: str, reader: Reader) -> Iterato
         rows = _rows(value, reader)
     except KeyError:
         if reader.is_single_file:
-            raise no_field(path, reader.row_text.field, list(value)) from None
+            raise reader.row_text.no_field(path, reader.row_text.field, list(value)) from None
         reader.left_out.add_file(name, f"JSON without the field {reader.row_text.field}", len(text))
         return
     for number, row in enumerate(rows, 1):
@@ -199,7 +229,7 @@ def read_csv(
                     name, f"CSV without the field {missing.args[0]}", sum(map(len, first[1]))
                 )
                 return
-            raise no_field(path, missing.args[0], columns) from None
+            raise reader.row_text.no_field(path, missing.args[0], columns) from None
         for number, values in enumerate(table, 1):
             if not values:
                 continue

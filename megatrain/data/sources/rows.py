@@ -62,7 +62,7 @@ class RowText:
         try:
             names = self.wanted(list(row))
         except KeyError as missing:
-            raise no_field(where, missing.args[0], list(row)) from None
+            raise self.no_field(where, missing.args[0], list(row)) from None
         if self._parts is None:
             return self._value(row[names[0]], names[0], where, system=row.get("system"))
         if all(row[name] is None for name in names):
@@ -72,17 +72,21 @@ class RowText:
             for literal, name in self._parts
         )
 
+    def no_field(self, where: str, field: str, names: list[str]) -> UserError:
+        """Return the error that a row or file has no such field; `names` are those that it has."""
+        return no_field(where, field, names)
+
     def is_markup(self, row: Mapping[str, Any]) -> bool:
         """Return whether the text of `row` comes from a chat template, whose special tokens are meant as such."""
         if self._conversation.source is None or self._parts is not None:
             return False
         field = self.wanted(list(row))[0]
-        return not isinstance(_parsed(row[field], field), str)
+        return not isinstance(parsed(row[field], field), str)
 
     def _value(
         self, value: Any, field: str, where: str, *, number_too: bool = False, system: Any = None
     ) -> str | None:
-        value = _parsed(value, field)
+        value = parsed(value, field)
         if value is None:
             return None
         if value == []:
@@ -102,7 +106,7 @@ class RowText:
         )
 
 
-def _parsed(value: Any, field: str) -> Any:
+def parsed(value: Any, field: str) -> Any:
     """Return the value of a row's field; a conversation that is written as JSON, as in CSV, is parsed."""
     if isinstance(value, str) and field in CHAT_FIELDS and value.startswith("["):
         with suppress(ValueError, RecursionError):

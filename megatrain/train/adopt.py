@@ -1,0 +1,51 @@
+"""The checkpoint that `checkpoint.adopt` names, and how adapters remember it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.retention import STEP_NAME
+from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
+from megatrain.config.errors import UserError
+from megatrain.train.config import Config
+
+
+def adopted(cfg: Config, checkpointer: Checkpointer | None = None) -> tuple[Checkpointer, int | None]:
+    """Return the checkpoints that checkpoint.adopt names, to be read only, and the step if it names one.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(str(cfg.checkpoint.adopt))
+    step = int(path.name.removeprefix("step-")) if STEP_NAME.fullmatch(path.name) else None
+    directory = path / "checkpoints" if step is None else path.parent
+    processes = None if checkpointer is None else checkpointer.processes
+    found = Checkpointer(directory, cfg.checkpoint, processes, moves_damaged=False)
+    steps = found.steps()
+    if not steps or (step is not None and step not in steps):
+        raise UserError(
+            f"checkpoint.adopt={path}: there is no checkpoint. It must be a run directory with checkpoints, or one of "
+            "its checkpoints/step-..."
+        )
+    return found, step
+
+
+def describe_base(found: VerifiedCheckpoint) -> dict[str, Any]:
+    """Return what a checkpoint of adapters says of their base: its run, its step, and a digest of its files' hashes."""
+    hashes = sorted((name, record.sha256) for name, record in found.manifest.files.items())
+    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return {"run_id": found.manifest.info.get("run_id"), "step": found.step, "digest": digest}
+
+
+def require_same_base(info: dict[str, Any], base: VerifiedCheckpoint | None, checkpoint: Path) -> None:
+    """Refuse adapters that were trained beside other weights than `base`, from their manifest's `info`.
+
+    Raises:
+        UserError: they were.
+    """
+    if base is not None and info.get("base") != describe_base(base):
+        raise UserError(
+            f"{checkpoint} holds adapters of other weights than {base.path} has now ({info.get('base')}). Restore that "
+            "checkpoint."
+        )
