@@ -154,19 +154,25 @@ def as_table(found: dict[str, Any]) -> str:
     lines = [f"{found['model']}{step}"]
     for part in ("text", "choices", "answers"):
         if part in found:
-            lines += [part, *_figures(found[part])]
-    if "labels" in (choices := found.get("choices", {})):
-        width = max(len(label) for label in choices["labels"])
-        lines.append(f"  {'label':<{width}}  precision  recall      f1  support  predicted as")
-        for label, row in zip(choices["labels"], choices["confusion"]["rows_are_true"], strict=True):
-            each = choices["labels"][label]
-            figures = (
-                f"{each['precision']:9.4f}  {each['recall']:6.4f}  {each['f1']:6.4f}  {each['support']:7.0f}"
-            )
-            lines.append(f"  {label:<{width}}  {figures}  {' '.join(map(str, row))}")
+            lines += [part, *_figures(found[part]), *_label_rows(found[part])]
     for task, values in found.get("tasks", {}).items():
         lines += [f"task {task}", *_figures(values)]
     return "\n".join(lines)
+
+
+def _label_rows(choices: dict[str, Any]) -> list[str]:
+    """Return the figures of each label and its row of the confusion matrix, if all questions have the same labels."""
+    if "labels" not in choices:
+        return []
+    width = max(len(label) for label in choices["labels"])
+    lines = [f"  {'label':<{width}}  precision  recall      f1  support  predicted as"]
+    for label, row in zip(choices["labels"], choices["confusion"]["rows_are_true"], strict=True):
+        each = choices["labels"][label]
+        figures = (
+            f"{each['precision']:9.4f}  {each['recall']:6.4f}  {each['f1']:6.4f}  {each['support']:7.0f}"
+        )
+        lines.append(f"  {label:<{width}}  {figures}  {' '.join(map(str, row))}")
+    return lines
 
 
 def _figures(values: dict[str, Any]) -> list[str]:

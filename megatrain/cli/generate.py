@@ -83,7 +83,7 @@ def in_layout(verb: str, argv: list[str], options: Namespace, job: Callable[[Pro
     from megatrain.train.inference import config_for_inference
 
     # One process refuses sooner than all of them would.
-    config_for_inference(run_here(options.run), ParallelConfig(tp=options.tp, pp=options.pp))
+    config_for_inference(run_here(options.run), ParallelConfig(tp=options.tp, pp=options.pp), options.average)
     command = [sys.executable, "-m", "megatrain", verb, *argv]
     return start_here(command, size, explain=lambda process: "its message is above")
 

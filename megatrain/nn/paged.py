@@ -156,8 +156,9 @@ class PackedStep:
         """
         keys, values = self.cache.pool(layer, k, v)
         n = len(self.slots)
-        keys[self.slots], values[self.slots] = k[0, :n], v[0, :n]
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        keys.index_copy_(0, self.slots, k[0, :n])
+        values.index_copy_(0, self.slots, v[0, :n])
+        outs = []
         for group in self.groups:
             rows = (-1, group.n_tokens)
             queries = q[0, group.tokens].unflatten(0, rows)
@@ -168,19 +169,21 @@ class PackedStep:
                 seen = group.slots.shape[1]
                 if window is not None:
                     seen = min(seen, window + group.n_tokens - 1)
-                slots = group.slots[:, -seen:]
+                slots = group.slots[:, -seen:].flatten()
                 mixed = attention(
                     queries,
-                    keys[slots],
-                    values[slots],
+                    keys.index_select(0, slots).unflatten(0, (-1, seen)),
+                    values.index_select(0, slots).unflatten(0, (-1, seen)),
                     scale=scale,
                     window=window,
                     doc_ids=None if group.is_key is None else group.is_key[:, -seen:],
                     q_offset=seen - group.n_tokens,
                 )
             assert isinstance(mixed, Tensor)
-            out[0, group.tokens] = mixed.flatten(0, 1)
-        return out
+            outs.append(mixed.flatten(0, 1))
+        if (rest := q.shape[1] - n) > 0:
+            outs.append(q.new_zeros(rest, q.shape[2], v.shape[3]))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).unsqueeze(0)
 
 
 class PagedCore(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,11 +74,8 @@ def load_trained(
         UserError: `directory` is neither, lacks what is asked for, or the model does not fit the layout.
     """
     layout = layout or ParallelConfig()
-    cfg, is_run = config_for_inference(directory, layout)
-    if not is_run and average:
-        raise UserError(
-            f"{directory} is a Hugging Face directory, which has no moving average of its weights"
-        )
+    cfg = processes.agree(partial(config_for_inference, directory, layout, average))
+    is_run = (directory / CONFIG_FILE).is_file()
     device = device or pick_device(processes.local_rank)
     if world_size(layout) > 1:
         require_processes(layout, processes.size)
@@ -92,11 +90,11 @@ def load_trained(
     return TrainedModel(parallel, read_model_tokenizer(directory, cfg.model), cfg, None)
 
 
-def config_for_inference(directory: Path, layout: ParallelConfig) -> tuple[Config, bool]:
-    """Return the config of a model in `layout`, without what only training does, and whether `directory` is a run's.
+def config_for_inference(directory: Path, layout: ParallelConfig, average: bool | None) -> Config:
+    """Return the config of the model in `directory`, in `layout`.
 
     Raises:
-        UserError: `directory` is neither a run's nor of Hugging Face's form, or the model does not fit the layout.
+        UserError: `directory` has no model, or it does not fit.
     """
     is_run = (directory / CONFIG_FILE).is_file()
     if not is_run and not (directory / HF_CONFIG).is_file():
@@ -104,7 +102,11 @@ def config_for_inference(directory: Path, layout: ParallelConfig) -> tuple[Confi
             f"{directory} is neither a run directory nor a Hugging Face model directory: it has no {CONFIG_FILE} and "
             f"no {HF_CONFIG}"
         )
-    return _for_inference(read_config(directory) if is_run else _config_of_hf(directory), layout), is_run
+    if not is_run and average:
+        raise UserError(
+            f"{directory} is a Hugging Face directory, which has no moving average of its weights"
+        )
+    return _for_inference(read_config(directory) if is_run else _config_of_hf(directory), layout)
 
 
 def _for_inference(cfg: Config, layout: ParallelConfig) -> Config:
