@@ -89,7 +89,7 @@ def damage(checkpoint: Path) -> None:
 
 def test_generate_from_nowhere(workplace: Workplace) -> None:
     done = workplace.run(command("generate", "nowhere"), expect=2)
-    assert "not a run directory" in done.stderr
+    assert "neither a run directory nor" in done.stderr
 
 
 def test_a_file_where_the_run_directory_should_be(workplace: Workplace) -> None:

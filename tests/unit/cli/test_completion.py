@@ -21,7 +21,7 @@ KINDS = {
     [
         ("megatrain tr", ["train"]),
         ("/usr/bin/megatrain --v", ["--version"]),
-        ("X=1 megatrain doctor --", ["--cluster", "--help", "--json"]),
+        ("X=1 megatrain doctor --", ["--cluster", "--help", "--json", "--unfit"]),
         ("megatrain train mod", ["model.", "model="]),
         ("megatrain train model.n_", ["model.n_heads=", "model.n_kv_heads=", "model.n_layers="]),
         ("megatrain train model.rope_s", ["model.rope_scaling."]),
