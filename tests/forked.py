@@ -39,7 +39,7 @@ class Rank:
             for number in STOP_SIGNALS:  # as a program starts
                 if signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, signal.SIG_DFL)
-            _be(command[3:], env)
+            be(command[3:], env)
 
     def wait(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -52,7 +52,7 @@ class Rank:
             os.kill(self.pid, number)
 
 
-def _be(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+def be(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     """Be the command with these arguments, to the end of the process."""
     os.environ.clear()
     os.environ.update(environment)
@@ -75,16 +75,21 @@ def _be(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def _start(argv: Sequence[str], cwd: str, environment: Mapping[str, str], outputs: Sequence[str]) -> None:
+def enter(cwd: str, outputs: Sequence[str]) -> None:
+    """Go to a folder, and write to the files `outputs` in place of stdout and stderr."""
     os.chdir(cwd)
     for number, output in enumerate(outputs, 1):
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb"))
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), write_through=True)
+
+
+def _start(argv: Sequence[str], cwd: str, environment: Mapping[str, str], outputs: Sequence[str]) -> None:
+    enter(cwd, outputs)
     launch.subprocess = SimpleNamespace(Popen=Rank)  # type: ignore[assignment]
-    _be(argv, environment)
+    be(argv, environment)
 
 
 class Forked:

@@ -10,12 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatrain.cli.actions import run_here, strict_json
+from megatrain.cli.job import require_room
 from megatrain.cli.options import Parser
 from megatrain.cli.prompts import OF_A_PROMPT, check_numbers, rows_of
 from megatrain.config.errors import UserError
 from megatrain.parallel.config import ParallelConfig
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
+from megatrain.runtime.slurm import name_task
 
 if TYPE_CHECKING:
     from megatrain.train.generation import Continuation, TextRequest
@@ -67,6 +69,7 @@ def add_layout(parser: Parser) -> None:
 def in_layout(verb: str, argv: list[str], options: Namespace, job: Callable[[Processes], int]) -> int:
     """Run `job` in as many processes as `--tp` and `--pp` need; start them unless a launcher has."""
     size = options.tp * options.pp
+    name_task()
     if is_started():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
         from megatrain.runtime.group import joined
@@ -75,11 +78,7 @@ def in_layout(verb: str, argv: list[str], options: Namespace, job: Callable[[Pro
             return job(processes)
     if size == 1:
         return job(Processes())
-    cores = os.cpu_count() or 1
-    if size > 16 * cores:
-        raise UserError(
-            f"{verb}: --tp {options.tp} --pp {options.pp}: {size} processes on {cores} cores are too many"
-        )
+    require_room(f"--tp {options.tp} --pp {options.pp}", size)
     from megatrain.train.inference import config_for_inference
 
     # One process refuses sooner than all of them would.

@@ -118,17 +118,27 @@ def _processes_needed(cfg: Config) -> int:
         return 1
     import torch  # slow to import, and not needed for one process
 
-    gpus = torch.cuda.device_count()
-    needed = world_size(fill(cfg.parallel, gpus or 1))
-    cores = os.cpu_count() or 1
-    if not gpus and needed > PROCESSES_PER_CORE * cores and not is_started():
-        raise UserError(
-            f"The layout ({layout_summary(cfg.parallel)}) needs {needed} processes, but this machine has {cores} "
-            "cores. Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain train ..."
-        )
-    if 0 < gpus < needed and not is_started():
-        raise UserError(
-            f"The layout ({layout_summary(cfg.parallel)}) needs {needed} GPUs, but this machine has only {gpus}. "
-            "Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain train ..."
-        )
+    needed = world_size(fill(cfg.parallel, torch.cuda.device_count() or 1))
+    if not is_started():
+        require_room(layout_summary(cfg.parallel), needed)
     return needed
+
+
+def require_room(layout: str, needed: int) -> None:
+    """Check that this machine has the GPUs, or without any the cores, for the processes that a layout needs.
+
+    Raises:
+        UserError: it has too few.
+    """
+    import torch  # slow to import
+
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    advice = "Use smaller degrees, or several machines: torchrun --nnodes ... -m megatrain ..."
+    if not gpus and needed > PROCESSES_PER_CORE * cores:
+        raise UserError(
+            f"The layout ({layout}) needs {needed} processes, but this machine has {cores} cores. {advice}"
+        )
+    if 0 < gpus < needed:
+        raise UserError(
+            f"The layout ({layout}) needs {needed} GPUs, but this machine has only {gpus}. {advice}"
+        )

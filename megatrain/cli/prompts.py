@@ -1,6 +1,5 @@
 """The prompts of `megatrain generate`, and how each is to be continued."""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from megatrain.config.errors import UserError
 from megatrain.config.paths import expanded
 from megatrain.config.ranges import Range
+from megatrain.evaluate.rows import parse_object, read_lines
 
 INTEGERS = {
     "tokens": Range(at_least=0),
@@ -73,26 +73,15 @@ def rows_of(options: Namespace) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"generate: --prompts {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"generate: --prompts {path}: it is not UTF-8 (byte {error.start})") from None
-    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not kept:
-        raise UserError(f"generate: --prompts {path}: it has no prompts")
+    lines = read_lines(path, what="prompts")
     if path.suffix == ".jsonl":
-        return [_json_row(f"{path}:{number}", line) for number, line in kept]
-    return [{"prompt": line} for _, line in kept]
+        return [_json_row(where, line) for where, line in lines]
+    return [{"prompt": line} for _, line in lines]
 
 
 def _json_row(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+    row = parse_object(where, line)
+    if not isinstance(row.get("prompt"), str):
         raise UserError(f"{where} must be a JSON object with a text `prompt`")
     check_text(f"prompt of {where}", row["prompt"])
     for name, value in row.items():

@@ -7,11 +7,14 @@ from typing import Any
 from megatrain.config.errors import UserError
 
 
-def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (place, object) of each line that is not blank.
+def read_lines(path: Path, *, what: str) -> list[tuple[str, str]]:
+    """Return (place, line) of each line that is not blank.
+
+    Args:
+        what: a line is, in the plural.
 
     Raises:
-        UserError: the file can't be read, or a line is not a JSON object.
+        UserError: the file can't be read, or has none.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -19,21 +22,34 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object")
-        rows.append((where, row))
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    return rows
+    kept = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not kept:
+        raise UserError(f"{path} has no {what}")
+    return kept
+
+
+def parse_object(where: str, line: str) -> dict[str, Any]:
+    """Return the JSON object of a line.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return row
+
+
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return (place, object) of each line that is not blank.
+
+    Raises:
+        UserError: the file can't be read, or a line is not a JSON object.
+    """
+    return [(where, parse_object(where, line)) for where, line in read_lines(path, what="rows")]
 
 
 def text_of(where: str, row: dict[str, Any], name: str) -> str:

@@ -5,11 +5,8 @@ of `megatrain train` in a layout: the same command line, environment and supervi
 """
 
 import contextlib
-import io
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from forked import CONTEXT, be, enter
 from workplace import TINY
 
 from megatrain.runtime.launch import look_after
@@ -25,9 +23,6 @@ from megatrain.runtime.processes import MEETING, VERDICT
 from megatrain.runtime.stop_signals import STOP_SIGNALS
 
 LIMIT_S = 120.0
-PRELOADED = ["megatrain.train.main", "megatrain.cli.main", "megatrain.train.loop", "torch._dynamo"]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(PRELOADED)
 MODEL = (
     "train.precision=fp32",
     "train.steps=24",
@@ -107,25 +102,10 @@ def _rank(argv: Sequence[str], cwd: str, environment: Mapping[str, str], output:
     Signals wait until the command's handlers stand, as they do in a process that the launcher has started.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    os.chdir(cwd)
-    os.environ.update(environment)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
-    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), write_through=True)
-    from megatrain.cli.main import main
-
+    enter(cwd, [output, output])
     if plant is not None:
         plant(int(environment.get("RANK", "0")))
-    code = 1
-    try:
-        code = main(list(argv))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    os._exit(code)
+    be(argv, os.environ | environment)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ WRONG = {
     "a row's number": (["run", "--prompts", "number.jsonl"], "top_p=2: must be between 0 and 1"),
     "a row's type": (["run", "--prompts", "type.jsonl"], "tokens=1.5 must be an integer"),
     "no prompt": (["run", "--prompts", "none.jsonl"], "none.jsonl:1 must be a JSON object with a text `prompt`"),
-    "no lines": (["run", "--prompts", "empty.txt"], "it has no prompts"),
+    "no lines": (["run", "--prompts", "empty.txt"], "empty.txt has no prompts"),
     "neither": (["nowhere"], "neither a run directory nor"),
     "an average that is none": (["exported", "--average"], "no moving average"),
 }  # fmt: skip
