@@ -75,13 +75,13 @@ def blocks(language: str) -> Iterator[tuple[Path, int, str, str]]:
 
 
 def commands() -> list[Shown]:
-    """Return every command of the `bash` blocks, continued lines joined and comments taken off."""
-    found = []
+    """Return every command of the `bash` blocks once, continued lines joined and comments taken off."""
+    found: list[Shown] = []
     for page, line, title, text in blocks("bash"):
         if not title:
             joined = text.replace("\\\n", " ").splitlines()
             found += [Shown(page, line, each.split("  #")[0].strip()) for each in joined if each.strip()]
-    return found
+    return list({shown.command: shown for shown in reversed(found)}.values())[::-1]
 
 
 def consoles() -> list[Shown]:

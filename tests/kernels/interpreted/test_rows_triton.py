@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,14 +138,18 @@ def true_rotary(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor) -> tuple[Tens
     return turned(q), turned(k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [None, 3], ids=["one table", "a table a row"])
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (5, 5)])
-@pytest.mark.parametrize("dim", [2, 16, 22])
+@pytest.mark.parametrize("rows", [None, 2], ids=["one table", "a table a row"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "dtype"),
+    [
+        *[(dim, heads, torch.float32) for dim in (2, 22) for heads in ((1, 1), (6, 2), (5, 5))],
+        *[(16, (6, 2), dtype) for dtype in DTYPES],
+    ],
+)
 def test_rotary(dim: int, heads: tuple[int, int], rows: int | None, dtype: torch.dtype) -> None:
-    angles = 3 * draw(5, *([rows] if rows else []), 7, dim // 2).detach()
+    angles = 3 * draw(5, *([rows] if rows else []), 5, dim // 2).detach()
     tables = {"cos": angles.cos(), "sin": angles.sin()}
-    inputs = tuple(draw(n, 3, 7, count, dim, dtype=dtype) for n, count in enumerate(heads))
+    inputs = tuple(draw(n, 2, 5, count, dim, dtype=dtype) for n, count in enumerate(heads))
 
     def ours(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         return rotary(q, k, cos, sin, backend=backend)
@@ -211,12 +217,14 @@ BROKEN: list[tuple[str, str, str, str]] = [
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: f"{case[0]}: {case[2]}")
-def test_a_broken_kernel_fails(case: tuple[str, str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_kernel_fails(
+    case: tuple[str, str, str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     module_name, right, wrong, kind = case
     module = import_module(f"megatrain_kernels.{module_name}")
     source = open(str(module.__file__)).read()  # noqa: SIM115
     assert right in source
-    broken = break_module(module_name, source.replace(right, wrong))
+    broken = break_module(tmp_path, source.replace(right, wrong))
     for name in ("normalize", "gradients", "gated_forward", "gated_backward", "rotate"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(broken, name))
@@ -235,19 +243,14 @@ def test_a_broken_kernel_fails(case: tuple[str, str, str, str], monkeypatch: pyt
     assert not found <= 1
 
 
-def break_module(name: str, source: str) -> Any:
+def break_module(folder: Path, source: str) -> Any:
     """A module of that source, imported from a file (Triton reads kernels' sources)."""
-    import importlib.util
-    import tempfile
-    from pathlib import Path
-
-    folder = Path(tempfile.mkdtemp(prefix="broken-"))
     path = folder / "broken.py"
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"broken_{name.replace('.', '_')}", path)
+    spec = spec_from_file_location("broken", path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
