@@ -8,6 +8,7 @@ from megatrain.cli.closing import close
 from megatrain.cli.job import run_in_layout
 from megatrain.observe.figures import unbreakable_output
 from megatrain.resilience.signals import StopSignals
+from megatrain.runtime.guarded import guarded
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
@@ -27,7 +28,8 @@ def train(verb: str, argv: Sequence[str], signals: StopSignals, cfg: Config, pro
         from megatrain.train.main import run as do_train  # imports torch, so only once the config is valid
 
     try:
-        done = do_train(cfg, processes, signals)
+        with guarded(processes, timeout_s=cfg.resilience.timeout_s) as team:
+            done = do_train(cfg, team, signals)
     except DivergedError as error:
         if processes.is_first:
             page = run_directory(cfg) / REPORT_FILE

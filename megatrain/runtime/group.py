@@ -19,6 +19,7 @@ from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.guard.handle import Guard
 from megatrain.runtime.guard.seam import Seam
+from megatrain.runtime.guarded import GuardedProcesses
 from megatrain.runtime.joining import meet
 from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.processes import MEETING, Processes
@@ -34,12 +35,10 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class JoinedProcesses(Processes):
+class JoinedProcesses(GuardedProcesses):
     """Several, over a gloo group of their own: nothing here meets the collectives of training."""
 
     meetings: Meetings = field(kw_only=True)
-    guard: Guard | None = None
-    """Says which process does not answer."""
 
     def gather(self, value: T) -> list[T]:
         self.meetings.wait()
@@ -50,26 +49,13 @@ class JoinedProcesses(Processes):
     def report(self) -> None:
         self.meetings.report()
 
-    def doing(self, phase: str, step: int = -1) -> None:
-        if self.guard is not None:
-            self.guard.record.doing(phase, step)
-
     def explain(self, error: BaseException) -> BaseException:
-        if self.guard is None:
-            return explained(error)
         failure = None if self.meetings.seam is None else self.meetings.seam.failure
         chain: list[BaseException | None] = [error]
         while (last := chain[-1]) is not None:
             chain.append(last.__cause__ or last.__context__)
         is_of_others = any(each is failure or isinstance(each, dist.DistError) for each in chain[:-1])
         return explained(self.guard.explain(error, is_of_others=is_of_others))
-
-    def notices(self) -> list[dict[str, Any]]:
-        return [] if self.guard is None else self.guard.notices()
-
-    def describe(self, **facts: Any) -> None:
-        if self.guard is not None:
-            self.guard.tell({"do": "run", **facts})
 
     def at_work(self) -> contextlib.AbstractContextManager[None]:
         return signs_of_work(self.report, window_s=min(WINDOW_S, self.meetings.timeout_s / 4))
@@ -81,10 +67,10 @@ class JoinedProcesses(Processes):
 
     def limit_waits(self, timeout_s: float) -> None:
         self.meetings.timeout_s = timeout_s
-        self.describe(limit=timeout_s)
+        super().limit_waits(timeout_s)
         for group, (backend, _) in list(dist.distributed_c10d._world.pg_map.items()):
             if backend in ("gloo", "nccl"):
-                later = NCCL_LATER_S if backend == "nccl" and self.guard is not None else 0.0
+                later = NCCL_LATER_S if backend == "nccl" else 0.0
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + later), group)
 
 

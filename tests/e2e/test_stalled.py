@@ -49,6 +49,31 @@ def test_a_process_that_hangs_ends_the_run(workplace: Workplace, which: int) -> 
     assert re.search(sentence, report.read_text())
 
 
+def test_a_process_that_is_alone_and_stands_still_ends(workplace: Workplace) -> None:
+    """In its loader, as on a file system that does not answer. One that is stopped goes on when it is woken."""
+    line = workplace.tiny(
+        "run.name=alone",
+        "train.steps=9",
+        "train.eval_every=0",
+        "checkpoint.every=2",
+        "resilience.timeout_s=3",
+    )
+    said = workplace.run(line, expect=1, environment={"TEST_PLANT": "planted_sleep"}).stderr
+    sentence = r"Rank 0 \(host [^)]+\) has stood still since .*: it is in the phase 'batch' of step 4, at .* in sleeper"
+    assert re.search(sentence, said), said
+    status = json.loads((workplace.folder / "runs/alone/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert re.match(f"StalledError: {sentence}", status["reason"])
+
+    process = workplace.start(line)
+    assert wait_for_rows(process, workplace.folder / "runs/alone/metrics.jsonl", 4)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(8)  # more than twice the limit: that nothing happens can't be waited for otherwise
+    os.kill(process.pid, signal.SIGCONT)
+    process.communicate()
+    assert process.returncode == 0
+
+
 HOLDER = """
 import sys
 from pathlib import Path

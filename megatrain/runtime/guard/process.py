@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatrain.runtime.alive import processor_seconds
+from megatrain.runtime.alive import Effort
 from megatrain.runtime.guard.hub import Hub, Message, clock
 from megatrain.runtime.guard.link import Link
 from megatrain.runtime.guard.record import SIZE, Snapshot, read
@@ -32,8 +32,6 @@ RECENT = 64
 """Calls of the ring that a rank tells of."""
 MOST_S = 2.0
 """Longest time between two beats."""
-LEAST = 0.1
-"""Share of one core that a process uses at least which computes."""
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a terminal or a scheduler sends to all processes of a job: this one ends with its process."""
 
@@ -77,8 +75,7 @@ class Watch:
         self.is_leaving = self.is_over = self.said_bye = False
         self.asks = 0.0
         self.next_beat = 0.0
-        self.used = self.used_at = 0.0
-        """Processor seconds that the process had used, and when that was."""
+        self.effort = Effort(pid)
         self.floor = self.ticked = time.monotonic()
         """What was before this moment is not counted as standing still: this process was stopped as well."""
 
@@ -134,6 +131,8 @@ class Watch:
                     self.limit, self.floor, self.next_beat = message["limit"], time.monotonic(), 0.0
                 if self.hub is not None:
                     self.hub.limit_to(self.limit)
+            elif what == "alone":
+                self._open_hub()
             elif what == "listen":
                 self._listen(message["address"])
             elif what == "report to":
@@ -182,12 +181,17 @@ class Watch:
 
     # The hub: in this process, or in the guard of rank 0.
 
-    def _listen(self, address: str) -> None:
-        """Open the hub at `address`, or at all addresses if that is not this host's."""
+    def _open_hub(self) -> str:
+        """Open the hub, for this process at first; return the token of others."""
         token = os.urandom(16).hex()
         self.hub = Hub(self.size, token, self.limit)
         self.linked: dict[int, Link] = {}
         self.hub.join({"rank": self.rank, "host": self.host}, self._from_hub)
+        return token
+
+    def _listen(self, address: str) -> None:
+        """Open the hub at `address`, or at all addresses if that is not this host's."""
+        token = self._open_hub()
         for place in (address, ""):
             with contextlib.suppress(OSError):
                 family = (
@@ -290,13 +294,10 @@ class Watch:
         }
 
     def _excuse(self, found: Snapshot, now: float) -> None:
-        """Let computing count as progress, as a compiler's, but for waiting for a device."""
-        if found.phase == "result":
-            return
-        used = processor_seconds(self.pid)
-        if now - self.used_at < 3 * self.every_s and used - self.used >= LEAST * (now - self.used_at):
+        """Let work count as progress, as a compiler's, but for waiting for a device; alone it may also be stopped."""
+        is_stopped = self.size == 1 and self._state() in ("T", "t")
+        if is_stopped or (found.phase != "result" and self.effort.goes_on(within_s=3 * self.every_s)):
             self.floor = now
-        self.used, self.used_at = used, now
 
     def _dump(self, *, with_stack: bool) -> Message:
         found, now = read(self.memory, entries=RECENT), time.monotonic()
