@@ -81,10 +81,10 @@ class Workplace:
         assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, arguments: Sequence[str]) -> Forked:
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Forked:
         """Start the command in the background, forked."""
         assert list(arguments[:3]) == command()
-        return Forked(arguments[3:], cwd=self.folder, environment=self.environment)
+        return Forked(arguments[3:], cwd=self.folder, environment={**self.environment, **(environment or {})})
 
     def rows(self, name: str) -> list[dict[str, object]]:
         lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()

@@ -15,6 +15,7 @@ from workplace import Workplace, wait_for_rows
 from megatrain.config.errors import StalledError
 from megatrain.data.store import build_once
 from megatrain.runtime.launch import GRACE_S
+from megatrain.runtime.processes import MEETING
 
 LIMIT_S = 8  # a busy machine takes a second for a step
 
@@ -72,6 +73,30 @@ def test_a_process_that_is_alone_and_stands_still_ends(workplace: Workplace) -> 
     os.kill(process.pid, signal.SIGCONT)
     process.communicate()
     assert process.returncode == 0
+
+
+def test_without_the_machine_of_rank_0_another_one_says_so_in_status_json(workplace: Workplace) -> None:
+    line = workplace.tiny(
+        "run.name=lost",
+        "parallel.dp_shard=2",
+        "train.steps=100000",
+        "train.eval_every=0",
+        "resilience.timeout_s=8",
+    )
+    places = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    meeting = {MEETING: str(workplace.folder / "meeting")}
+    first, second = (workplace.start(line, environment={"RANK": rank, **places, **meeting}) for rank in "01")
+    assert wait_for_rows(first, workplace.folder / "runs/lost/metrics.jsonl", 3)
+    (guard,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    for pid in (int(guard), first.pid):
+        os.kill(pid, signal.SIGKILL)
+    _, said = second.communicate()
+    assert second.returncode == 1
+    sentence = r"Rank 0 \(host [^)]+\) has given no sign since .*: ended, or its machine is down"
+    assert re.search(sentence, said), said
+    status = json.loads((workplace.folder / "runs/lost/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert re.match(f"StalledError: {sentence}", status["reason"])
 
 
 HOLDER = """

@@ -33,7 +33,7 @@ RECENT = 64
 MOST_S = 2.0
 """Longest time between two beats."""
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that a terminal or a scheduler sends to all processes of a job: this one ends with its process."""
+"""Signals that all processes of a job get from a terminal or a scheduler: this one ends with its process."""
 
 
 def main(**facts: Any) -> None:
@@ -202,7 +202,8 @@ class Watch:
                 server = socket.create_server((place, 0), family=family, backlog=self.size)
                 server.setblocking(False)
                 self.selector.register(server, selectors.EVENT_READ, partial(self._admit, server))
-                self.process.send({"port": server.getsockname()[1], "token": token, "host": self.host})
+                port = server.getsockname()[1]
+                self.process.send({"port": port, "token": token, "host": self.host, "pid": self.pid})
                 return
         self.process.send({"port": 0})
 
@@ -273,6 +274,8 @@ class Watch:
             what = "ended, or its machine is down" if closed else "its machine or the network to it is down"
             who = f"Rank 0 (host {self.where['host']})"
             self._pass(f"{who} has given no sign since {clock(silent)} ({silent:.0f} s): {what}.")
+            if self.local_rank == 0:  # in the place of rank 0, which writes the record otherwise
+                write_status(self.run_facts.get("directory"), self.where["pid"], self.verdict)
 
     # What is said of the process, and done to it.
 
