@@ -50,6 +50,8 @@ class JoinedProcesses(GuardedProcesses):
         self.meetings.report()
 
     def explain(self, error: BaseException) -> BaseException:
+        if self.guard is None:
+            return explained(error)
         failure = None if self.meetings.seam is None else self.meetings.seam.failure
         chain: list[BaseException | None] = [error]
         while (last := chain[-1]) is not None:
@@ -70,7 +72,7 @@ class JoinedProcesses(GuardedProcesses):
         super().limit_waits(timeout_s)
         for group, (backend, _) in list(dist.distributed_c10d._world.pg_map.items()):
             if backend in ("gloo", "nccl"):
-                later = NCCL_LATER_S if backend == "nccl" else 0.0
+                later = NCCL_LATER_S if backend == "nccl" and self.guard is not None else 0.0
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + later), group)
 
 

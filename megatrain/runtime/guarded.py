@@ -12,24 +12,27 @@ from megatrain.runtime.processes import Processes
 
 @dataclass(frozen=True)
 class GuardedProcesses(Processes):
-    """This process among those of the run, and its guard."""
+    """This process among those of the run, and its guard, unless others look after it."""
 
-    guard: Guard = field(kw_only=True)
+    guard: Guard | None = field(default=None, kw_only=True)
 
     def report(self) -> None:
-        self.guard.record.touch()
+        if self.guard is not None:
+            self.guard.record.touch()
 
     def doing(self, phase: str, step: int = -1) -> None:
-        self.guard.record.doing(phase, step)
+        if self.guard is not None:
+            self.guard.record.doing(phase, step)
 
     def explain(self, error: BaseException) -> BaseException:
-        return self.guard.explain(error, is_of_others=False)
+        return error if self.guard is None else self.guard.explain(error, is_of_others=False)
 
     def notices(self) -> list[dict[str, Any]]:
-        return self.guard.notices()
+        return [] if self.guard is None else self.guard.notices()
 
     def describe(self, **facts: Any) -> None:
-        self.guard.tell({"do": "run", **facts})
+        if self.guard is not None:
+            self.guard.tell({"do": "run", **facts})
 
     def limit_waits(self, timeout_s: float) -> None:
         self.describe(limit=timeout_s)
