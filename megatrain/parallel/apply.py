@@ -105,12 +105,23 @@ class ParallelModel:
     def squared_norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return this rank's share of the squared 2-norm of the full model's `tensors` (float64 scalar).
 
-        Each element of the model counts on one rank, so the sum over ranks is the squared norm of the full model.
+        Each element of the model counts on one rank, so the sum over ranks is the squared norm of the full model. Where
+        only a copy of it is not finite, the result is NaN on the rank that holds it.
         """
-        own = [local for name, t in tensors.items() if (local := self.owned(name, t)) is not None]
-        if not own:
+        own, copies = [], []
+        for name, t in tensors.items():
+            local = self.owned(name, t)
+            if local is not None:
+                own.append(local)
+            else:
+                copies.append(t.to_local() if isinstance(t, DTensor) else t)
+        held_elsewhere = self._sum_of_squares(copies)
+        return self._sum_of_squares(own) + (held_elsewhere - held_elsewhere)  # 0 if finite
+
+    def _sum_of_squares(self, tensors: list[Tensor]) -> Tensor:
+        if not tensors:
             return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(torch._foreach_norm(own)).to(torch.float64).square().sum()
+        return torch.stack(torch._foreach_norm(tensors)).to(torch.float64).square().sum()
 
     def owned(self, name: str, t: Tensor) -> Tensor | None:
         """Return the local shard if this rank is the first of those that hold it, else None."""

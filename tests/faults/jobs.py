@@ -66,7 +66,7 @@ class Child:
         self.process.kill()
 
     def send_signal(self, number: int) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(self.pid, number)
 
 
