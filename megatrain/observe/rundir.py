@@ -49,16 +49,32 @@ class RunLog:
         self._attempt = _read_attempt(self._status) + 1
         self._warned = False
 
-    def open(self, step: int) -> None:
+    def open(self, step: int, *, owes_row: bool = False) -> None:
         """Keep the rows up to `step` only: what a killed process did after its last checkpoint is done again.
+
+        With `owes_row` that of `step` itself is dropped as well, and will be written once more.
 
         Lines that a kill or a full disk left torn are dropped, from the events too.
         """
         self.first_step = step
         self.lost = _lost(self._metrics, step)
-        for path in (self._metrics, self._fingerprints):
-            self._attempted(partial(_rewrite, path, keep=lambda row: 0 < step >= row.get("step", 0)))
+
+        def rewrite(path: Path, last: int) -> None:
+            _rewrite(path, keep=lambda row: step > 0 and row.get("step", 0) <= last)
+
+        self._attempted(partial(rewrite, self._metrics, step - owes_row))
+        self._attempted(partial(rewrite, self._fingerprints, step))
         self._attempted(lambda: _rewrite(self._events, keep=lambda row: True))
+
+    def recorded(self, step: int) -> dict[str, Any]:
+        """Return the row of `step` in metrics.jsonl; empty if there is none."""
+        with contextlib.suppress(OSError), self._metrics.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and row.get("step") == step:
+                        return row
+        return {}
 
     def row(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""

@@ -20,7 +20,7 @@ from megatrain.runtime.device import pick_device
 from megatrain.runtime.guard.handle import Guard
 from megatrain.runtime.guard.seam import Seam
 from megatrain.runtime.guarded import GuardedProcesses
-from megatrain.runtime.joining import meet
+from megatrain.runtime.joining import meet, told
 from megatrain.runtime.meetings import Meetings
 from megatrain.runtime.processes import MEETING, Processes
 
@@ -104,7 +104,7 @@ def joined(timeout_s: float = JOINING_S) -> Iterator[Processes]:
             store, address = meet(rank, size, timeout_s=timeout_s)
             if rank == 0:
                 store.set("guard", json.dumps(guard.listen_at(address)))
-            guard.report_to(json.loads(store.get("guard")))
+            guard.report_to(json.loads(told(store, "guard", timeout_s=timeout_s)))
             group = _join(rank, size, device, store)
             guard.record.touch()
         except dist.DistError as error:

@@ -41,6 +41,19 @@ def meet(rank: int, size: int, *, timeout_s: float) -> tuple[dist.Store, str]:
     return store, address
 
 
+def told(store: dist.Store, key: str, *, timeout_s: float) -> bytes:
+    """Return what rank 0 sets as `key`; signals are heard meanwhile, which `store.get` would not.
+
+    Raises:
+        StalledError: it does not come in time.
+    """
+    words = Words(speaks=False, timeout_s=timeout_s)
+    while not _is_set(store, key):
+        words.waiting(partial(str, f"this process has waited for rank 0 to tell '{key}'"))
+    value: bytes = store.get(key)
+    return value
+
+
 def _job(size: int) -> str:
     """Return what tells this job's keys from those of another job, or an earlier attempt, at the same store.
 

@@ -22,7 +22,8 @@ from megatrain.runtime.stop_signals import STOP_SIGNALS, held_back
 
 SAVED_BY_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; a scheduler may requeue
 GRACE_S = 15.0
-"""How long the others may take to end after one has failed; they notice when they next wait for it."""
+"""How long the others may take to end after one has failed, or stopped at a signal; they notice when they next wait for
+it, but not while they connect."""
 
 
 def start_here(command: Sequence[str], size: int, *, explain: Callable[[int], str]) -> int:
@@ -59,8 +60,9 @@ def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int],
     failed: int | None = None
     ended_by_guard = False
     while len(codes) < len(children):
+        is_ending = failed is not None or SAVED_BY_SIGNAL in codes.values()
         try:
-            rank, code = ended.get(timeout=None if failed is None else GRACE_S)
+            rank, code = ended.get(timeout=GRACE_S if is_ending else None)
         except queue.Empty:
             for child in children:
                 child.kill()
@@ -70,7 +72,8 @@ def look_after(children: list[subprocess.Popen[bytes]], explain: Callable[[int],
             for other, child in enumerate(children):
                 if other not in codes:
                     child.send_signal(signal.SIGTERM)
-        if failed is None and code not in (0, SAVED_BY_SIGNAL):
+        was_late = is_ending and code == -signal.SIGKILL
+        if failed is None and code not in (0, SAVED_BY_SIGNAL) and not was_late:
             failed, ended_by_guard = rank, verdict.exists()
     if failed is None:
         return max(codes.values())

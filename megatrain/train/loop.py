@@ -76,9 +76,20 @@ def requests_after(step: int, cfg: Config, *, stop_wanted: bool, next_save: int 
     )
 
 
+def still_owed(run: Run) -> Row:
+    """Return the row whose validation the checkpoint owes; empty if the run is over and has made it since."""
+    state = run.state
+    is_last = state.owed and requests_after(state.step, run.cfg, stop_wanted=False).stop
+    if is_last and run.processes.from_first(lambda: "eval/loss" in run.log.recorded(state.step)):
+        return {}
+    return state.owed
+
+
 def reason_to_stop(run: Run) -> str:
     """Return why a run that was resumed has nothing left to do (done, stop_at, early stop); empty if it has."""
     step = run.state.step
+    if run.state.owed:
+        return ""
     stop = requests_after(step, run.cfg, stop_wanted=False).stop if step else ""
     return stop or ("" if _patience_left(run) else "early stop")
 
@@ -128,10 +139,12 @@ class _Attempt:
         reset_peak_memory(state.parallel.device)
         batches = self._batches()
         if state.step == 0 and run.cfg.train.eval_every and run.eval_batches:
-            observer.step(
-                {"step": 0, ELAPSED: time.monotonic() - STARTED} | _evaluate(run, observer)
-            )  # untrained
-            self.ended = time.perf_counter()
+            if not (found := _evaluate(run, observer)):  # of the untrained model
+                return self._signal()
+            observer.step({"step": 0, ELAPSED: time.monotonic() - STARTED} | found)
+        elif state.owed and (stop := self._after_step(dict(state.owed), is_saved=True)):
+            return self._signal() if stop == "signal" else stop
+        self.ended = time.perf_counter()
         while True:
             run.processes.doing("batch", state.step + 1)
             batch = next(batches)
@@ -152,10 +165,13 @@ class _Attempt:
                 note_skipped(run, verdict, batch, loss, grad_norm, observer)
             if stop := self._after_step(row, stop_wanted=stop_wanted):
                 batches.close()  # type: ignore[attr-defined]
-                return (run.signals.received or "signal to another process") if stop == "signal" else stop
+                return self._signal() if stop == "signal" else stop
             self.step_times.append(step_time)
             self.budget.note_step(time.perf_counter() - self.ended - self.stalled)
             self.ended = time.perf_counter()
+
+    def _signal(self) -> str:
+        return self.run.signals.received or "signal to another process"
 
     def _batches(self) -> Iterator[StepBatch]:
         state = self.run.state
@@ -212,8 +228,12 @@ class _Attempt:
         step_s = statistics.median(self.step_times or [1.0])
         return best_interval(max(self.stalled, LEAST_SAVE_S), between, step_s)
 
-    def _after_step(self, row: Row, *, stop_wanted: bool) -> str:
-        """Record, evaluate, compare and save what is due; return the reason to stop, or nothing."""
+    def _after_step(self, row: Row, *, stop_wanted: bool = False, is_saved: bool = False) -> str:
+        """Record, evaluate, compare and save what is due; return the reason to stop, or nothing.
+
+        Args:
+            is_saved: whether there is a checkpoint of this step already.
+        """
         run, cfg, observer = self.run, self.run.cfg, self.observer
         if self.stalled:
             row["checkpoint/stall_s"], self.stalled = self.stalled, 0.0
@@ -222,13 +242,16 @@ class _Attempt:
         requests = requests_after(run.state.step, cfg, stop_wanted=stop_wanted, next_save=self.next_save)
         stop = requests.stop
         if requests.evaluate:
-            row |= _evaluate(run, observer, train_loss=row["train/loss"])
+            found = _evaluate(run, observer, train_loss=row["train/loss"])
+            run.state.owed = {} if found or not run.eval_batches else dict(row)
+            stop = "signal" if run.state.owed else stop
+            row |= found
             stop = stop or ("" if _patience_left(run) else "early stop")
             stop = stop or ("signal" if run.any_wants(bool(run.signals.received)) else "")
         observer.step(row)
         if _is_due(run.state.step, cfg.resilience.compare_replicas_every):
             require_equal_replicas(run)
-        if requests.save or stop:
+        if (requests.save or stop) and not is_saved:
             self.stalled = run.save(
                 eval_loss=row.get("eval/loss"), is_last=bool(stop), waits=stop != "signal"
             )
@@ -304,7 +327,7 @@ def _speed(run: Run, step_time: float, data_time: float) -> Row:
 def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) -> Row:
     """Validate if anything is held out, and show a sample; `train_loss` None: no step has been taken yet.
 
-    Both use the moving average of the weights where one is kept. A signal calls them off.
+    Both use the moving average of the weights where one is kept. A signal calls them off; empty then.
     """
     if not run.eval_batches:
         return {}

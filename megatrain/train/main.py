@@ -55,7 +55,7 @@ from megatrain.train.imported import (
     require_imported_weights,
     take_up_weights,
 )
-from megatrain.train.loop import reason_to_stop, report_uploads, train_loop
+from megatrain.train.loop import reason_to_stop, report_uploads, still_owed, train_loop
 from megatrain.train.machines import check_likeness, make_checked_mesh
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
@@ -313,7 +313,8 @@ def _resume(run: Run) -> tuple[str, ...]:
     loaded = found or source
     warnings = (run.fetched.warnings if run.fetched else ()) + (() if loaded is None else loaded.warnings)
     run.processes.from_first(lambda: _write_inputs(run))
-    log.open(state.step)
+    state.owed = still_owed(run)
+    log.open(state.step, owes_row=bool(state.owed))
     machine = {
         "host": platform.node(),
         "device": device_name(state.parallel.device),

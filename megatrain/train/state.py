@@ -36,6 +36,8 @@ class TrainState:
     """Number of tokens with a loss seen so far."""
     watch: dict[str, Any] = field(default_factory=dict)
     """Counters of the over-fitting notice and of early stopping."""
+    owed: dict[str, Any] = field(default_factory=dict)
+    """The row of the present step, if a signal called off the validation that belongs to it."""
     base: dict[str, Any] = field(default_factory=dict)
     """Of adapters: the checkpoint that the frozen weights come from."""
     batches_passed_over: int = 0
@@ -91,6 +93,7 @@ class TrainState:
             "tokens": self.tokens,
             "watch": self.watch,
             "batches_passed_over": self.batches_passed_over,
+            **({"owed": self.owed} if self.owed else {}),
         }
 
     def restore(self, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -99,6 +102,7 @@ class TrainState:
         self.batches_passed_over = metadata.get(
             "batches_passed_over", 0
         )  # none in checkpoints of earlier versions
+        self.owed = metadata.get("owed", {})
         self.take_up(tensors)
 
     def take_up(self, tensors: dict[str, Tensor]) -> None:

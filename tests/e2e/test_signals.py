@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from forked import Forked
-from workplace import Workplace
+from workplace import Workplace, stable
 
 LIMIT_S = 120.0
 
@@ -96,13 +96,39 @@ def test_while_a_checkpoint_is_loaded_the_record_says_so(workplace: Workplace) -
     assert started.stops()[-1]["reason"] == "SIGTERM"
 
 
-def test_in_a_validation_the_run_takes_a_step_and_saves(workplace: Workplace) -> None:
+def test_in_the_first_validation_there_is_nothing_to_save(workplace: Workplace) -> None:
     started = Started(workplace, "validating", "train.eval_tokens=1000000000", "data.val_fraction=0.5")
     started.reach(lambda: started.has_status("running"))
     started.process.send_signal(signal.SIGTERM)
     assert started.ended() == 75
-    step = started.status()["step"]
-    assert (started.run / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert (started.status()["state"], started.status()["step"]) == ("stopped", 0)
+    assert not list((started.run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_validation_that_a_signal_calls_off_is_made_later(workplace: Workplace, steps: int) -> None:
+    settings = (
+        f"train.steps={steps}",
+        "train.eval_every=4",
+        "checkpoint.every=2",
+        "train.early_stop_patience=5",
+    )
+    started = Started(workplace, "called-off", *settings, "train.eval_tokens=1000000")
+    metrics = started.run / "metrics.jsonl"
+    started.reach(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 4)  # of steps 0 to 3
+    started.process.send_signal(signal.SIGTERM)
+    assert started.ended() == 75
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert rows[4]["step"] == started.status()["step"] == 4
+    assert "eval/loss" not in rows[4]
+    workplace.run(started.line)
+    workplace.run([*started.line, "run.name=whole"])
+    records = [workplace.folder / "runs" / name / "metrics.jsonl" for name in ("called-off", "whole")]
+    found, whole = (stable([json.loads(line) for line in path.read_text().splitlines()]) for path in records)
+    assert found == whole
+    assert [row["step"] for row in whole if "eval/loss" in row] == sorted({0, 4, steps})
+    said = workplace.run(started.line).stdout
+    assert "Nothing is left to do" in said
 
 
 def test_during_a_save_the_next_step_is_saved_too(workplace: Workplace) -> None:
