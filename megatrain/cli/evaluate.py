@@ -66,6 +66,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--json", metavar="FILE")
     add_layout(parser)
+    parser.add_argument("--dp", type=int, default=1)
     return parser
 
 
@@ -79,7 +80,7 @@ def _evaluate(options: Namespace, processes: Processes) -> int:
     questions = read_questions(Path(expanded(options.choices))) if options.choices else []
     tasks = read_tasks(Path(expanded(options.answers))) if options.answers else []
     trained = load_model(options, processes)
-    scorer = Scorer(trained)
+    scorer = Scorer(trained, processes)
     found: dict[str, Any] = {"model": options.run, "step": trained.step}
     output = io.StringIO() if not processes.is_first else sys.stderr
     with contextlib.redirect_stdout(output), progress_display(not processes.is_first) as display:
@@ -94,9 +95,8 @@ def _evaluate(options: Namespace, processes: Processes) -> int:
             from megatrain.evaluate.answers import answer, compare
 
             display.phase("answering", 0.0)
-            texts = answer(
-                trained, tasks, tokens=options.tokens, stop=tuple(options.stop), max_batch=options.batch
-            )
+            how = {"tokens": options.tokens, "stop": tuple(options.stop), "max_batch": options.batch}
+            texts = scorer.copies.share(tasks, partial(answer, trained, **how))
             found["answers"] = compare(texts, tasks)
         if options.tasks:
             found["tasks"] = _on_tasks(options, scorer)

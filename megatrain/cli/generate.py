@@ -15,6 +15,7 @@ from megatrain.cli.options import Parser
 from megatrain.cli.prompts import OF_A_PROMPT, check_numbers, rows_of
 from megatrain.config.errors import UserError
 from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.layout import world_size
 from megatrain.runtime.launch import start_here
 from megatrain.runtime.processes import Processes, is_started
 from megatrain.runtime.slurm import name_task
@@ -67,8 +68,9 @@ def add_layout(parser: Parser) -> None:
 
 
 def in_layout(verb: str, argv: list[str], options: Namespace, job: Callable[[Processes], int]) -> int:
-    """Run `job` in as many processes as `--tp` and `--pp` need; start them unless a launcher has."""
-    size = options.tp * options.pp
+    """Run `job` in as many processes as `--tp`, `--pp` and `--dp` need; start them unless a launcher has."""
+    layout = layout_of(options)
+    size = world_size(layout)
     name_task()
     if is_started():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it is imported
@@ -78,13 +80,18 @@ def in_layout(verb: str, argv: list[str], options: Namespace, job: Callable[[Pro
             return job(processes)
     if size == 1:
         return job(Processes())
-    require_room(f"--tp {options.tp} --pp {options.pp}", size)
+    require_room(f"--tp {layout.tp} --pp {layout.pp} --dp {layout.dp_replicate}", size)
     from megatrain.train.inference import config_for_inference
 
     # One process refuses sooner than all of them would.
-    config_for_inference(run_here(options.run), ParallelConfig(tp=options.tp, pp=options.pp), options.average)
+    config_for_inference(run_here(options.run), layout, options.average)
     command = [sys.executable, "-m", "megatrain", verb, *argv]
     return start_here(command, size, explain=lambda process: "its message is above")
+
+
+def layout_of(options: Namespace) -> ParallelConfig:
+    """Return the layout that the flags of `add_layout`, and `--dp` where a verb has it, ask for."""
+    return ParallelConfig(tp=options.tp, pp=options.pp, dp_replicate=getattr(options, "dp", 1), zero_stage=0)
 
 
 def load_model(options: Namespace, processes: Processes) -> "TrainedModel":
@@ -92,8 +99,7 @@ def load_model(options: Namespace, processes: Processes) -> "TrainedModel":
     from megatrain.train.inference import load_trained
 
     directory = processes.from_first(lambda: run_here(options.run))
-    layout = ParallelConfig(tp=options.tp, pp=options.pp)
-    return load_trained(directory, processes, layout, average=options.average)
+    return load_trained(directory, processes, layout_of(options), average=options.average)
 
 
 def _generate(options: Namespace, rows: list[dict[str, Any]], processes: Processes) -> int:

@@ -18,6 +18,7 @@ INTEGERS = {
     "draft_tokens": Range(at_least=1),
     "tp": Range(at_least=1),
     "pp": Range(at_least=1),
+    "dp": Range(at_least=1),
     "stride": Range(at_least=1),
     "limit": Range(at_least=1),
     "shots": Range(at_least=0),

@@ -79,6 +79,10 @@ EVALUATE = Verb(
             "megatrain evaluate exported --tasks hellaswag,arc_easy --shots 5",
             "tasks of lm-eval, on a Hugging Face directory",
         ),
+        (
+            "torchrun --nproc-per-node=8 -m megatrain evaluate runs/large --choices reviews.jsonl --tp 2 --dp 4",
+            "on eight GPUs, in four copies of the model that share the lines",
+        ),
     ),
     takes_config=False,
     flags=(
@@ -105,6 +109,10 @@ EVALUATE = Verb(
         ("--shots N", "--tasks: solved examples in each prompt; default: as the task says"),
         ("--batch N", "how many answers are generated at a time; default: 8"),
         ("--json FILE", "write the results as JSON, too; -: to standard output, and the table to stderr"),
+        (
+            "--dp N",
+            "load N copies of the model, which share the texts; each has tp times pp processes; default: 1",
+        ),
         *LAYOUT,
         AVERAGE,
     ),

@@ -1,5 +1,6 @@
 """Tasks whose answers are generated, and compared with references."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def answer(
-    trained: TrainedModel, tasks: list[Task], *, tokens: int, stop: tuple[str, ...], max_batch: int
+    trained: TrainedModel, tasks: Sequence[Task], *, tokens: int, stop: tuple[str, ...], max_batch: int
 ) -> list[str]:
     """Return the greedy continuation of each prompt, without spaces around it."""
     how = Sampling(temperature=0.0)

@@ -53,6 +53,9 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each context, up to the texts that its options name."""
+        return self.scorer.copies.share(requests, self._generated)
+
+    def _generated(self, requests: Sequence[Instance]) -> list[str]:
         trained = self.scorer.trained
         texts = [""] * len(requests)
         for n, _, text in continue_texts(

@@ -6,9 +6,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatrain.config.errors import UserError
+from megatrain.evaluate.copies import copies_of
 from megatrain.models.runner import Runner, Work
 from megatrain.models.sampling import log_probabilities
 from megatrain.nn.paged import PagedCache
+from megatrain.runtime.processes import Processes
 from megatrain.train.inference import TrainedModel
 
 TOKENS = 2048
@@ -29,8 +31,10 @@ class Score(NamedTuple):
 class Scorer:
     """Scores continuations with a model; in several processes, all call it with the same ones."""
 
-    def __init__(self, trained: TrainedModel) -> None:
+    def __init__(self, trained: TrainedModel, processes: Processes | None = None) -> None:
+        """Prepare for it. `processes` are those that have the model, together or in copies; None: this one has it."""
         self.trained = trained
+        self.copies = copies_of(trained, processes or Processes())
         cache = PagedCache(0)
         longest = max(TOKENS, trained.context)
         self.runner = Runner(trained.packed(), PagedCache(cache.blocks_for(longest) + TEXTS))
@@ -56,13 +60,17 @@ class Scorer:
         Raises:
             UserError: a continuation is longer than what the model sees.
         """
+        longest = max((len(after) for _, after in pairs), default=0)
+        if longest > self.trained.context:
+            raise UserError(
+                f"a text of {longest} tokens is to be scored as one, but the model sees {self.trained.context}"
+            )
+        return self.copies.share(pairs, self._scores)
+
+    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         found = [Score(0.0, True)] * len(pairs)
         inputs: dict[int, tuple[list[int], list[int]]] = {}
         for n, (before, after) in enumerate(pairs):
-            if len(after) > self.trained.context:
-                raise UserError(
-                    f"a text of {len(after)} tokens is to be scored as one, but the model sees {self.trained.context}"
-                )
             if after:
                 inputs[n] = ((before + after)[:-1][-self.trained.context :], after)
         for numbers in _batches({n: len(tokens) for n, (tokens, _) in inputs.items()}):

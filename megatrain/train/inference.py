@@ -50,8 +50,8 @@ class TrainedModel:
         return self.cfg.seq_len
 
     def packed(self) -> PackedLogits:
-        """Return the model as `models.runner.Runner` takes it."""
-        return PackedLogits(self.parallel)
+        """Return the model as `models.runner.Runner` takes it; each copy of it takes texts of its own."""
+        return PackedLogits(self.parallel, by_copy=True)
 
 
 def load_trained(
@@ -67,7 +67,7 @@ def load_trained(
     Weights and computation are in float32; in float64 if the run is.
 
     Args:
-        layout: whose ranks the processes are: tp and pp. None: each process has the full model.
+        layout: whose ranks the processes are: tp, pp, and dp_replicate for copies. None: each has the full model.
         average: as in `takes_average`.
 
     Raises:
@@ -116,9 +116,14 @@ def _for_inference(cfg: Config, layout: ParallelConfig) -> Config:
         UserError: the model does not fit the layout.
     """
     plan = get_spec(cfg.model.kind).plan(cfg.model)
-    broken = list(problems(layout, plan, math.lcm(2, layout.tp), rows=layout.pp, micro_batch=1))
+    broken = list(
+        problems(layout, plan, math.lcm(2, layout.tp), rows=layout.pp * layout.dp_replicate, micro_batch=1)
+    )
     if broken:
-        text = " ".join(str(replace(each, field=each.field.replace("parallel.", "--"))) for each in broken)
+        flags = {"parallel.dp_replicate": "--dp", "parallel.": "--"}
+        for field, flag in flags.items():
+            broken = [replace(each, field=each.field.replace(field, flag)) for each in broken]
+        text = " ".join(map(str, broken))
         raise UserError(f"{text} It is the layout in which the model is loaded.")
     train = replace(cfg.train, precision="fp64" if cfg.train.precision == "fp64" else "fp32")
     return replace(cfg, train=train, parallel=layout, engine="native")

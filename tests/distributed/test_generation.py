@@ -1,5 +1,6 @@
 """A run, or a Hugging Face directory, generates the same in tensor-parallel and pipeline processes as in one."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from numerics.test_export import exported, make_run
 from resharding import joined_processes
 from torch import distributed as dist
 
+from megatrain.evaluate.answers import Task, answer
 from megatrain.evaluate.scoring import Score, Scorer
 from megatrain.models.generate import Generation, Request
 from megatrain.models.sampling import Sampling
@@ -20,6 +22,7 @@ from megatrain.runtime.processes import Processes
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.inference import load_trained
 
+SCORED = [([1, 2, 3], [4, 5]), ([6], [7]), ([1] * 9, [2, 3, 4]), ([8, 9], [1])]
 PROMPTS = [[3, 14, 15, 9, 2, 3, 14], [7], [9, 9, 4]]
 
 
@@ -74,6 +77,42 @@ def test_shards_generate_what_the_whole_model_does(
         for score, expected in zip(found, scores, strict=True):
             assert score.nats == pytest.approx(expected.nats, abs=1e-9)
         assert held < 0.8 * whole
+
+
+def answers(directory: Path, layout: ParallelConfig) -> tuple[list[Score], list[str], bool]:
+    """Scores and generated answers of several texts, and whether this process has seen all of them."""
+    processes = joined_processes() if dist.is_initialized() else Processes()
+    trained = load_trained(directory, processes, layout, average=None)
+    scorer, seen = Scorer(trained, processes), list[Task]()
+
+    def generate(tasks: Sequence[Task]) -> list[str]:
+        seen.extend(tasks)
+        return answer(trained, tasks, tokens=5, stop=(), max_batch=2)
+
+    tasks = [Task(text, ("",)) for text in ("square of", "line", "the number 12", "is", "the line of the")]
+    texts = scorer.copies.share(tasks, generate)
+    return scorer.scores([*SCORED, ([5], [])]), texts, len(seen) == len(tasks)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_replicate": 2, "tp": 2},
+        pytest.param({"dp_replicate": 7}, marks=pytest.mark.slow),
+        pytest.param({"dp_replicate": 2, "pp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_copies_share_what_is_evaluated(workers: WorkerPool, tmp_path: Path, layout: dict[str, int]) -> None:
+    run = make_run(tmp_path / "run", replace(RUNS["tied"].model, init_std=0.05), precision="fp64")
+    expected, truth, has_all = answers(run, ParallelConfig())
+    assert has_all
+    parallel = ParallelConfig(**layout, zero_stage=0)
+    for scores, texts, has_all in workers.run(answers, world_size(parallel), run, parallel):
+        assert texts == truth
+        assert not has_all
+        assert [each.is_greedy for each in scores] == [each.is_greedy for each in expected]
+        assert [each.nats for each in scores] == pytest.approx([each.nats for each in expected], abs=1e-9)
 
 
 @pytest.mark.slow
