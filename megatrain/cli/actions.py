@@ -35,12 +35,12 @@ def run_action(verb: str, actions: Mapping[str, Callable[[list[str]], int]], arg
 
 
 @contextlib.contextmanager
-def progress_display(as_json: bool) -> "Iterator[Display]":
-    """Show progress on standard error, so that standard output has the result alone."""
+def progress_display(as_json: bool, *, shows: bool = True) -> "Iterator[Display]":
+    """Show progress on standard error, if this process `shows` it, so that standard output has the result alone."""
     from megatrain.observe.display import make_display
 
     with contextlib.redirect_stdout(sys.stderr):
-        display = make_display("plain" if as_json else "auto")
+        display = make_display("off" if not shows else "plain" if as_json else "auto")
         try:
             yield display
         finally:

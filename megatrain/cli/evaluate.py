@@ -83,7 +83,7 @@ def _evaluate(options: Namespace, processes: Processes) -> int:
     scorer = Scorer(trained, processes)
     found: dict[str, Any] = {"model": options.run, "step": trained.step}
     output = io.StringIO() if not processes.is_first else sys.stderr
-    with contextlib.redirect_stdout(output), progress_display(not processes.is_first) as display:
+    with contextlib.redirect_stdout(output), progress_display(False, shows=processes.is_first) as display:
         if options.text:
             found["text"] = _on_text(options, scorer, display.phase)
         if questions:
