@@ -14,7 +14,14 @@ from megatrain.nn.config import MoEBackendConfig
 
 BACKENDS = get_args(hints(MoEBackendConfig)["backend"])
 RUN = [
-    *("train", "model=mixtral_debug", "data=synthetic", "log.display=off", "train.steps=3"),
+    *(
+        "train",
+        "model=mixtral_debug",
+        "data=synthetic",
+        "log.display=off",
+        "train.steps=3",
+        "train.precision=fp32",
+    ),
     *(word for word in TINY if not word.startswith(("data.", "train.steps"))),
 ]
 NEEDS = {

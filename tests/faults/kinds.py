@@ -214,7 +214,9 @@ def _plant_flip(step: int, rank: int) -> None:
         if state.step == step:
             weight = next(iter(state.weights.parameters.values())).detach()
             local = getattr(weight, "_local_tensor", weight)
-            local.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)  # the next steps may round a lower bit away
+            local.view(-1)[:1].view(torch.int32).bitwise_xor_(
+                1 << 12
+            )  # the next steps may round a lower bit away
         return stats
 
     module.train_step = planted
