@@ -60,6 +60,8 @@ class PackedLogits(nn.Module):
         """Tell whether this rank's logits are those that all ranks get."""
         mesh, cfg = self.parallel.mesh, self.parallel.cfg
         assert mesh is not None
-        if not self.by_copy and any(mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")):
+        if not self.by_copy and any(
+            mesh.coordinate(axis) for axis in ("dp_replicate", "dp_shard", "cp", "tp")
+        ):
             return False
         return mesh.coordinate("pp") == stage_rank(cfg.stages - 1, cfg)

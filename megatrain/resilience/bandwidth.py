@@ -49,7 +49,7 @@ def measure(
     data = torch.zeros(BYTES[device.type] // 4, device=device)
     own = [*_links(processes, hosts, data)]
     for axis, group in groups.items():
-        seconds = _best(partial(dist.all_reduce, data, group=group), device)
+        seconds = _best(processes, partial(dist.all_reduce, data, group=group), device)
         if group.rank() == 0:
             ranks = dist.get_process_group_ranks(group)
             own.append(
@@ -116,7 +116,9 @@ def _links(processes: Processes, hosts: list[str], data: torch.Tensor) -> list[S
     received = torch.empty_like(data)
     found = []
     for shift in range(1, min(count - 1, SHIFTS) + 1):
-        if processes.rank in firsts:
+        if processes.rank not in firsts:
+            _best(processes, None, data.device)
+        else:
             place = firsts.index(processes.rank)
             to, source = firsts[(place + shift) % count], firsts[(place - shift) % count]
 
@@ -125,25 +127,34 @@ def _links(processes: Processes, hosts: list[str], data: torch.Tensor) -> list[S
                 for work in dist.batch_isend_irecv(operations):
                     work.wait()
 
-            seconds = _best(exchange, data.device)
+            seconds = _best(processes, exchange, data.device)
             pair = (machines[place], machines[(place + shift) % count])
             found.append(Speed("link", (processes.rank, to), pair, data.nbytes / seconds / 1e9))
         processes.gather(None)  # the rounds do not overlap
     return found
 
 
-def _best(action: Callable[[], Any], device: torch.device) -> float:
-    """Return the least of the seconds that `action` takes, in a first time and the repeats."""
-    best = float("inf")
-    for _ in range(1 + REPEATS):
-        _synchronize(device)
-        began = time.perf_counter()
-        action()
-        _synchronize(device)
-        best = min(best, time.perf_counter() - began)
-        if best > QUICK_S and device.type == "cpu":  # NCCL connects in the first one
-            break
+def _best(processes: Processes, action: Callable[[], Any] | None, device: torch.device) -> float:
+    """Return the least of the seconds that `action` takes, in a first time and, if it is quick for all, the repeats.
+
+    All processes call this together, those without an action (0 seconds) too: who repeats an exchange alone would wait
+    for ever.
+    """
+    best = _seconds(action, device)
+    is_quick = all(processes.gather(best <= QUICK_S))
+    for _ in range(REPEATS if is_quick or device.type != "cpu" else 0):  # NCCL connects in the first one
+        best = min(best, _seconds(action, device))
     return best
+
+
+def _seconds(action: Callable[[], Any] | None, device: torch.device) -> float:
+    if action is None:
+        return 0.0
+    _synchronize(device)
+    began = time.perf_counter()
+    action()
+    _synchronize(device)
+    return time.perf_counter() - began
 
 
 def _synchronize(device: torch.device) -> None:
