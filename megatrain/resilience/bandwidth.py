@@ -17,8 +17,8 @@ from megatrain.runtime.processes import Processes
 BYTES = {"cpu": 2**20, "cuda": 2**26}
 """Size of a message on each kind of device: 1 MiB and 64 MiB."""
 REPEATS = 3
-QUICK_S = 0.2
-"""What takes longer the first time is not repeated."""
+QUICK_S = 3.0
+"""What takes longer the first time, for anybody, is not repeated."""
 SHIFTS = 3
 """Machines that each machine sends to, at most: the next ones in their order."""
 LEAST_TO_COMPARE = 3
@@ -49,7 +49,7 @@ def measure(
     data = torch.zeros(BYTES[device.type] // 4, device=device)
     own = [*_links(processes, hosts, data)]
     for axis, group in groups.items():
-        seconds = _best(processes, partial(dist.all_reduce, data, group=group), device)
+        seconds = _best(processes, partial(_all_reduce, data, group))
         if group.rank() == 0:
             ranks = dist.get_process_group_ranks(group)
             own.append(
@@ -69,7 +69,7 @@ def judge(speeds: list[Speed], least: float) -> list[Problem]:
         usual = statistics.median(speed.gb_s for speed in links)
         slow = [speed for speed in links if speed.gb_s < least * usual]
         hosts = _once(host for speed in links for host in speed.hosts)
-        bad = [host for host in hosts if all(speed in slow for speed in links if host in speed.hosts)]
+        bad = [host for host in hosts if _is_slow(host, links, slow)]
         for host in bad:
             best = max(speed.gb_s for speed in slow if host in speed.hosts)
             problems.append(
@@ -105,8 +105,14 @@ def judge(speeds: list[Speed], least: float) -> list[Problem]:
     return problems
 
 
+def _is_slow(host: str, links: list[Speed], slow: list[Speed]) -> bool:
+    """Tell whether all links from `host`, or all to it, are slow."""
+    ends = ([speed for speed in links if speed.hosts[end] == host] for end in (0, 1))
+    return any(those and all(speed in slow for speed in those) for those in ends)
+
+
 def _links(processes: Processes, hosts: list[str], data: torch.Tensor) -> list[Speed]:
-    """Return this rank's measurements of sending to machines after its own, if it is the first of its machine.
+    """Return this rank's measurements of receiving from machines before its own, if it is the first of its machine.
 
     In each round every machine sends to the one that is `shift` places further.
     """
@@ -117,43 +123,47 @@ def _links(processes: Processes, hosts: list[str], data: torch.Tensor) -> list[S
     found = []
     for shift in range(1, min(count - 1, SHIFTS) + 1):
         if processes.rank not in firsts:
-            _best(processes, None, data.device)
-        else:
-            place = firsts.index(processes.rank)
-            to, source = firsts[(place + shift) % count], firsts[(place - shift) % count]
+            _best(processes, None)
+            continue
+        place = firsts.index(processes.rank)
+        to, source = firsts[(place + shift) % count], firsts[(place - shift) % count]
 
-            def exchange(to: int = to, source: int = source) -> None:
-                operations = [dist.P2POp(dist.isend, data, to), dist.P2POp(dist.irecv, received, source)]
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
+        def exchange(to: int = to, source: int = source) -> float:
+            began = time.perf_counter()
+            operations = [dist.P2POp(dist.irecv, received, source), dist.P2POp(dist.isend, data, to)]
+            works = dist.batch_isend_irecv(operations)
+            works[0].wait()
+            _synchronize(data.device)
+            took = time.perf_counter() - began  # of the link from `source`; the other one may be slower
+            for work in works[1:]:
+                work.wait()
+            return took
 
-            seconds = _best(processes, exchange, data.device)
-            pair = (machines[place], machines[(place + shift) % count])
-            found.append(Speed("link", (processes.rank, to), pair, data.nbytes / seconds / 1e9))
-        processes.gather(None)  # the rounds do not overlap
+        pair = (machines[(place - shift) % count], machines[place])
+        seconds = _best(processes, exchange)
+        found.append(Speed("link", (source, processes.rank), pair, data.nbytes / seconds / 1e9))
     return found
 
 
-def _best(processes: Processes, action: Callable[[], Any] | None, device: torch.device) -> float:
-    """Return the least of the seconds that `action` takes, in a first time and, if it is quick for all, the repeats.
+def _best(processes: Processes, action: Callable[[], float] | None) -> float:
+    """Return the least of the seconds that `action` reports, in a first time and, if it is quick for all, the repeats.
 
-    All processes call this together, those without an action (0 seconds) too: who repeats an exchange alone would wait
-    for ever.
+    All processes call this together, those without an action (0 seconds) too, and begin each time together: who repeats
+    an exchange alone would wait for ever, and who begins late would look slow.
     """
-    best = _seconds(action, device)
-    is_quick = all(processes.gather(best <= QUICK_S))
-    for _ in range(REPEATS if is_quick or device.type != "cpu" else 0):  # NCCL connects in the first one
-        best = min(best, _seconds(action, device))
+    best = float("inf")
+    for _ in range(1 + REPEATS):
+        best = min(best, 0.0 if action is None else action())
+        if any(processes.gather(best > QUICK_S)):
+            break
     return best
 
 
-def _seconds(action: Callable[[], Any] | None, device: torch.device) -> float:
-    if action is None:
-        return 0.0
-    _synchronize(device)
+def _all_reduce(data: torch.Tensor, group: Any) -> float:
+    _synchronize(data.device)
     began = time.perf_counter()
-    action()
-    _synchronize(device)
+    dist.all_reduce(data, group=group)
+    _synchronize(data.device)
     return time.perf_counter() - began
 
 
