@@ -97,7 +97,7 @@ def expected(cfg: ParallelConfig, micro_batches: int) -> Traffic:
         *[{"dp_replicate": 2, "dp_shard": 2, "zero_stage": stage} for stage in (1, 2, 3)],
         {"tp": 2},
         *[{"cp": 2, "cp_kind": kind} for kind in ("all_gather", "ring", "ulysses")],
-        {"cp": 4, "cp_kind": "ring", "zero_stage": 1},
+        pytest.param({"cp": 4, "cp_kind": "ring", "zero_stage": 1}, marks=pytest.mark.slow),
         {"dp_shard": 2, "tp": 2},
         {"pp": 2, "pp_schedule": "1f1b"},
         *[{"pp": 2, "dp_shard": 2, "zero_stage": stage} for stage in (1, 2, 3)],
@@ -145,7 +145,14 @@ def test_weights_are_gathered_once_more_for_gradients_that_are_computed_apart(wo
         assert (second["all_gather", 2], second["reduce_scatter", 2]) == (3 * m * 2, m * 2)
 
 
-@pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"pp": 2, "pp_schedule": "1f1b"}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"dp_shard": 2, "tp": 2}, marks=pytest.mark.slow),
+        {"pp": 2, "pp_schedule": "1f1b"},
+    ],
+    ids=str,
+)
 def test_bench_reports_what_a_step_sends_by_axis(workers: WorkerPool, layout: dict[str, Any]) -> None:
     cfg = in_layout(layout)
     parallel = cfg.parallel
