@@ -80,7 +80,8 @@ def in_layout(verb: str, argv: list[str], options: Namespace, job: Callable[[Pro
             return job(processes)
     if size == 1:
         return job(Processes())
-    require_room(f"--tp {layout.tp} --pp {layout.pp} --dp {layout.dp_replicate}", size)
+    copies = f" --dp {layout.dp_replicate}" if layout.dp_replicate > 1 else ""
+    require_room(f"--tp {layout.tp} --pp {layout.pp}{copies}", size)
     from megatrain.train.inference import config_for_inference
 
     # One process refuses sooner than all of them would.

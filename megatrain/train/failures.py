@@ -78,7 +78,6 @@ def roll_back(
     found = run.checkpointer.load(tensors := state.tensors())
     assert found is not None
     state.restore(found.state, tensors)
-    state.owed = {}  # it was made since
     state.batches_passed_over = next_batch - state.step
     run.log.open(state.step)
     policy.went_back(state.step, recent_losses(run))

@@ -241,10 +241,11 @@ class _Attempt:
             stop_wanted = _settle(run)
         requests = requests_after(run.state.step, cfg, stop_wanted=stop_wanted, next_save=self.next_save)
         stop = requests.stop
+        run.state.owed = {}
         if requests.evaluate:
             found = _evaluate(run, observer, train_loss=row["train/loss"])
-            run.state.owed = {} if found or not run.eval_batches else dict(row)
-            stop = "signal" if run.state.owed else stop
+            if run.eval_batches and not found:
+                run.state.owed, stop = dict(row), "signal"
             row |= found
             stop = stop or ("" if _patience_left(run) else "early stop")
             stop = stop or ("signal" if run.any_wants(bool(run.signals.received)) else "")

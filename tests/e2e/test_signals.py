@@ -105,6 +105,25 @@ def test_in_the_first_validation_there_is_nothing_to_save(workplace: Workplace) 
     assert not list((started.run / "checkpoints").glob("step-*"))
 
 
+def test_a_validation_that_is_no_longer_wanted_is_not_owed(workplace: Workplace) -> None:
+    settings = ("train.steps=8", "train.eval_every=4", "checkpoint.every=2", "train.eval_tokens=1000000")
+    started = Started(workplace, "changed", *settings)
+    metrics = started.run / "metrics.jsonl"
+    started.reach(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") == 4)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.ended() == 75
+    for stop_at in (6, 8):
+        workplace.run(
+            [
+                *started.line,
+                "train.eval_every=0",
+                f"train.stop_at={stop_at}",
+                "train.allow_changes=[train.eval_every]",
+            ]
+        )
+    assert [row["step"] for row in workplace.rows("changed")] == list(range(9))
+
+
 @pytest.mark.parametrize("steps", [4, 6])
 def test_a_validation_that_a_signal_calls_off_is_made_later(workplace: Workplace, steps: int) -> None:
     settings = (
