@@ -41,6 +41,8 @@ class Batch:
     doc_ids: torch.Tensor | None
     token_numbers: torch.Tensor | None = None
     """Each token's number in the run, the same in every layout, where something is drawn by it; None: nothing is."""
+    factors: torch.Tensor | None = None
+    """Float `(micro_batch, seq_len)` by which the loss of each token is multiplied; None: 1."""
 
 
 @dataclass(frozen=True, slots=True)

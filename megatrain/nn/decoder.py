@@ -70,6 +70,8 @@ class Decoder(nn.Module):
         token_numbers: Tensor | None = None,
         z_loss: float = 0.0,
         keep: Tensor | None = None,
+        factors: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
 
@@ -81,6 +83,7 @@ class Decoder(nn.Module):
             token_numbers: `(batch, seq)` int64 in training with dropout: each token's number in the run.
             z_loss: factor on the squared log-partition.
             keep: `(kept,)` indices of the tokens of a row whose logits are wanted; None: all.
+            factors, per_token: as in `LossHead.forward`.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -93,7 +96,9 @@ class Decoder(nn.Module):
         hidden = self.norm(hidden)
         table = self.embed if self.head is None else self.head
         assert table is not None
-        out: Tensor = self.loss_head(hidden, table.tensor("weight"), targets, z_loss, keep)
+        out: Tensor = self.loss_head(
+            hidden, table.tensor("weight"), targets, z_loss, keep, factors, per_token
+        )
         return out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class LossHead(nn.Module):
         targets: Tensor | None = None,
         z_loss: float = 0.0,
         keep: Tensor | None = None,
+        factors: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` their loss summed over valid ones (float32 scalar).
 
@@ -30,10 +32,19 @@ class LossHead(nn.Module):
             targets: `(batch, seq)` int64, -100 where there is none.
             z_loss: factor on the squared log-partition (PaLM, arXiv 2204.02311).
             keep: `(kept,)` indices of the tokens whose logits are wanted; None: all.
+            factors: `(batch, seq)`, by which the loss of each token is multiplied; None: 1.
+            per_token: whether the losses of the tokens are wanted, `(batch, seq)`, and not their sum; without a
+                gradient in a sharded vocabulary.
         """
         if targets is not None:
             return linear_cross_entropy(
-                hidden, weight, targets, z_loss=z_loss, softcap=self.softcap, reduction="sum"
+                hidden,
+                weight,
+                targets,
+                factors=factors,
+                z_loss=z_loss,
+                softcap=self.softcap,
+                reduction="none" if per_token else "sum",
             )
         logits = linear(hidden if keep is None else hidden[:, keep], weight)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -118,8 +118,10 @@ class Pipeline:
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else self._zero()
 
     @torch.no_grad()
-    def forward(self, tensors: Tensors) -> Tensor | None:
+    def forward(self, tensors: Tensors, *, per_token: bool = False) -> Tensor | None:
         """Return the loss of one micro-batch, or without targets its logits, on the rank of the last stage, else None.
+
+        With `per_token` it is the loss of each token, `(rows, seq)`.
 
         A rank can start the next one as soon as it has sent its outputs. (The schedules' own `eval` runs
         backward actions in V-shaped ones, which fail: torch 2.13, `get_local_bwd_output`.)
@@ -132,7 +134,7 @@ class Pipeline:
             if stage > 0 and (source := stage_rank(stage - 1, self.cfg)) != rank:
                 x = torch.empty(shape, dtype=self.compute_dtype, device=x.device)
                 dist.recv(x, group=group, group_src=source)
-            x = model(x, **_kwargs(tensors, 0.0))
+            x = model(x, **_kwargs(tensors, 0.0), per_token=per_token)
             if stage + 1 == self.cfg.stages:
                 return x
             if (target := stage_rank(stage + 1, self.cfg)) != rank:
@@ -244,5 +246,5 @@ class Pipeline:
 
 
 def _kwargs(tensors: Tensors, z_loss: float) -> dict[str, Any]:
-    names = ("targets", "positions", "doc_ids", "keep", "token_numbers")
+    names = ("targets", "positions", "doc_ids", "keep", "token_numbers", "factors")
     return {"z_loss": z_loss} | {name: tensors[name] for name in names if tensors.get(name) is not None}

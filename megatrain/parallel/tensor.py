@@ -131,6 +131,8 @@ class VocabularyParallelLossHead(nn.Module):
         targets: Tensor | None = None,
         z_loss: float = 0.0,
         keep: Tensor | None = None,
+        factors: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Return what `LossHead` does, from hidden `(batch, seq / tp, hidden)` and this rank's rows of the weight."""
         hidden = gather_shared(hidden, SEQ, self.group)
@@ -139,9 +141,10 @@ class VocabularyParallelLossHead(nn.Module):
                 hidden,
                 weight,
                 targets,
+                factors=factors,
                 z_loss=z_loss,
                 softcap=self.softcap,
-                reduction="sum",
+                reduction="none" if per_token else "sum",
                 tp_group=self.group,
                 vocab_size=self.shares[-1].stop,
             )

@@ -67,7 +67,7 @@ def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
     """Return this rank's shard of `batch` on the device, by the names of the model's arguments."""
-    names = ("tokens", "targets", "positions", "doc_ids", "token_numbers")
+    names = ("tokens", "targets", "positions", "doc_ids", "token_numbers", "factors")
     with record_function("data"):
         tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
         device = parallel.device

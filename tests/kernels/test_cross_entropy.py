@@ -93,6 +93,28 @@ def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) ->
     assert (mine.double() - true).abs().max() <= 5e-3 * true.abs().max()  # one bf16 rounding is 4e-3
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_factors_of_tokens(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients are those of the losses times the factors, which have none; chunks of 7 tokens."""
+    module = importlib.import_module("megatrain_kernels.linear_xent.op")
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 7 * VOCAB})
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 1)
+    x, weight, targets = draw(1, TOKENS, HIDDEN), draw(2, VOCAB, HIDDEN), draw_targets()
+    factors = draw(5, TOKENS)
+    losses = true_losses(x @ weight.T, targets, 0.1, None) * factors.detach()
+    options: dict[str, Any] = {"factors": factors, "z_loss": 0.1, "backend": backend}
+    got = linear_cross_entropy(x, weight, targets, reduction="sum", **options)
+    torch.testing.assert_close(got, losses.sum(), rtol=1e-12, atol=1e-12)
+    true = torch.autograd.grad(losses.sum(), (x, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(got, (x, weight)), true, rtol=1e-12, atol=1e-12)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            each = linear_cross_entropy(x, weight, targets, reduction="none", **options)
+        torch.testing.assert_close(each, losses, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="factors must be as targets"):
+        linear_cross_entropy(x, weight, targets, factors=factors[:3])
+
+
 def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None, vocab: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
@@ -107,9 +129,22 @@ def _sharded_worker(rank: int, store: str, z_loss: float, softcap: float | None,
     losses = true_losses(x @ weight.T, targets, z_loss, softcap)
     truth = losses.sum() / (targets != -100).sum()
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
-    grads, true = torch.autograd.grad(got, (x, shard)), torch.autograd.grad(truth, (x, weight))
+    grads, true = (
+        torch.autograd.grad(got, (x, shard)),
+        torch.autograd.grad(truth, (x, weight), retain_graph=True),
+    )
     torch.testing.assert_close(grads[0], true[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grads[1], true[1][columns], rtol=1e-12, atol=1e-12)
+    factors = draw(5, TOKENS).detach()
+    summed = {"z_loss": z_loss, "softcap": softcap, "factors": factors, **options}
+    got = linear_cross_entropy(x, shard, targets, reduction="sum", **summed)
+    grads = torch.autograd.grad(got, (x, shard))
+    true = torch.autograd.grad((losses * factors).sum(), (x, weight), retain_graph=True)
+    torch.testing.assert_close(grads[0], true[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[1], true[1][columns], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        each = linear_cross_entropy(x, shard, targets, reduction="none", **summed)
+    torch.testing.assert_close(each, (losses * factors).detach(), rtol=1e-12, atol=1e-12)
     # Logits so far apart that only the true maximum over all shards keeps exp within range.
     logits = (1e4 * (x @ weight.T)).detach()
     got = cross_entropy(logits[:, columns], targets, z_loss=z_loss, reduction="none", **options)

@@ -37,6 +37,7 @@ def linear_cross_entropy_op(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
+    factors: Tensor | None,
     ignore_index: int,
     z_loss: float,
     softcap: float | None,
@@ -46,7 +47,7 @@ def linear_cross_entropy_op(
     wants_weight: bool,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum of losses over the valid tokens of x `(tokens, hidden)`, and the gradients that are wanted."""
+    """Return the losses of the tokens of x `(tokens, hidden)`, and the gradients of their sum that are wanted."""
     options = sharded_options(LossOptions(ignore_index, z_loss, softcap), group, vocab_size)
     compute = torch.promote_types(x.dtype, torch.float32)
     columns, weight = weight.shape[0], _aligned(weight)
@@ -57,13 +58,15 @@ def linear_cross_entropy_op(
     grad_x = x.new_empty(x.shape if wants_x else 0)
     # Chunks are added in float32: sums of many bf16 terms would lose the small ones.
     grad_weight = x.new_zeros(weight.shape if wants_weight else 0, dtype=compute)
-    total = x.new_zeros((), dtype=compute)
+    losses = x.new_empty(x.shape[0], dtype=compute)
     for start in range(0, x.shape[0], rows):
         part, wanted = x[start : start + rows], targets[start : start + rows]
         logits = torch.mm(part, weight.T, out=buffer[: part.shape[0]])
         real = logits[:, :columns]  # those of the padding stay zero, and add nothing to the gradients
         gradient = real if wants_x or wants_weight else None
-        total += row_losses(real, wanted, options, gradient=gradient, path=path).sum()
+        losses[start : start + rows] = row_losses(real, wanted, options, gradient=gradient, path=path)
+        if factors is not None and gradient is not None:
+            gradient.mul_(factors[start : start + rows, None])
         if wants_x:
             torch.mm(logits, weight, out=grad_x[start : start + rows])
         if not wants_weight:
@@ -74,7 +77,9 @@ def linear_cross_entropy_op(
             grad_weight += logits.T @ part
     if wants_x and options.group is not None:  # each rank has the part of its own columns
         dist.all_reduce(grad_x, group=options.group)
-    return total, grad_x, (grad_weight[:columns] if wants_weight else grad_weight).to(weight.dtype)
+    if factors is not None:
+        losses.mul_(factors)
+    return losses, grad_x, (grad_weight[:columns] if wants_weight else grad_weight).to(weight.dtype)
 
 
 def _aligned(weight: Tensor) -> Tensor:
@@ -93,6 +98,7 @@ def _fake(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
+    factors: Tensor | None,
     ignore_index: int,
     z_loss: float,
     softcap: float | None,
@@ -102,9 +108,9 @@ def _fake(
     wants_weight: bool,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     grad_x, grad_weight = x.shape if wants_x else 0, weight.shape if wants_weight else 0
-    return total, x.new_empty(grad_x), weight.new_empty(grad_weight)
+    return losses, x.new_empty(grad_x), weight.new_empty(grad_weight)
 
 
 @register_flop_formula(torch.ops.megatrain.linear_cross_entropy)
@@ -115,17 +121,17 @@ def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **__: Any) ->
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of losses over the valid tokens of x `(tokens, hidden)`, a scalar."""
+    """Sum of the losses of x `(tokens, hidden)`, a scalar; those of tokens without a target are 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
         """Compute the sum, and keep the gradients that are wanted."""
         *settings, path = options
         wanted = ctx.needs_input_grad[:2]
-        total: Tensor
-        total, *grads = linear_cross_entropy_op(x, weight, targets, *settings, *wanted, path)
+        losses: Tensor
+        losses, *grads = linear_cross_entropy_op(x, weight, targets, *settings, *wanted, path)
         ctx.save_for_backward(*(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
-        return total
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -141,6 +147,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    factors: Tensor | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -153,9 +160,11 @@ def linear_cross_entropy(
 
     Args:
         x: `(..., hidden)`. weight: `(vocab, hidden)`, in x's type. targets: `(...)` int64 token ids, or `ignore_index`.
+        factors: `(...)`, by which each token's loss is multiplied, without a gradient of their own; None: 1.
         z_loss: factor on the squared log-sum-exp of the logits, added to each token's loss.
         softcap: c: logits become c·tanh(logits / c).
-        reduction: "mean" and "sum" are over valid tokens; "none" gives each token's loss and holds all logits.
+        reduction: "mean" and "sum" are over valid tokens; "none" gives each token's loss, and holds all logits where a
+            gradient is wanted.
         tp_group: its rank r holds the r-th slice of the vocabulary as `weight`; x and targets are the same on all
             of its ranks, and so are the loss and x's gradient (summed over the group here).
         vocab_size: rows of all slices, of which the first `vocab_size % ranks` have one more; None: slices are equal.
@@ -163,22 +172,23 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes, types or devices that do not fit, no reduction or backend of that name, or a sharded
-            vocabulary with "none" or the reference.
+            vocabulary with the reference, or with "none" where a gradient is wanted.
     """
-    _check(x, weight, targets)
+    _check(x, weight, targets, factors)
     path = select(LINEAR_CROSS_ENTROPY, backend, x)
     valid = targets != ignore_index
-    if tp_group is not None and (path == "reference" or reduction == "none"):
+    wants_each = reduction == "none" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if tp_group is not None and (path == "reference" or wants_each):
         raise ValueError(
-            "a vocabulary sharded over tp_group needs reduction mean or sum, and not the reference"
+            "a vocabulary sharded over tp_group needs reduction mean or sum, or no gradient, and not the reference"
         )
     if path == "reference":
         losses = linear_cross_entropy_reference(
-            x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap
+            x, weight, targets, factors=factors, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap
         )
         return reduce_loss(losses, valid, reduction)
-    if reduction == "none":
-        return cross_entropy(
+    if wants_each:
+        losses = cross_entropy(
             x @ weight.T,
             targets,
             ignore_index=ignore_index,
@@ -187,12 +197,17 @@ def linear_cross_entropy(
             reduction=reduction,
             backend=backend,
         )
-    options = (ignore_index, z_loss, softcap, *group_arguments(tp_group, vocab_size, weight.shape[0]), path)
-    total = _ChunkedLoss.apply(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *options)
-    return reduce_loss(total, valid, reduction)
+        return losses if factors is None else losses * factors.to(losses.dtype)
+    settings = (ignore_index, z_loss, softcap, *group_arguments(tp_group, vocab_size, weight.shape[0]))
+    if factors is not None:
+        factors = factors.reshape(-1).to(torch.promote_types(x.dtype, torch.float32))
+    flat = (x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), factors)
+    if reduction == "none":
+        return linear_cross_entropy_op(*flat, *settings, False, False, path)[0].view(targets.shape)
+    return reduce_loss(_ChunkedLoss.apply(*flat, *settings, path), valid, reduction)
 
 
-def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None) -> None:
     sizes = x.ndim == targets.ndim + 1 and x.shape[:-1] == targets.shape and weight.ndim == 2
     require(
         sizes and weight.shape[1] == x.shape[-1] and weight.shape[0] > 0,
@@ -204,6 +219,10 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:
     require_floating(x=x, weight=weight)
     require(x.dtype == weight.dtype, "x and weight must have one type", x=x, weight=weight)
     check_targets(targets, x=x, weight=weight)
+    if factors is not None:
+        require(
+            factors.shape == targets.shape, "factors must be as targets", factors=factors, targets=targets
+        )
 
 
 LINEAR_CROSS_ENTROPY = register(

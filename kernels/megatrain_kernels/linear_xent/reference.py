@@ -11,11 +11,18 @@ def linear_cross_entropy_reference(
     weight: Tensor,
     targets: Tensor,
     *,
+    factors: Tensor | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return `cross_entropy_reference` of logits = x weightᵀ: the loss of each token, `(...)`, float32 at least."""
+    """Return `cross_entropy_reference` of logits = x weightᵀ: the loss of each token, `(...)`, float32 at least.
+
+    Each is multiplied by its entry of `factors` `(...)`, if given.
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(compute) @ weight.to(compute).T
-    return cross_entropy_reference(logits, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap)
+    losses = cross_entropy_reference(
+        logits, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap
+    )
+    return losses if factors is None else losses * factors.to(losses.dtype)

@@ -319,8 +319,9 @@ def test_operators_keep_their_contract(backend: str, wanted: bool) -> None:
     torch.library.opcheck(operation.cross_entropy_op, (logits, targets, *options, wanted, backend))
     linear = import_module("megatrain_kernels.linear_xent.op").linear_cross_entropy_op
     x, weight = (draw(s, n, HIDDEN, dtype=torch.float16).detach() for s, n in ((1, 5), (2, 70)))
-    torch.library.opcheck(linear, (x, weight, targets, *options, wanted, True, backend))
-    torch.library.opcheck(linear, (x, weight, targets, *options, True, wanted, backend))
+    factors = torch.linspace(-1, 2, 5)
+    torch.library.opcheck(linear, (x, weight, targets, factors, *options, wanted, True, backend))
+    torch.library.opcheck(linear, (x, weight, targets, None, *options, True, wanted, backend))
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler probes tensors in ways that warn
