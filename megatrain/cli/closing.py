@@ -45,7 +45,21 @@ def _commands(cfg: Config, directory: Path, prompt: str) -> list[str]:
     run = shlex.quote(str(directory))
     generate = f"megatrain generate {run} {shlex.quote(_on_one_line(prompt))}"
     others = [f"megatrain report {run}", f"megatrain export {run} {shlex.quote(_new_directory(cfg))}"]
+    if cfg.model.classifier is not None:
+        labels = " ".join(["megatrain evaluate", run, "--labels", shlex.quote(str(_first_path(cfg)))])
+        fields = {
+            "--text-field": (cfg.data.text_field, "text"),
+            "--label-field": (cfg.data.label_field, "label"),
+        }
+        given = [f" {flag} {shlex.quote(value)}" for flag, (value, usual) in fields.items() if value != usual]
+        template = "" if cfg.data.template is None else f" --template {shlex.quote(cfg.data.template)}"
+        return ["".join([labels, *given, template]), *others]
     return [generate, *others] if cfg.data.kind != "synthetic" else others
+
+
+def _first_path(cfg: Config) -> str | None:
+    path = cfg.data.path
+    return path if path is None or isinstance(path, str) else path[0]
 
 
 def _on_one_line(prompt: str) -> str:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from megatrain.cli.base import read_base
+from megatrain.cli.classifier import of_classifier, with_classifier
 from megatrain.cli.conf import config_dirs, group_options
 from megatrain.cli.mistakes import REMOVABLE, cannot_be_removed, explain, in_words, must_be_given
 from megatrain.config.errors import UserError
@@ -69,6 +70,7 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
     """
     with hydra_over(source):
         parsed, broken = parse(overrides)
+        classifier, parsed = of_classifier(parsed)
         tree = _compose_rest(parsed, source, broken)
         data = _resolved(tree, "", broken)
         fixed = _base(data, broken) if source.starts_from_base else _imported(data)
@@ -76,6 +78,8 @@ def compose(overrides: list[str], source: Source = Source()) -> Config:
             broken += _model_overrides(parsed, fixed)
             data = _resolved(_compose(source.config_name, _lines_for(fixed, parsed)), "", broken)
             data["model"] = dump(fixed.model)
+        if isinstance(data.get("model"), dict):
+            data["model"] |= with_classifier(data, classifier)
     broken += _recipe_problems(data.pop("recipe", None))
     cfg, wrong = check(Config, data)
     if not os.path.exists(

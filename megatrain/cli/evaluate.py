@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatrain.cli.actions import progress_display, strict_json
+from megatrain.cli.actions import progress_display, run_here, strict_json
 from megatrain.cli.generate import add_layout, in_layout, load_model
 from megatrain.cli.options import Parser
 from megatrain.cli.prompts import check_numbers
@@ -19,12 +19,14 @@ from megatrain.config.errors import UserError
 from megatrain.config.paths import expanded
 from megatrain.runtime.packages import how_to_install
 from megatrain.runtime.processes import Processes
+from megatrain.train.files import TOKENIZER
 
 if TYPE_CHECKING:
     from megatrain.evaluate.scoring import Scorer
 
 PACKAGES = {
     "choices": {"sklearn": "scikit-learn"},
+    "labels": {"sklearn": "scikit-learn"},
     "answers": {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"},
     "tasks": {"lm_eval": "lm-eval"},
 }
@@ -36,10 +38,10 @@ def run(argv: list[str]) -> int:
     """Evaluate, print a table, and write the results as JSON if asked to; return the exit code."""
     options = _parser().parse_intermixed_args(argv)
     check_numbers("evaluate", options)
-    asked = [name for name in ("text", "choices", "answers", "tasks") if getattr(options, name)]
+    asked = [name for name in ("text", "labels", "choices", "answers", "tasks") if getattr(options, name)]
     if not asked:
         raise UserError(
-            "evaluate: say what to evaluate on: --text, --choices, --answers or --tasks; "
+            "evaluate: say what to evaluate on: --text, --labels, --choices, --answers or --tasks; "
             "see `megatrain evaluate --help`"
         )
     for name in asked:
@@ -55,6 +57,10 @@ def _parser() -> Parser:
     parser.add_argument("--text", action="append", default=[], metavar="PATH")
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--stride", type=int)
+    parser.add_argument("--labels", metavar="PATH")
+    parser.add_argument("--label-field", default="label")
+    parser.add_argument("--template")
+    parser.add_argument("--predictions", metavar="FILE")
     parser.add_argument("--choices", metavar="FILE")
     parser.add_argument("--answers", metavar="FILE")
     parser.add_argument("--tokens", type=int, default=128)
@@ -80,12 +86,15 @@ def _evaluate(options: Namespace, processes: Processes) -> int:
     questions = read_questions(Path(expanded(options.choices))) if options.choices else []
     tasks = read_tasks(Path(expanded(options.answers))) if options.answers else []
     trained = load_model(options, processes)
+    _require_kind(options, is_classifier=trained.parallel.plan.has_classifier)
     scorer = Scorer(trained, processes)
     found: dict[str, Any] = {"model": options.run, "step": trained.step}
     output = io.StringIO() if not processes.is_first else sys.stderr
     with contextlib.redirect_stdout(output), progress_display(False, shows=processes.is_first) as display:
         if options.text:
             found["text"] = _on_text(options, scorer, display.phase)
+        if options.labels:
+            found["labels"] = _on_labels(options, scorer, display.phase)
         if questions:
             from megatrain.evaluate.choices import choose
 
@@ -118,6 +127,40 @@ def _on_text(options: Namespace, scorer: "Scorer", progress: Progress) -> dict[s
     return perplexity(scorer, paths, field=options.text_field, stride=stride, progress=progress)
 
 
+def _require_kind(options: Namespace, *, is_classifier: bool) -> None:
+    """Refuse what a classifier, or what a language model, can't do."""
+    if is_classifier and not options.labels:
+        raise UserError(
+            f"evaluate: {options.run} is a classifier, which predicts labels and no tokens: use --labels"
+        )
+    others = [name for name in ("text", "choices", "answers", "tasks") if getattr(options, name)]
+    if is_classifier and others:
+        raise UserError(
+            f"evaluate: --{others[0]}: {options.run} is a classifier, which predicts labels and no tokens"
+        )
+
+
+def _on_labels(options: Namespace, scorer: "Scorer", progress: Progress) -> dict[str, Any]:
+    from megatrain.data.sources.chat import Conversation, read_chat
+    from megatrain.evaluate.labels import classify, judge, predictions, read_labelled
+
+    directory = run_here(options.run)
+    own = directory / TOKENIZER
+    found = read_labelled(
+        scorer.trained,
+        expanded(options.labels),
+        text_field=options.text_field,
+        label_field=options.label_field,
+        template=options.template,
+        conversation=Conversation(*read_chat(own if own.is_dir() else directory)),
+    )
+    logits = classify(scorer, found.documents, progress=progress)
+    if options.predictions and scorer.copies.processes.is_first:
+        rows = (json.dumps(row, ensure_ascii=False) for row in predictions(found, logits))
+        _write("--predictions", options.predictions, "".join(f"{row}\n" for row in rows))
+    return judge(found, logits)
+
+
 def _on_tasks(options: Namespace, scorer: "Scorer") -> dict[str, Any]:
     from megatrain.evaluate.harness import run_tasks
 
@@ -141,18 +184,22 @@ def _show(found: dict[str, Any], options: Namespace) -> None:
     if options.json == "-":
         print(text)
     elif options.json is not None:
-        path = Path(expanded(options.json))
-        try:
-            path.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"evaluate: --json {path}: {error.strerror}") from None
+        _write("--json", options.json, text + "\n")
+
+
+def _write(flag: str, file: str, text: str) -> None:
+    path = Path(expanded(file))
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"evaluate: {flag} {path}: {error.strerror}") from None
 
 
 def as_table(found: dict[str, Any]) -> str:
     """Return the results as text: a line for each figure, the confusion matrix as rows of the true labels."""
     step = "" if found["step"] is None else f", step {found['step']}"
     lines = [f"{found['model']}{step}"]
-    for part in ("text", "choices", "answers"):
+    for part in ("text", "labels", "choices", "answers"):
         if part in found:
             lines += [part, *_figures(found[part]), *_label_rows(found[part])]
     for task, values in found.get("tasks", {}).items():
@@ -165,13 +212,15 @@ def _label_rows(choices: dict[str, Any]) -> list[str]:
     if "labels" not in choices:
         return []
     width = max(len(label) for label in choices["labels"])
-    lines = [f"  {'label':<{width}}  precision  recall      f1  support  predicted as"]
-    for label, row in zip(choices["labels"], choices["confusion"]["rows_are_true"], strict=True):
+    confusion = choices.get("confusion", {}).get("rows_are_true", [()] * len(choices["labels"]))
+    last = "  predicted as" if "confusion" in choices else ""
+    lines = [f"  {'label':<{width}}  precision  recall      f1  support{last}"]
+    for label, row in zip(choices["labels"], confusion, strict=True):
         each = choices["labels"][label]
         figures = (
             f"{each['precision']:9.4f}  {each['recall']:6.4f}  {each['f1']:6.4f}  {each['support']:7.0f}"
         )
-        lines.append(f"  {label:<{width}}  {figures}  {' '.join(map(str, row))}")
+        lines.append(f"  {label:<{width}}  {figures}  {' '.join(map(str, row))}".rstrip())
     return lines
 
 

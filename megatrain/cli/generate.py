@@ -103,6 +103,13 @@ def load_model(options: Namespace, processes: Processes) -> "TrainedModel":
     return load_trained(directory, processes, layout_of(options), average=options.average)
 
 
+def _require_language_model(trained: "TrainedModel", run: str) -> None:
+    if trained.parallel.plan.has_classifier:
+        raise UserError(
+            f"generate: {run} is a classifier, which predicts labels and no tokens: use megatrain evaluate --labels"
+        )
+
+
 def _generate(options: Namespace, rows: list[dict[str, Any]], processes: Processes) -> int:
     with processes.at_work():
         from megatrain.models.generate import Generation
@@ -110,6 +117,7 @@ def _generate(options: Namespace, rows: list[dict[str, Any]], processes: Process
         from megatrain.train.generation import TextRequest, continue_texts
 
     trained = load_model(options, processes)
+    _require_language_model(trained, options.run)
     requests = [
         TextRequest(
             prompt=row["prompt"],

@@ -87,12 +87,20 @@ EVALUATE = Verb(
     takes_config=False,
     flags=(
         ("--text PATH", "perplexity and bits per byte of its documents; may be given several times"),
-        ("--text-field NAME", "--text: field of rows that holds the text; default: text"),
+        ("--text-field NAME", "--text, --labels: field of rows that holds the text; default: text"),
         (
             "--stride N",
             "--text: tokens that are predicted at a time beyond the first context; default: the whole context, so that "
             "each token is read once",
         ),
+        (
+            "--labels PATH",
+            "of a classifier: rows with text and label, in any form that data.path takes; accuracy, F1, confusion, "
+            "calibration",
+        ),
+        ("--label-field NAME", "--labels: field that holds the label, or the labels; default: label"),
+        ("--template TEXT", "--labels: text made from several fields, as data.template"),
+        ("--predictions FILE", "--labels: write each row's label, prediction and probabilities as JSONL"),
         (
             "--choices FILE",
             "JSONL with prompt, answer and choices (default: all answers of the file): the likeliest choice",

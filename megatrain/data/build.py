@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from megatrain.data.clean.config import CorpusStep
 from megatrain.data.clean.duplicates import find_duplicates
 from megatrain.data.clean.report import CleaningReport
 from megatrain.data.config import DataConfig
+from megatrain.data.labels import LabelSet, label_set
 from megatrain.data.sources.corpus import Corpus, Part
 from megatrain.data.sources.examples import FORMS
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.listing import TEXT_HINT
+from megatrain.data.sources.preferences import FORMS as PAIRS
 from megatrain.data.store import UnfinishedError
 from megatrain.data.tokenizer import Tokenizer, train_bpe
 from megatrain.data.tokenizer_files import load_tokenizer, read_tokenizer
@@ -36,6 +38,12 @@ Progress = Callable[[str, float], None]
 """Progress callback: the name of a phase and its completed fraction, 0 to 1."""
 PARALLEL_BYTES = 256 << 20
 """From this size of the sources on, `data.workers=auto` means a process per core; below, starting them costs more."""
+FORMS_OF = {
+    "chat": FORMS,
+    "preferences": PAIRS,
+    "classify": "a row has a text (data.text_field or data.template) and a label (data.label_field)",
+}
+"""Of each kind of data whose documents are examples, what a row must be."""
 PIECE_CHARS = 1 << 20  # the tokenizer's training text is taken in pieces of at most this
 TRAIN_CHARS = 128 << 20  # a tokenizer is trained on at most about this much text, spread over the corpus
 
@@ -52,6 +60,8 @@ class Built:
     """Documents used."""
     left_out: LeftOut
     cleaning: CleaningReport
+    labels: LabelSet | None
+    """What the documents are labelled with; None if they have no labels."""
 
 
 def build(
@@ -77,6 +87,8 @@ def build(
     left_out = LeftOut(corpus.unlisted)
     cleaning = CleaningReport(cfg.clean)
     encodings, chars = _choose(cfg, corpus, spools, left_out, cleaning)
+    labels = _labels(spools) if cfg.kind == "classify" else None
+    encodings = [replace(each, labels=labels) for each in encodings]
     tokenizer = _tokenizer(cfg, spools, encodings, chars, work / "tokenizer", progress)
     folders = [work / f"tokens-{number:06}" for number in range(len(units))]
     crew.each(
@@ -94,7 +106,16 @@ def build(
             f"{corpus.origin} has too little text: {train_tokens} training tokens, but at least 2 are needed"
         )
     shutil.rmtree(work)
-    return Built(splits, tokenizer, files, documents, left_out, cleaning)
+    return Built(splits, tokenizer, files, documents, left_out, cleaning, labels)
+
+
+def _labels(spools: list[Path]) -> LabelSet:
+    """Return the labels of all units' documents.
+
+    Raises:
+        UserError: they can't be told apart.
+    """
+    return label_set(label for spool in spools for label in open_spool(spool).labels or ())
 
 
 def _choose(
@@ -127,16 +148,16 @@ def _choose(
             raise UserError(
                 f"{corpus.origin}: data.clean removed every document.\n  " + "\n  ".join(cleaning.lines())
             )
-        if cfg.kind == "chat":
+        if cfg.kind in FORMS_OF:
             raise UserError(
-                f"{corpus.origin} gives no examples (left out: {left_out.details() or 'nothing'}): {FORMS}"
+                f"{corpus.origin} gives no examples (left out: {left_out.details() or 'nothing'}): {FORMS_OF[cfg.kind]}"
             )
         raise UserError(
             f"{corpus.origin} contains no text (left out: {left_out.details() or 'nothing'}). {TEXT_HINT} Of rows, "
             "data.text_field says which field holds the text."
         )
     held = sum(int((each.keep & each.held_out).sum()) for each in found)
-    if cfg.val_fraction > 0 and held in (0, documents) and cfg.kind == "chat":
+    if cfg.val_fraction > 0 and held in (0, documents) and cfg.kind in FORMS_OF:
         return _with_one_held_out(found, spools), chars
     if cfg.val_fraction > 0 and held in (0, documents):
         _, unit, number = longest
@@ -150,15 +171,13 @@ def _choose(
 
 
 def _with_one_held_out(found: list[Encoding], spools: list[Path]) -> list[Encoding]:
-    """Hold out the one example whose digest is the least, since examples are not cut; none if there is only one."""
-    digests = [(open_spool(spool).facts["digest"].tobytes(), unit) for unit, spool in enumerate(spools)]
-    places = [
-        (every[16 * n : 16 * n + 16], unit, n) for every, unit in digests for n in range(len(every) // 16)
-    ]
-    _, unit, number = min(places)
-    held_out = [np.zeros_like(each.keep) for each in found]
-    held_out[unit][number] = len(places) > 1
-    return [Encoding(each.keep, mask) for each, mask in zip(found, held_out, strict=True)]
+    """Hold out the examples with the least digest, since examples are not cut; none if all have the same."""
+    digests = [open_spool(spool).facts["digest"] for spool in spools]
+    least = np.frombuffer(min(row.tobytes() for every in digests for row in every), np.uint8)
+    masks = [(every == least).all(1) for every in digests]
+    if all(mask.all() for mask in masks):
+        masks = [np.zeros_like(mask) for mask in masks]
+    return [Encoding(each.keep, mask) for each, mask in zip(found, masks, strict=True)]
 
 
 def _without_duplicates(cfg: DataConfig, spools: list[Path], cleaning: CleaningReport) -> list[np.ndarray]:

@@ -12,6 +12,9 @@ from megatrain.config.schema import Problem, config
 from megatrain.data.clean.config import CleanStep, order_problems
 from megatrain.data.template import template_parts
 
+EXAMPLES = ("chat", "preferences", "classify")
+"""Kinds of data whose documents are examples, which are packed into samples as wholes."""
+
 
 @config
 class TokenizerConfig:
@@ -33,9 +36,10 @@ class TokenizerConfig:
 
 @config
 class DataConfig:
-    kind: Literal["text", "chat", "synthetic"] = "text"
+    kind: Literal["text", "chat", "preferences", "classify", "synthetic"] = "text"
     """Source of the tokens. text: the documents under `path`; chat: examples in the rows of files under `path`
     (conversations, instructions with outputs, prompts with completions), of which only the answers have a loss;
+    preferences: pairs of a chosen and a rejected answer in such rows; classify: texts in such rows, with labels;
     synthetic: random tokens, for benchmarks."""
     path: PathText | tuple[PathText, ...] | None = None
     """What to read: a file (text, JSON, JSONL, CSV, Parquet, Arrow, also compressed, tar, zip), a directory of such
@@ -48,6 +52,8 @@ class DataConfig:
     kind=chat, the prompt."""
     answer: str | None = None
     """Template of the answer to the prompt that `template` makes, with kind=chat; null: the usual fields."""
+    label_field: str = "label"
+    """Key or column that contains the label of a text, or a list of its labels, with kind=classify."""
     encoding: str = "auto"
     """Encoding of text files, as Python names it (latin-1, cp1252, shift_jis, ...); auto: UTF-8, or what a byte-order
     mark says."""
@@ -81,7 +87,7 @@ class DataConfig:
                 template_parts("{_}" if template is None else template)
             except ValueError as error:
                 yield Problem(name, template, f"is no template: {error}")
-        yield from self._chat_problems()
+        yield from self._example_problems()
         try:
             codec = codecs.lookup("utf-8" if self.encoding == "auto" else self.encoding)
         except (LookupError, ValueError):
@@ -98,19 +104,23 @@ class DataConfig:
             )
         yield from order_problems(self.clean)
 
-    def _chat_problems(self) -> Iterator[Problem]:
+    def _example_problems(self) -> Iterator[Problem]:
         """Yield what examples need, and what only they can have."""
-        if self.kind != "chat":
-            if self.answer is not None:
-                yield Problem("answer", self.answer, "only examples have answers: use data=chat", (None,))
+        if self.kind != "chat" and self.answer is not None:
+            yield Problem("answer", self.answer, "only examples have answers: use data=chat", (None,))
+        if self.kind not in EXAMPLES:
             return
+        if self.kind == "preferences" and self.template is not None:
+            yield Problem(
+                "template", self.template, "is not for pairs of answers (data=preferences)", (None,)
+            )
         if self.path is None:
-            yield Problem("path", None, "must name files with rows of examples (data=chat)")
-        if (self.template is None) != (self.answer is None):
+            yield Problem("path", None, f"must name files with rows of examples (data={self.kind})")
+        if self.kind == "chat" and (self.template is None) != (self.answer is None):
             missing = "template" if self.template is None else "answer"
             rule = "data.template makes the prompt and data.answer the answer: give both, or none"
             yield Problem(missing, None, rule)
         if self.clean:
-            yield Problem("clean", self.clean, "does not clean examples (data=chat); remove it")
+            yield Problem("clean", self.clean, f"does not clean examples (data={self.kind}); remove it")
         if not self.mask_documents:
-            yield Problem("mask_documents", False, "must be true for examples (data=chat)", (True,))
+            yield Problem("mask_documents", False, "must be true for examples", (True,))

@@ -19,11 +19,9 @@ import torch
 
 from megatrain.config.errors import UserError
 from megatrain.data.order import sample_ids
-from megatrain.data.packing import ExampleSource
+from megatrain.data.packing import IGNORED, ExampleSource
 from megatrain.data.store import DamagedDataError, TokenSource, file_of
 
-IGNORED = -100
-"""Target value of positions without a loss, as in torch's cross entropy."""
 BLOCK_SAMPLES = 4096
 """Sample ids that are computed at a time, where an epoch has so many: those of few samples would take as long."""
 
@@ -43,6 +41,8 @@ class Batch:
     """Each token's number in the run, the same in every layout, where something is drawn by it; None: nothing is."""
     factors: torch.Tensor | None = None
     """Float `(micro_batch, seq_len)` by which the loss of each token is multiplied; None: 1."""
+    examples: tuple[tuple[int, ...], ...] | None = None
+    """Of each row the numbers of its examples in the data, in the order of `doc_ids`; None: the data has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class StepBatch:
     micro_batches: list[Batch]
     valid_tokens: int
     digest: str
+    examples: int = 0
+    """Number of examples in the global batch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +130,7 @@ class Loader:
             ],
             valid_tokens=self._valid_tokens(ids * self.seq_len),
             digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16],
+            examples=sum(map(len, self._examples_of(ids * self.seq_len))),
         )
 
     def documents_of(self, ids: np.ndarray) -> list[list[int]]:
@@ -142,6 +145,13 @@ class Loader:
         last = np.searchsorted(starts, (ids + 1) * self.seq_len - 1, side="right") - 1
         pairs: list[list[int]] = np.maximum(np.stack([first, last], 1), 0).tolist()
         return pairs
+
+    def _examples_of(self, starts: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        """Return the numbers of the examples in the samples that begin at `starts`; of other data, none."""
+        source = self._examples
+        if source is None:
+            return ()
+        return tuple(tuple(source.examples_of(start, self.seq_len)) for start in starts.tolist())
 
     def _sample_ids(self, step: int) -> np.ndarray:
         """Return the ids of one step's samples, from those of a block of steps, which cost little more."""
@@ -163,11 +173,20 @@ class Loader:
         numbers = torch.arange(first * self.seq_len, (first + len(batch.tokens)) * self.seq_len)
         return replace(batch, token_numbers=numbers.view_as(batch.tokens))
 
+    def rows_batch(self, rows: np.ndarray, size: int) -> Batch:
+        """Return a batch of `size` rows: samples number `rows`, and repetitions of the first one without examples."""
+        starts = np.zeros(size, dtype=np.int64)
+        starts[: len(rows)] = rows * self.seq_len
+        batch = self._micro_batch(starts)
+        if batch.examples is None:
+            return batch
+        return replace(batch, examples=(*batch.examples[: len(rows)], *[()] * (size - len(rows))))
+
     def _micro_batch(self, starts: np.ndarray) -> Batch:
         documents = self.store.document_starts if self.mask_documents else None
         try:
             batch = make_batch(self.store.read(starts, self.seq_len + 1), starts, documents)
-            return batch if self._examples is None else with_answers(batch, self._examples, starts)
+            return batch if self._examples is None else with_targets(batch, self._examples, starts)
         except DamagedDataError as error:
             if self.on_damage is None:
                 raise
@@ -178,10 +197,10 @@ class Loader:
     def _valid_tokens(self, starts: np.ndarray) -> int:
         """Count the targets of the global batch that have a loss, without reading its tokens.
 
-        Each document that starts among a row's targets takes one away; of examples the answers are counted.
+        Each document that starts among a row's targets takes one away; of examples the answers or labels are counted.
         """
         if self._examples is not None:
-            return int(self._examples.read_answers(starts, self.seq_len + 1)[:, 1:].sum())
+            return int((self._examples.targets(starts, self.seq_len) != IGNORED).sum())
         valid = len(starts) * self.seq_len
         if self.mask_documents:
             begin, end = _documents_within(self.store.document_starts, starts, self.seq_len)
@@ -231,13 +250,17 @@ def make_batch(rows: np.ndarray, starts: np.ndarray, document_starts: np.ndarray
 
 def as_examples(store: TokenSource) -> ExampleSource | None:
     """Return `store` if it tells which of its tokens have a loss; None if all have."""
-    return cast(ExampleSource, store) if hasattr(store, "read_answers") else None
+    return cast(ExampleSource, store) if hasattr(store, "targets") else None
 
 
-def with_answers(batch: Batch, store: ExampleSource, starts: np.ndarray) -> Batch:
-    """Return `batch`, whose rows begin at tokens `starts` of `store`, with a loss on answers alone."""
-    counts = torch.from_numpy(store.read_answers(starts, batch.tokens.shape[1] + 1)[:, 1:])
-    return replace(batch, targets=torch.where(counts, batch.targets, IGNORED))
+def with_targets(batch: Batch, store: ExampleSource, starts: np.ndarray) -> Batch:
+    """Return `batch`, whose rows begin at tokens `starts` of `store`, with a loss on answers, or labels, alone."""
+    length = batch.tokens.shape[1]
+    return replace(
+        batch,
+        targets=torch.from_numpy(store.targets(starts, length)),
+        examples=tuple(tuple(store.examples_of(start, length)) for start in starts.tolist()),
+    )
 
 
 def validation_batches(
@@ -264,16 +287,21 @@ def validation_batches(
             rows[row, :length] = store.read(starts[row : row + 1], int(length))[0]
         batch = make_batch(rows, starts, store.document_starts if mask_documents else None)
         if (examples := as_examples(store)) is not None:
-            batch = with_answers(batch, examples, starts)
+            batch = with_targets(batch, examples, starts)
         missing = np.arange(seq_len) >= lengths[:, None] - 1
         missing[len(chosen) :] = True
         batch.targets[torch.from_numpy(missing)] = IGNORED
+        if batch.examples is not None:
+            batch = replace(
+                batch, examples=(*batch.examples[: len(chosen)], *[()] * (micro_batch_size - len(chosen)))
+            )
         yield batch
 
 
 def ignored_batch(like: Batch) -> Batch:
     """Return `like` with all targets -100: a batch without loss, for a rank that has no data left."""
-    return replace(like, targets=torch.full_like(like.targets, IGNORED))
+    examples = None if like.examples is None else ((),) * len(like.examples)
+    return replace(like, targets=torch.full_like(like.targets, IGNORED), examples=examples)
 
 
 def _documents_within(

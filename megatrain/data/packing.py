@@ -16,14 +16,19 @@ import numpy as np
 from megatrain.config.errors import UserError
 from megatrain.data.store import TokenSource, TokenStore
 
+IGNORED = -100
+"""Target value of positions without a loss, as in torch's cross entropy."""
 SHOWN = 3
 
 
 class ExampleSource(TokenSource, Protocol):
     """A stream of examples, of whose tokens some have no loss."""
 
-    def read_answers(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return which of the tokens that `read` returns have a loss, `(rows, length)` bool."""
+    def targets(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return the targets of the first `length` tokens from each of `starts`, `(rows, length)` int64.
+
+        -100 where there is no loss. That of a token is the next one, or of a labelled document's last token its label.
+        """
         ...
 
     def examples_of(self, start: int, length: int) -> list[int]:
@@ -47,6 +52,8 @@ class PackedExamples:
     document_starts: np.ndarray
     """Where the stream's documents begin: examples, and the padding of each sample that has some."""
     n_rows: int
+    lengths: np.ndarray
+    """`(documents,)` tokens of each example in the store."""
 
     @property
     def n_tokens(self) -> int:
@@ -60,9 +67,23 @@ class PackedExamples:
         """Do as `TokenSource.read`; padding is token 0."""
         return self._filled(starts, length, answers=False)
 
-    def read_answers(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Do as `ExampleSource.read_answers`."""
-        return self._filled(starts, length, answers=True)
+    def targets(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Do as `ExampleSource.targets`."""
+        if self.store.labels is not None:
+            return self._labels(starts, length)
+        has_loss = self._filled(starts, length + 1, answers=True)[:, 1:]
+        tokens = self._filled(starts, length + 1, answers=False)[:, 1:].astype(np.int64)
+        return np.where(has_loss, tokens, IGNORED)
+
+    def _labels(self, starts: np.ndarray, length: int) -> np.ndarray:
+        found = np.full((len(starts), length), IGNORED, dtype=np.int64)
+        for row, start in zip(found, starts.tolist(), strict=True):
+            first, last = np.searchsorted(self.places, [start, start + length])
+            numbers = self.order[first:last]
+            ends = self.places[first:last] + self.lengths[numbers] - 1 - start
+            labels = np.asarray(self.store.labels)[numbers]
+            row[ends[ends < length]] = labels[ends < length]
+        return found
 
     def examples_of(self, start: int, length: int) -> list[int]:
         """Do as `ExampleSource.examples_of`."""
@@ -71,13 +92,12 @@ class PackedExamples:
         return found
 
     def left_out(self) -> np.ndarray:
-        """Return the numbers of the examples that are longer than a sample."""
-        return np.flatnonzero(_lengths(self.store) > self.seq_len)
+        """Return the numbers of the examples that are longer than a sample, alone or with those of their pair."""
+        return np.flatnonzero(_together(self.lengths, self.store.together) > self.seq_len)
 
     def _filled(self, starts: np.ndarray, length: int, *, answers: bool) -> np.ndarray:
         """Put what the store has of examples at their places; only those that begin in a row or before its end."""
         source = self.store
-        assert source.answers is not None
         rows = np.zeros((len(starts), length), dtype=np.bool_ if answers else source.tokens.dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
             first, last = np.searchsorted(self.places, [start, start + length])
@@ -87,6 +107,7 @@ class PackedExamples:
                 begin = int(source.document_starts[number])
                 size = min(_end(source, number) - begin, start + length - place)
                 if answers:
+                    assert source.answers is not None
                     values = source.answers[begin : begin + size]
                 else:
                     values = source.read(np.array([begin]), size)[0]
@@ -95,18 +116,21 @@ class PackedExamples:
 
 
 def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
-    """Pack the examples of `store` into samples of `seq_len` tokens.
+    """Pack the examples of `store` into samples of `seq_len` tokens, those that stay together as one.
 
     Raises:
         UserError: all examples are longer.
     """
-    lengths = _lengths(store)
-    fitting = np.flatnonzero(lengths <= seq_len)
+    lengths, together = lengths_of(store), store.together
+    sums = _together(lengths, together)[::together]
+    fitting = np.flatnonzero(sums <= seq_len)
     if not len(fitting):
         raise UserError(
-            f"seq_len={seq_len}: shorter than every example; the shortest has {int(lengths.min())} tokens"
+            f"seq_len={seq_len}: shorter than every example; the shortest has {int(sums.min())} tokens"
         )
-    order, rows = _best_fit(fitting[np.argsort(-lengths[fitting], kind="stable")], lengths, seq_len)
+    chosen, rows = _best_fit(fitting[np.argsort(-sums[fitting], kind="stable")], sums, seq_len)
+    order = (chosen[:, None] * together + np.arange(together)).ravel()
+    rows = np.repeat(rows, together)
     sizes = lengths[order]
     ends = np.cumsum(sizes)
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))  # the first example of each sample
@@ -116,7 +140,12 @@ def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
     lasts = np.append(firsts[1:], len(rows)) - 1
     padding = used[lasts][used[lasts] < (rows[lasts] + 1) * seq_len]
     starts = np.sort(np.concatenate([places, padding, [(rows[-1] + 1) * seq_len]]))
-    return PackedExamples(store, seq_len, order, places, starts, int(rows[-1]) + 1)
+    return PackedExamples(store, seq_len, order, places, starts, int(rows[-1]) + 1, lengths)
+
+
+def _together(lengths: np.ndarray, together: int) -> np.ndarray:
+    """Return for each example the tokens of all that stay together with it."""
+    return lengths if together == 1 else np.repeat(lengths.reshape(-1, together).sum(1), together)
 
 
 def _best_fit(longest_first: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +182,7 @@ def too_long(packed: PackedExamples) -> str:
     if packed.store.rows is not None:
         with open(packed.store.rows, encoding="utf-8") as lines:
             names = [json.loads(line) for n, line in enumerate(islice(lines, max(wanted) + 1)) if n in wanted]
-    longest = int(_lengths(packed.store).max())
+    longest = int(_together(packed.lengths, packed.store.together).max())
     more = ", ..." if len(numbers) > SHOWN else ""
     return (
         f"{len(numbers):,} example{'s' * (len(numbers) > 1)} of more than seq_len={packed.seq_len} tokens (the longest "
@@ -161,7 +190,8 @@ def too_long(packed: PackedExamples) -> str:
     )
 
 
-def _lengths(store: TokenStore) -> np.ndarray:
+def lengths_of(store: TokenStore) -> np.ndarray:
+    """Return the tokens of each document, `(documents,)`."""
     return np.diff(store.document_starts, append=store.n_tokens)
 
 

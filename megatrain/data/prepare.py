@@ -18,8 +18,10 @@ from megatrain.data.build import Progress, build
 from megatrain.data.cache import mark_used
 from megatrain.data.clean.steps import identity
 from megatrain.data.config import DataConfig
+from megatrain.data.labels import LabelSet
 from megatrain.data.sources.chat import Conversation, read_conversation
 from megatrain.data.sources.corpus import Corpus, find_corpus
+from megatrain.data.sources.examples import RowExamples
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.parts import Scan, scan, units
 from megatrain.data.store import (
@@ -132,7 +134,8 @@ def _corpus(cfg: DataConfig, conversation: Conversation) -> Corpus:
         encoding=cfg.encoding,
         conversation=conversation,
         answer=cfg.answer,
-        is_chat=cfg.kind == "chat",
+        label_field=cfg.label_field,
+        kind=cfg.kind,
     )
 
 
@@ -248,6 +251,7 @@ def _build(cfg: DataConfig, corpus: Corpus, scans: list[Scan], directory: Path, 
             "documents_read": built.documents,
             "left_out": built.left_out.as_json(),
             "cleaning": built.cleaning.as_dict() if cfg.clean else None,
+            **_facts_of_examples(corpus, built.labels),
             "made_from": {
                 "path": cfg.path,
                 "text": {"field": cfg.text_field, "template": cfg.template, "encoding": cfg.encoding},
@@ -258,6 +262,15 @@ def _build(cfg: DataConfig, corpus: Corpus, scans: list[Scan], directory: Path, 
             },
         },
     )
+
+
+def _facts_of_examples(corpus: Corpus, labels: LabelSet | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if labels is not None:
+        facts |= {"labels": labels.names, "multi_label": labels.is_multi}
+    if isinstance(corpus.row_text, RowExamples) and corpus.row_text.per_row > 1:
+        facts["together"] = corpus.row_text.per_row
+    return facts
 
 
 def _key(cfg: DataConfig, conversation: Conversation, content: object, tokenizer_content: object) -> str:
@@ -273,6 +286,7 @@ def _key(cfg: DataConfig, conversation: Conversation, content: object, tokenizer
         identity(cfg.clean),
     ]
     text += ["chat", CHAT_VERSION, cfg.answer] if cfg.kind == "chat" else []
+    text += [cfg.kind, CHAT_VERSION, cfg.label_field] if cfg.kind in ("preferences", "classify") else []
     parts = [*recipe, *text, tokenizer.kind, bpe_size, content, tokenizer_content]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from megatrain.config.errors import StalledError, UserError
+from megatrain.data.labels import LabelSet
 from megatrain.data.order import keys_of, mix64
 from megatrain.runtime.alive import WINDOW_S, signs_of_work
 from megatrain.runtime.paths import cache_dir
@@ -42,6 +42,8 @@ SPLIT_PARTS = ("tokens", "documents")
 EXAMPLE_PARTS = ("answers", "rows")
 """Further files of a split of examples: uint8, 1 for each token that has a loss; the name of each example's row, a
 line of JSON each."""
+LABEL_PARTS = ("labels", "rows")
+"""Further files of a split of labelled documents: int64, the label of each, or the bits of several; and the names."""
 
 
 class UnfinishedError(UserError):
@@ -82,10 +84,21 @@ class TokenStore:
     """`(n_tokens,)` bool: which tokens of examples have a loss; None: the documents are no examples."""
     rows: Path | None = None
     """File with the name of each example's row."""
+    labels: np.ndarray | None = None
+    """`(documents,)` int64: the label of each, or the bits of several; None: they have none."""
+    label_set: LabelSet | None = None
+    """What the labels are."""
+    together: int = 1
+    """Adjacent documents that stay in one sample."""
 
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def is_of_examples(self) -> bool:
+        """Whether only some tokens have a loss: answers, or the last ones of labelled documents."""
+        return self.answers is not None or self.labels is not None
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Do as `TokenSource.read`.
@@ -137,76 +150,6 @@ class SyntheticStore:
         return (mix64(mix64(places + key)) % np.uint64(self.vocab_size)).astype(np.int64)
 
 
-class SplitWriter:
-    """A writer of one split in `directory`; a context manager that must be left before the split is read."""
-
-    def __init__(
-        self, directory: Path, name: str, *, vocab_size: int, eos_id: int, has_answers: bool = False
-    ) -> None:
-        self._paths = [directory / f"{name}.{part}" for part in SPLIT_PARTS]
-        self._file = open(self._paths[0], "wb")  # noqa: SIM115 - closed by `__exit__`
-        beside = [directory / f"{name}.{part}" for part in EXAMPLE_PARTS * has_answers]
-        self._beside = [open(path, "wb") for path in beside]  # noqa: SIM115 - likewise
-        self._dtype = token_dtype(vocab_size)
-        self._vocab_size, self._eos_id = vocab_size, eos_id
-        self._starts = array("q")
-        self._in_document = False
-        self.n_tokens = 0
-        self.text_bytes = 0
-
-    def __enter__(self) -> "SplitWriter":
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        for file in (self._file, *self._beside):
-            file.close()
-        self._paths[1].write_bytes(np.asarray(self._starts, dtype="<i8").tobytes())
-
-    def append(
-        self,
-        ids: np.ndarray,
-        *,
-        text_bytes: int,
-        ends_document: bool,
-        answers: np.ndarray | None = None,
-        row: str = "",
-    ) -> None:
-        """Append a piece of a document: `ids` `(tokens,)` that encode `text_bytes` bytes of text.
-
-        Args:
-            answers: of an example, a document in one piece: `(tokens + 1,)` bool, which tokens, and whether the
-                end-of-text token, have a loss. row: name of its row.
-
-        Raises:
-            UserError: an id is not below the vocabulary size.
-        """
-        if len(ids) and int(ids.max()) >= self._vocab_size:
-            found = int(ids.max())
-            raise UserError(
-                f"the tokenizer produced token id {found}, but its vocabulary size is {self._vocab_size}"
-            )
-        if not self._in_document:
-            self._starts.append(self.n_tokens)
-        if ends_document:
-            ids = np.append(ids, self._eos_id)
-        self._file.write(ids.astype(self._dtype).tobytes())
-        if answers is not None:
-            self._beside[0].write(answers.astype(np.uint8).tobytes())
-            self._beside[1].write(json.dumps(row).encode() + b"\n")
-        self.n_tokens += len(ids)
-        self.text_bytes += text_bytes
-        self._in_document = not ends_document
-
-    def counts(self) -> dict[str, int]:
-        """Return the entry of this split in the index."""
-        return {"tokens": self.n_tokens, "documents": len(self._starts), "text_bytes": self.text_bytes}
-
-    def discard(self) -> None:
-        """Delete the files of a closed split."""
-        for path in self._paths:
-            path.unlink()
-
-
 def file_of(mapped: np.ndarray) -> str:
     """Return the file that an array is a memory map of."""
     return str(getattr(mapped, "filename", None) or "the data")
@@ -247,8 +190,8 @@ def write_index(
 
 def _fingerprint(tokenizer_digest: str, splits: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
     hashes = [files[f"{name}.{part}"]["sha256"] for name in sorted(splits) for part in SPLIT_PARTS]
-    answers = [f"{name}.{EXAMPLE_PARTS[0]}" for name in sorted(splits)]
-    hashes += [files[name]["sha256"] for name in answers if name in files]
+    beside = [f"{name}.{part}" for name in sorted(splits) for part in ("answers", "labels")]
+    hashes += [files[name]["sha256"] for name in beside if name in files]
     return hashlib.sha256(" ".join([tokenizer_digest, *hashes]).encode()).hexdigest()
 
 
@@ -293,9 +236,9 @@ def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore 
     if counts is None:
         return None
     hashes = [index["files"][f"{name}.{part}"]["sha256"] for part in SPLIT_PARTS]
-    answers, rows = (f"{name}.{part}" for part in EXAMPLE_PARTS)
-    has_answers = answers in index["files"]
-    hashes += [index["files"][answers]["sha256"]] if has_answers else []
+    answers, labels, rows = (f"{name}.{part}" for part in ("answers", "labels", "rows"))
+    has_answers, has_labels = (each in index["files"] for each in (answers, labels))
+    hashes += [index["files"][each]["sha256"] for each in (answers, labels) if each in index["files"]]
     return TokenStore(
         tokens=np.memmap(directory / f"{name}.tokens", dtype=token_dtype(index["vocab_size"]), mode="r"),
         document_starts=np.memmap(directory / f"{name}.documents", dtype="<i8", mode="r"),
@@ -303,7 +246,10 @@ def open_split(directory: Path, name: str, index: dict[str, Any]) -> TokenStore 
         text_bytes=counts["text_bytes"],
         vocab_size=index["vocab_size"],
         answers=np.memmap(directory / answers, dtype=np.bool_, mode="r") if has_answers else None,
-        rows=directory / rows if has_answers else None,
+        rows=directory / rows if has_answers or has_labels else None,
+        labels=np.memmap(directory / labels, dtype="<i8", mode="r") if has_labels else None,
+        label_set=LabelSet(tuple(index["labels"]), index["multi_label"]) if has_labels else None,
+        together=index.get("together", 1),
     )
 
 

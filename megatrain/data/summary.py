@@ -109,7 +109,7 @@ def first_sample(directory: Path, *, seq_len: int, seed: int) -> list[str]:
         UserError: the cache is missing or incomplete, or shorter than a sample.
     """
     store, tokenizer = _train_split(directory), load_tokenizer(directory / "tokenizer")
-    if store.answers is not None:
+    if store.is_of_examples:
         packed = pack(store, seq_len=seq_len)
         ids = sample_ids(0, 1, n=packed.n_rows, seed=seed, fingerprint=packed.fingerprint)
         numbers = packed.examples_of(int(ids[0]) * seq_len, seq_len)

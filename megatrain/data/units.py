@@ -21,10 +21,13 @@ import numpy as np
 from megatrain.data.clean.config import CleanStep
 from megatrain.data.clean.report import CleaningReport
 from megatrain.data.clean.steps import Cleaner
+from megatrain.data.labels import Label, LabelSet
 from megatrain.data.sources.corpus import Corpus, Part
 from megatrain.data.sources.examples import RowExamples, Span
+from megatrain.data.sources.labelled import RowLabels
 from megatrain.data.sources.left_out import LeftOut
-from megatrain.data.store import EXAMPLE_PARTS, SPLIT_PARTS, SplitWriter
+from megatrain.data.split_writer import SplitWriter
+from megatrain.data.store import EXAMPLE_PARTS, LABEL_PARTS, SPLIT_PARTS
 from megatrain.data.tokenizer import Tokenizer
 
 BATCH_CHARS = 8 << 20
@@ -43,6 +46,8 @@ class Spool(NamedTuple):
     names: list[str]
     answers: dict[int, list[Span]] | None
     """Spans of the answers by the document's number; None if the documents are no examples."""
+    labels: list[Label] | None
+    """Each document's label, or labels; None if they have none."""
     files: list[int]
     """Numbers of the files that gave documents."""
     left_out: LeftOut
@@ -83,6 +88,8 @@ class Encoding:
     held_out: np.ndarray
     tail: int | None = None
     tail_start: int = 0
+    labels: LabelSet | None = None
+    """What the documents are labelled with; None if they have no labels."""
 
 
 def read_unit(
@@ -103,6 +110,7 @@ def read_unit(
     facts: list[tuple[int, int, bytes, bool]] = []
     names: list[str] = []
     answers: dict[int, list[Span]] | None = {} if isinstance(corpus.row_text, RowExamples) else None
+    labels: list[Label] | None = [] if isinstance(corpus.row_text, RowLabels) else None
     files: set[int] = set()
     expected = sum(corpus.files[part.file].size for part in parts)
     done = 0
@@ -117,10 +125,12 @@ def read_unit(
                     if cleaned.text is not None:
                         content = cleaned.text.encode()
                         stream.write(content)
-                        digest = hashlib.sha256(content).digest()[:16]
+                        digest = hashlib.sha256(document.together.encode() or content).digest()[:16]
                         facts.append((len(content), len(cleaned.text), digest, document.markup))
                         if answers is not None and document.answers is not None:
                             answers[len(names)] = list(document.answers)
+                        if labels is not None and document.label is not None:
+                            labels.append(document.label)
                         names.append(document.id)
                         fingerprints.append(cleaner.fingerprint(cleaned.text))
                     if before >> 20 != done >> 20:
@@ -132,6 +142,7 @@ def read_unit(
         (folder / "report.pickle").write_bytes(pickle.dumps(report))
         described = {"names": names, "files": sorted(files), "left_out": left_out.as_json()}
         described["answers"] = None if answers is None else [*answers.items()]
+        described["labels"] = labels
         (folder / "described.json").write_text(json.dumps(described), encoding="utf-8")
 
 
@@ -160,7 +171,10 @@ def open_spool(directory: Path) -> Spool:
     answers = None
     if described["answers"] is not None:
         answers = {number: [(begin, end) for begin, end in spans] for number, spans in described["answers"]}
-    return Spool(facts, described["names"], answers, described["files"], left_out, report, directory)
+    labels = described["labels"]
+    if labels is not None:
+        labels = [tuple(each) if isinstance(each, list) else each for each in labels]
+    return Spool(facts, described["names"], answers, labels, described["files"], left_out, report, directory)
 
 
 def encode_unit(
@@ -177,7 +191,8 @@ def encode_unit(
     """
     opened = open_spool(spool)
     sizes: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    sizes["has_answers"] = opened.answers is not None
+    if opened.answers is not None:
+        sizes["beside"] = EXAMPLE_PARTS if encoding.labels is None else LABEL_PARTS
     total = max(1, int(opened.facts["chars"][encoding.keep].sum()))
     chars = 0
     with _completing(directory) as folder:
@@ -192,6 +207,7 @@ def encode_unit(
                         ends_document=piece.ends_document,
                         answers=answers,
                         row=piece.row,
+                        label=piece.label,
                     )
                     chars += len(piece.text)
                 advance(chars / total)
@@ -208,6 +224,8 @@ class Piece(NamedTuple):
     answers: list[Span] | None = None
     row: str = ""
     """Name of the row that an example was made of."""
+    label: int | None = None
+    """The document's label, or the bits of several."""
 
 
 def _encoded(batch: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -250,9 +268,17 @@ def _pieces(spool: Spool, encoding: Encoding, tokenizer: Tokenizer) -> Iterator[
             if content:
                 markup = bool(spool.facts["markup"][number])
                 if spool.answers is not None:
-                    answers, row = spool.answers[number], spool.names[number]
+                    label = None
+                    if encoding.labels is not None and spool.labels is not None:
+                        label = encoding.labels.value(spool.labels[number])
                     yield Piece(
-                        held_out, content, ends_document=True, markup=markup, answers=answers, row=row
+                        held_out,
+                        content,
+                        ends_document=True,
+                        markup=markup,
+                        answers=spool.answers[number],
+                        row=spool.names[number],
+                        label=label,
                     )
                     continue
                 *front, last = [content] if markup else tokenizer.pieces(content)
@@ -307,7 +333,7 @@ def join_splits(folders: list[Path], directory: Path) -> dict[str, dict[str, Any
                 starts = np.fromfile(folder / f"{split}.documents", dtype="<i8")
                 documents.write((starts + total["tokens"]).astype("<i8").tobytes())
                 total = {key: total[key] + count[split][key] for key in total}
-        for part in EXAMPLE_PARTS:
+        for part in {*EXAMPLE_PARTS, *LABEL_PARTS}:
             if (folders[0] / f"{split}.{part}").is_file():
                 with open(directory / f"{split}.{part}", "wb") as joined:
                     for folder in folders:
@@ -315,6 +341,6 @@ def join_splits(folders: list[Path], directory: Path) -> dict[str, dict[str, Any
         totals[split] = total
     if totals["val"]["tokens"] - totals["val"]["documents"] < 2:
         del totals["val"]
-        for part in (*SPLIT_PARTS, *EXAMPLE_PARTS):
+        for part in (*SPLIT_PARTS, *EXAMPLE_PARTS, *LABEL_PARTS):
             (directory / f"val.{part}").unlink(missing_ok=True)
     return totals

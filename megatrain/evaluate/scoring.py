@@ -67,6 +67,22 @@ class Scorer:
             )
         return self.copies.share(pairs, self._scores)
 
+    def last_logits(self, texts: Sequence[list[int]]) -> list[Tensor]:
+        """Return the logits after the last token of each text, `(outputs,)` on the CPU; of one that is too long its end
+        is taken."""
+        return self.copies.share(texts, self._last_logits)
+
+    def _last_logits(self, texts: Sequence[list[int]]) -> list[Tensor]:
+        seen = [tokens[-self.trained.context :] for tokens in texts]
+        found: dict[int, Tensor] = {}
+        for numbers in _batches({n: len(tokens) for n, tokens in enumerate(seen)}):
+            logits, rows = self.runner.run([Work(n, 0, seen[n], 1) for n in numbers])
+            host = logits.cpu()
+            for n, row in zip(numbers, rows, strict=True):
+                self.runner.cache.release(n)
+                found[n] = host[row][0]
+        return [found[n] for n in range(len(texts))]
+
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         found = [Score(0.0, True)] * len(pairs)
         inputs: dict[int, tuple[list[int], list[int]]] = {}

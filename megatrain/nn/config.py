@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from megatrain.config.ranges import MAX_SIZE, Count, NonNegative, Positive, Range, Size
 from megatrain.config.schema import Problem, config, nearest_divisors
 
+MOST_LABELS = 62
+"""Labels of a document are the bits of one integer, of which the sign and one more are not theirs."""
 GATED = ("swiglu", "geglu")
 """Activations with a gate (GLU variants)."""
 
@@ -131,6 +133,36 @@ class MoEBackendConfig:
 
 
 @config
+class ClassifierConfig:
+    """A head that classifies each document, in place of the one that predicts tokens."""
+
+    labels: tuple[str, ...] | Literal["auto"] = "auto"
+    """Names of the classes; auto: those of the training data, in order."""
+    multi_label: bool | Literal["auto"] = "auto"
+    """Whether a document may have any number of labels, each of them decided by itself, and not one; auto: as in the
+    training data."""
+    class_weights: tuple[Positive, ...] | Literal["balanced"] | None = None
+    """Factor on the loss of each class's documents (of its positive ones, with multi_label), in the order of `labels`.
+    balanced: inverse to the classes' frequencies in the training data, as in scikit-learn; null: none."""
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes; at least 2 while they are not known."""
+        return 2 if self.labels == "auto" else len(self.labels)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.labels == "auto":
+            return
+        if len(self.labels) < (1 if self.multi_label else 2) or len(set(self.labels)) < len(self.labels):
+            yield Problem("labels", self.labels, "must name at least two classes, each once")
+        elif self.multi_label and len(self.labels) > MOST_LABELS:
+            yield Problem("labels", self.labels, f"must be at most {MOST_LABELS} with multi_label")
+        if isinstance(self.class_weights, tuple) and len(self.class_weights) != len(self.labels):
+            rule = f"must have a number for each of the {len(self.labels)} labels"
+            yield Problem("class_weights", self.class_weights, rule)
+
+
+@config
 class DecoderConfig:
     """A decoder-only Transformer (pre-norm). Sizes are numbers of elements."""
 
@@ -182,6 +214,8 @@ class DecoderConfig:
     """Mixture of experts in place of the feed-forward blocks; null: none."""
     tie_embeddings: bool = True
     """Share the weight of the token embedding and the output head."""
+    classifier: ClassifierConfig | None = None
+    """Head that classifies documents, in place of the one that predicts tokens; null: a language model."""
     logit_softcap: Positive | None = None
     """Cap c of the logits, which become c·tanh(logits / c) (Gemma 2, arXiv 2408.00118); null: no cap."""
     init_std: Positive = 0.02
@@ -235,6 +269,9 @@ class DecoderConfig:
         if self.full_attention_every is not None and self.sliding_window is None:
             rule = "has no effect without sliding_window: all layers have full attention"
             yield Problem("full_attention_every", self.full_attention_every, rule, (None,))
+        if self.classifier is not None and self.logit_softcap is not None:
+            rule = "has no effect on a classifier's logits"
+            yield Problem("logit_softcap", self.logit_softcap, rule, (None,))
         yield from self._head_problems() if self.mla is None else self._latent_problems()
         if self.experts is not None:
             for option, value in (("activation", "swiglu"), ("mlp_bias", False)):

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cached_property
 
+CLASSIFIER = "classifier"
+"""Name of the head that classifies documents."""
+
 
 class Role(Flag):
     """What a parameter is. Roles combine: an expert's down projection is `ROW | EXPERT | BRANCH_OUTPUT`."""
@@ -151,6 +154,11 @@ class Plan:
     def tied_embedding(self) -> str | None:
         """Name of the parameter that is both the embedding and the head; None if the head has its own."""
         return next((name for name, role in self.roles.items() if role & Role.TIED), None)
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the head classifies documents, and does not predict tokens."""
+        return CLASSIFIER in self.ends
 
     def n_params(self, *, active: bool = False) -> int:
         """Count all parameters; `active` counts only the experts that one token meets."""

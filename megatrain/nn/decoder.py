@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megatrain.nn.attention import SequenceInfo
 from megatrain.nn.block import Block
+from megatrain.nn.classifier import ClassifierHead
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.embed import Embedding
 from megatrain.nn.layer import Linear
@@ -34,7 +35,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(index): Block(cfg, index) for index in range(cfg.n_layers)})
         self.norm: RMSNorm | LayerNorm | None = make_norm(cfg, ends["norm"])
         self.head = Linear(ends["head"]) if "head" in ends else None
-        self.loss_head: nn.Module = LossHead(cfg.logit_softcap)
+        self.classifier = Linear(ends["classifier"]) if "classifier" in ends else None
+        self.loss_head: nn.Module
+        if cfg.classifier is None:
+            self.loss_head = LossHead(cfg.logit_softcap)
+        else:
+            self.loss_head = ClassifierHead(cfg.classifier)
+
+    @property
+    def n_logits(self) -> int:
+        """Number of logits of a token: those of the vocabulary, or of the classes."""
+        return self.cfg.vocab_size if self.cfg.classifier is None else self.cfg.classifier.n_classes
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Yield (index in the full model, block) in order."""
@@ -54,11 +65,12 @@ class Decoder(nn.Module):
         is_last = layers.stop == self.cfg.n_layers
         if layers.start > 0:
             self.pos_embed = None
-            if not (is_last and self.cfg.tie_embeddings):
+            if not (is_last and self.cfg.tie_embeddings and self.classifier is None):
                 self.embed = None
         if not is_last:
             self.norm = None
             self.head = None
+            self.classifier = None
 
     def forward(
         self,
@@ -74,6 +86,8 @@ class Decoder(nn.Module):
         per_token: bool = False,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
+
+        A classifier's logits are `(batch, seq, classes)`.
 
         Args:
             tokens: `(batch, seq)` int64, or hidden states `(batch, seq, hidden)`. targets: `(batch, seq)`, -100 where
@@ -94,10 +108,11 @@ class Decoder(nn.Module):
         if self.norm is None:
             return hidden
         hidden = self.norm(hidden)
-        table = self.embed if self.head is None else self.head
+        table = self.classifier or self.head or self.embed
         assert table is not None
+        weight = table.tensor("weight")
         out: Tensor = self.loss_head(
-            hidden, table.tensor("weight"), targets, z_loss, keep, factors, per_token
+            hidden, weight, targets, z_loss, keep, factors=factors, per_token=per_token
         )
         return out
 

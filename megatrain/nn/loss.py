@@ -21,6 +21,7 @@ class LossHead(nn.Module):
         targets: Tensor | None = None,
         z_loss: float = 0.0,
         keep: Tensor | None = None,
+        *,
         factors: Tensor | None = None,
         per_token: bool = False,
     ) -> Tensor:

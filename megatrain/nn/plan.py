@@ -12,13 +12,17 @@ Weights = dict[str, Weight]
 def decoder_plan(cfg: DecoderConfig) -> Plan:
     """Return the plan of the decoder that `cfg` (a legal config) describes."""
     hidden = cfg.hidden_size
-    table = Role.VOCABULARY | Role.EMBEDDING | (Role.TIED if cfg.tie_embeddings else Role.REPLICATED)
+    is_tied = cfg.tie_embeddings and cfg.classifier is None
+    table = Role.VOCABULARY | Role.EMBEDDING | (Role.TIED if is_tied else Role.REPLICATED)
     ends = {"embed": Weight((cfg.vocab_size, hidden), table, size_key="model.vocab_size")}
     if cfg.positions == "learned":
         ends["pos_embed"] = Weight((cfg.max_seq_len, hidden), Role.EMBEDDING)
     ends["norm"] = norm_weight(cfg)
-    if not cfg.tie_embeddings:
-        head = Role.VOCABULARY | Role.HEAD
+    head = Role.VOCABULARY | Role.HEAD
+    if cfg.classifier is not None:
+        classes = cfg.classifier.n_classes
+        ends["classifier"] = Weight((classes, hidden), head, size_key="model.classifier.labels")
+    elif not is_tied:
         ends["head"] = Weight((cfg.vocab_size, hidden), head, size_key="model.vocab_size")
     layers = range(cfg.n_layers)
     pair = cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim)

@@ -16,6 +16,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("train/loss", "loss", "{:.4f}".format),
     ("eval/loss", "val loss", "{:.4f}".format),
     ("eval/bits_per_byte", "bits/byte", "{:.4f}".format),
+    ("eval/accuracy", "accuracy", "{:.1%}".format),
     ("train/grad_norm", "grad norm", "{:.3f}".format),
     ("train/lr", "lr", "{:.2e}".format),
     ("perf/tokens_per_sec", "tokens/s", "{:,.0f}".format),

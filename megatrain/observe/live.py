@@ -30,7 +30,7 @@ from megatrain.observe.report.metrics import read_metrics
 REFRESH_S = 0.2  # it is drawn again no more often than this
 KEPT_NOTICES = 4
 SAMPLE_LINES = 4
-STICKY = ("eval/loss", "eval/bits_per_byte")
+STICKY = ("eval/loss", "eval/bits_per_byte", "eval/accuracy")
 DRAWING_SHARE = 0.01  # of the time, at most, goes into drawing
 GAP = 2  # columns between figures
 

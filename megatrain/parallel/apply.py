@@ -67,6 +67,10 @@ class ParallelModel:
         """Tell whether this is the one rank of its tp group whose loss counts; all of them compute the same loss."""
         return self.mesh is None or self.mesh.coordinate("tp") == 0
 
+    def owns_rows(self) -> bool:
+        """Tell whether this is the one rank, of those that compute the same rows of a batch, that counts them."""
+        return self.mesh is None or not any(self.mesh.coordinate(axis) for axis in ("pp", "cp", "tp"))
+
     def owns_balance_loss(self) -> bool:
         """Tell whether the balance loss counts on this rank.
 

@@ -87,6 +87,8 @@ def add_adapters(model: Decoder, plan: Plan, cfg: LoRAConfig, *, seed: int = 0) 
     if not cfg.rank:
         return
     model.requires_grad_(False)
+    if model.classifier is not None:  # nothing to adapt: the source has none
+        model.classifier.requires_grad_(True)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear) and f"{name}.{DOWN}" in plan.weights:
             down, up = (plan.weights[f"{name}.{part}"] for part in (DOWN, UP))

@@ -48,7 +48,7 @@ class PackedLogits(nn.Module):
             return logits
         model = parallel.models[0]
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        found = torch.zeros(1, len(keep), model.cfg.vocab_size, dtype=dtype, device=tokens.device)
+        found = torch.zeros(1, len(keep), model.n_logits, dtype=dtype, device=tokens.device)
         if logits is not None and self._answers():
             found.copy_(logits)
         if self.by_copy:

@@ -9,21 +9,20 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear, pad
 
 from megatrain.nn.block import Block
 from megatrain.nn.contract import Plan, Role, Weight
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.embed import lookup
 from megatrain.nn.layer import Layer, ParameterView, replace_seam
-from megatrain.parallel.collectives import Group, gather_from, gather_shared, own_part, scatter_sum
+from megatrain.parallel.collectives import Group, gather_from, own_part, scatter_sum
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import sum_sequences_over
 from megatrain.parallel.layout import needed_heads, shards_heads, share_of
 from megatrain.parallel.lora import Adapter, shard_inputs
+from megatrain.parallel.loss_heads import ClassParallelHead, VocabularyParallelLossHead
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.sharding import (
     local_view,
@@ -32,7 +31,6 @@ from megatrain.parallel.sharding import (
     tensor_placement,
     view_of_heads,
 )
-from megatrain_kernels import linear_cross_entropy
 
 SEQ = 1  # dimension of activations `(batch, seq, hidden)`
 
@@ -62,7 +60,10 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
         replace_seam(model.embed, "lookup", partial(_vocabulary_parallel_lookup, group, tokens))
     if model.pos_embed is not None:
         replace_seam(model.pos_embed, "lookup", partial(_sequence_parallel_lookup, group))
-    replace_seam(model, "loss_head", VocabularyParallelLossHead(model.cfg.logit_softcap, group, tokens))
+    head: nn.Module = VocabularyParallelLossHead(model.cfg.logit_softcap, group, tokens)
+    if model.cfg.classifier is not None:
+        head = ClassParallelHead(model.cfg.classifier, group)
+    replace_seam(model, "loss_head", head)
 
 
 def _view(weight: Weight | None, group: Group) -> ParameterView:
@@ -114,48 +115,3 @@ def _vocabulary_parallel_lookup(group: Group, tokens: int, index: Tensor, weight
 def _sequence_parallel_lookup(group: Group, index: Tensor, weight: Tensor) -> Tensor:
     """Look up this rank's shard of the positions `(..., seq)` in the full embedding."""
     return lookup(own_part(index, index.ndim - 1, group), weight)
-
-
-class VocabularyParallelLossHead(nn.Module):
-    """An `nn.loss.LossHead` with a sharded vocabulary; logits are gathered only if requested."""
-
-    def __init__(self, softcap: float | None, group: Group, tokens: int) -> None:
-        super().__init__()
-        self.softcap, self.group = softcap, group
-        self.shares = [share_of(tokens, group.size(), rank) for rank in range(group.size())]
-
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor | None = None,
-        z_loss: float = 0.0,
-        keep: Tensor | None = None,
-        factors: Tensor | None = None,
-        per_token: bool = False,
-    ) -> Tensor:
-        """Return what `LossHead` does, from hidden `(batch, seq / tp, hidden)` and this rank's rows of the weight."""
-        hidden = gather_shared(hidden, SEQ, self.group)
-        if targets is not None:
-            return linear_cross_entropy(
-                hidden,
-                weight,
-                targets,
-                factors=factors,
-                z_loss=z_loss,
-                softcap=self.softcap,
-                reduction="none" if per_token else "sum",
-                tp_group=self.group,
-                vocab_size=self.shares[-1].stop,
-            )
-        logits = self._gather_columns(linear(hidden if keep is None else hidden[:, keep], weight))
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def _gather_columns(self, logits: Tensor) -> Tensor:
-        """Gather the columns of all ranks, of which the first ones may have one more than the others."""
-        widest = len(self.shares[0])
-        columns = gather_shared(pad(logits, (0, widest - logits.shape[-1])), logits.ndim - 1, self.group)
-        parts = columns.split(widest, -1)
-        return torch.cat(
-            [part[..., : len(share)] for part, share in zip(parts, self.shares, strict=True)], -1
-        )

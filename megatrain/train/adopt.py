@@ -2,13 +2,21 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
+from megatrain.nn.contract import Plan
+from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
+
+WEIGHTS = "model."
+"""Prefix of the names of parameters and buffers in checkpoints."""
 
 
 def adopted(cfg: Config, checkpointer: Checkpointer | None = None) -> tuple[Checkpointer, int | None]:
@@ -29,6 +37,16 @@ def adopted(cfg: Config, checkpointer: Checkpointer | None = None) -> tuple[Chec
             "its checkpoints/step-..."
         )
     return found, step
+
+
+def names_of(tensors: Mapping[str, Tensor], plan: Plan, processes: Processes) -> tuple[str, ...]:
+    """Return what `Checkpointer.load` is to take as `only`, so that a classifier finds the weights of its source.
+
+    The source may be a language model, whose head stays behind.
+    """
+    if not plan.has_classifier:
+        return (WEIGHTS,)
+    return tuple(sorted({name for names in processes.gather(list(tensors)) for name in names}))
 
 
 def describe_base(found: VerifiedCheckpoint) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from megatrain.data.config import DataConfig
 from megatrain.engines.config import legal_precisions
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
+from megatrain.train.labels import known_labels
 from megatrain.train.micro_batch import largest_fitting, micro_batch_choices, state_bytes
 
 GIB = 2**30
@@ -22,6 +23,11 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
             it, so that results are bit-identical, and always if fp8 scales depend on it.
     """
     steps = cfg.schedule.resolved_warmup(cfg.train.steps)
+    if before is not None:
+        model: Any = dataclasses.replace(
+            cfg.model, classifier=known_labels(cfg.model.classifier, before.model.classifier)
+        )
+        cfg = dataclasses.replace(cfg, model=model)
     resolved = dataclasses.replace(
         cfg,
         data=resolve_data(cfg),

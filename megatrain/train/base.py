@@ -8,12 +8,11 @@ from pathlib import Path
 from megatrain.checkpoint.retention import step_name
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
-from megatrain.train.adopt import adopted, describe_base
+from megatrain.train.adopt import adopted, describe_base, names_of
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory
 from megatrain.train.import_hf import import_once
 from megatrain.train.imported import Progress
-from megatrain.train.restore import WEIGHTS
 from megatrain.train.state import TrainState
 
 
@@ -79,7 +78,8 @@ def load_base(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> Ver
         DamagedCheckpointError: it is damaged.
     """
     other, step = adopted(cfg, checkpointer)
-    found = other.load(state.frozen(), only=WEIGHTS, step=step)
+    frozen = state.frozen()
+    found = other.load(frozen, only=names_of(frozen, state.parallel.plan, other.processes), step=step)
     assert found is not None
     state.sync_model_weights()
     state.base = describe_base(found)

@@ -33,6 +33,7 @@ from megatrain.train.bench_notes import Circumstances, notes
 from megatrain.train.build import COMPUTE_DTYPE, build_loader, build_state, prepare_together, with_layout
 from megatrain.train.config import Config
 from megatrain.train.estimate import Estimate, describe, estimate, require_room
+from megatrain.train.labels import settle_labels
 from megatrain.train.micro_batch import USABLE
 from megatrain.train.step import train_step
 
@@ -146,7 +147,7 @@ def bench(
         say(line)
     if not request.force:
         require_room(expected)
-    data = prepare_together(cfg, processes, progress=progress)
+    cfg, data = settle_labels(cfg, prepare_together(cfg, processes, progress=progress))
     mesh = make_mesh(cfg.parallel, device) if processes.size > 1 else None
     processes.limit_waits(cfg.resilience.timeout_s)
     state, batches = build_state(cfg, device, mesh), build_loader(cfg, data.train, mesh).batches(0)

@@ -228,7 +228,7 @@ def packed(cfg: Config, store: TokenSource) -> TokenSource:
     Raises:
         UserError: all examples are longer than a sample, or one is and `data.on_skip` is `error`.
     """
-    if not isinstance(store, TokenStore) or store.answers is None:
+    if not isinstance(store, TokenStore) or not store.is_of_examples:
         return store
     found = pack(store, seq_len=cfg.seq_len)
     if cfg.data.on_skip == "error" and (text := too_long(found)):

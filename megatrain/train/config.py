@@ -26,6 +26,7 @@ from megatrain.parallel.layout import problems as layout_problems
 from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
+from megatrain.train.objective_config import LikelihoodConfig, ObjectiveConfig
 
 SCHEMA_VERSION = 3
 """2: the keys of `Config.RENAMED` got their present names. 3: so did the values of `Config.CHANGED`."""
@@ -135,6 +136,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
     lora: LoRAConfig = LoRAConfig()
+    objective: ObjectiveConfig = LikelihoodConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     engine: EngineName = "native"
     """Library that runs the passes and shards the model. native: PyTorch, in every layout; deepspeed: ZeRO-0 to ZeRO-3
@@ -174,6 +176,7 @@ class Config:
         )
         yield from self._native_problems()
         yield from self._lora_problems()
+        yield from self._objective_problems()
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
@@ -220,6 +223,25 @@ class Config:
         ):
             if value != off:
                 yield Problem(key, value, f"is not supported by engine={self.engine}", (off,))
+
+    def _objective_problems(self) -> Iterator[Problem]:
+        """Yield what the objective, and labels, need of data, model and engine."""
+        kind, data = self.objective.kind, self.data.kind
+        is_labelled = self.model.classifier is not None
+        if is_labelled != (data == "classify"):
+            rule = "labels need a model with a classifier (data=classify), and a classifier needs labels"
+            yield Problem("data.kind", data, rule, ("classify",) if is_labelled else ("chat", "text"))
+        if (kind == "dpo") != (data == "preferences"):
+            rule = "objective=dpo and pairs of answers (data=preferences) go together"
+            yield Problem(
+                "objective.kind", kind, rule, ("dpo",) if data == "preferences" else ("likelihood",)
+            )
+        if kind == "grpo" and data != "chat":
+            yield Problem("objective.kind", kind, "needs prompts with reference answers (data=chat)")
+        if is_labelled and kind != "likelihood":
+            yield Problem("objective.kind", kind, "is not for classifiers", ("likelihood",))
+        if kind != "likelihood" and self.engine != "native":
+            yield Problem("engine", self.engine, f"does not train with objective={kind}", ("native",))
 
     def _lora_problems(self) -> Iterator[Problem]:
         """Yield what adapters need, beside what they need of the model."""

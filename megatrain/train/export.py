@@ -12,7 +12,7 @@ from megatrain.checkpoint.rows import read_pieces
 from megatrain.checkpoint.safetensors_file import write_shards
 from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
-from megatrain.models.registry import get_spec
+from megatrain.models.foreign import hf_config, weight_map
 from megatrain.models.spec import WeightMap
 from megatrain.train.files import read_config, require_unchanged
 from megatrain.train.hf_files import Exported, new_directory, require_new, write_json, write_tokenizer
@@ -50,8 +50,7 @@ def export(
     prefix = AVERAGE if takes_average(run, cfg, average) else WEIGHTS
     if cfg.lora.rank and not merge:
         return export_adapters(run, target, cfg, prefix=prefix, dtype=DTYPES[dtype])
-    spec = get_spec(cfg.model.kind)
-    mapping, config = spec.weights(cfg.model), spec.hf_config(cfg.model)
+    mapping, config = weight_map(cfg.model), hf_config(cfg.model)
     checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint, moves_damaged=False)
     found = checkpointer.latest()
     if found is None:

@@ -21,13 +21,15 @@ def check_logits(run: Path, exported: Path, *, tolerance: float = 1e-3, average:
         UserError: transformers is not installed, or the difference is above `tolerance` or not a number.
     """
     require_package("transformers", "--check")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     ours, _, cfg, _ = restore_model(run, torch.device("cpu"), average=average)
-    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    classifies = cfg.model.classifier is not None
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    theirs = kind.from_pretrained(exported, dtype=torch.float32)
     length = min(TOKENS, cfg.model.max_seq_len)
     tokens = torch.randint(cfg.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    logits = ours.eval()(tokens)
+    logits = ours.eval()(tokens)[:, -1] if classifies else ours.eval()(tokens)
     difference = float((logits - theirs.eval()(tokens).logits).abs().max() / logits.abs().max())
     if not difference <= tolerance:  # not: also for NaN
         raise UserError(

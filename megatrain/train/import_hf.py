@@ -17,7 +17,8 @@ from megatrain.checkpoint.rows import row_pieces
 from megatrain.checkpoint.safetensors_file import INDEX_FILE, SafetensorsSource
 from megatrain.config.errors import UserError
 from megatrain.models.config import ModelConfig
-from megatrain.models.registry import config_from_hf, get_spec
+from megatrain.models.foreign import model_from_hf, weight_map
+from megatrain.models.registry import get_spec
 from megatrain.models.spec import Rule, Stack, WeightMap
 from megatrain.train.config import RunConfig
 from megatrain.train.files import IMPORT_FILE
@@ -96,7 +97,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     Raises:
         UserError: there is none, or it is not supported.
     """
-    return config_from_hf(_read_json(directory / "config.json"))
+    return model_from_hf(_read_json(directory / "config.json"))
 
 
 def weight_specs(model: ModelConfig) -> dict[str, TensorSpec]:
@@ -114,7 +115,7 @@ def map_tensors(source: Source, model: ModelConfig) -> dict[str, tuple[TensorSpe
     """
     wanted = weight_specs(model)
     shapes = {name: spec.size for name, spec in wanted.items()}
-    mapping = get_spec(model.kind).weights(model)
+    mapping = weight_map(model)
     places = _checked_names(source, mapping, shapes)
     found: dict[str, Rows] = {}
     for rule in mapping.rules:

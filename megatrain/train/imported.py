@@ -23,7 +23,9 @@ from megatrain.data.config import DataConfig, TokenizerConfig
 from megatrain.data.tokenizer import HuggingFaceTokenizer
 from megatrain.data.tokenizer_files import read_tokenizer
 from megatrain.models.config import ModelConfig
+from megatrain.nn.contract import CLASSIFIER
 from megatrain.observe.rundir import RunLog
+from megatrain.train.adopt import names_of
 from megatrain.train.config import Config, RunConfig
 from megatrain.train.files import IMPORT_FILE, new_run_id, tokenizer_digest, write_config
 from megatrain.train.restore import WEIGHTS
@@ -202,8 +204,13 @@ def take_up_weights(
     kept = [name for name in everything if name.startswith(OPTIMIZER)]
     every = {name for part in checkpointer.processes.gather(kept) for name in part}
     takes = moments and checkpointer.processes.from_first(lambda: _has_state(checkpointer, every))
-    prefixes = (WEIGHTS, OPTIMIZER) if takes else (WEIGHTS,)
+    prefixes: tuple[str, ...] = (WEIGHTS, OPTIMIZER) if takes else (WEIGHTS,)
     tensors = {name: tensor for name, tensor in everything.items() if name.startswith(prefixes)}
+    if state.parallel.plan.has_classifier and not checkpointer.processes.from_first(
+        lambda: _has_classifier(checkpointer, step)
+    ):
+        tensors.pop(f"{WEIGHTS}{CLASSIFIER}.weight", None)  # stays as it was initialized
+        prefixes = names_of(tensors, state.parallel.plan, checkpointer.processes)
     found = checkpointer.load(tensors, only=prefixes, step=step)
     if found is None:
         raise UserError(f"{checkpointer.directory} has no checkpoint")
@@ -212,6 +219,15 @@ def take_up_weights(
         for name, average in state.average.averages.items():
             average.copy_(state.weights.parameters[name].detach())
     return found
+
+
+def _has_classifier(checkpointer: Checkpointer, step: int | None) -> bool:
+    """Return whether a checkpoint, the newest if `step` is None, is that of a classifier."""
+    try:
+        stored = checkpointer.open(checkpointer.steps()[-1] if step is None else step).tensor_specs()
+    except (CorruptCheckpointError, UnknownFormatError, OSError, IndexError):  # loading says what is wrong
+        return False
+    return f"{WEIGHTS}{CLASSIFIER}.weight" in stored
 
 
 def _has_state(checkpointer: Checkpointer, wanted: set[str]) -> bool:

@@ -22,13 +22,13 @@ from megatrain.parallel.packed_logits import PackedLogits
 from megatrain.parallel.shards import shard_of, tell_place
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.processes import Processes
-from megatrain.train.adopt import adopted, require_same_base
+from megatrain.train.adopt import WEIGHTS, adopted, names_of, require_same_base
 from megatrain.train.build import build_model
 from megatrain.train.config import Config
 from megatrain.train.files import CONFIG_FILE, read_config, require_unchanged
 from megatrain.train.import_hf import Shards, map_tensors, open_shards, read_model_config
 from megatrain.train.imported import SEQ_LEN, read_model_tokenizer
-from megatrain.train.restore import AVERAGE, WEIGHTS, takes_average
+from megatrain.train.restore import AVERAGE, takes_average
 
 HF_CONFIG = "config.json"
 
@@ -159,7 +159,8 @@ def _from_run(
     require_unchanged(directory, cfg, found.manifest.info, found.path)
     if cfg.lora.rank:
         base, step = adopted(cfg, checkpointer)
-        require_same_base(found.manifest.info, base.load(frozen, only=WEIGHTS, step=step), found.path)
+        only = names_of(frozen, parallel.plan, processes)
+        require_same_base(found.manifest.info, base.load(frozen, only=only, step=step), found.path)
     _sync_copies(parallel)
     return TrainedModel(parallel, load_tokenizer(directory / "tokenizer"), cfg, found.step)
 

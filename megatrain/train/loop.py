@@ -159,6 +159,7 @@ class _Attempt:
             row: Row = {"step": state.step, "train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
             row |= {"train/tokens": state.tokens, "data/sample_digest": batch.digest}
             step_time = time.perf_counter() - self.ended
+            row |= {f"train/{name}": value for name, value in stats.more().items()}
             row |= _speed(run, step_time, data_time)
             row[ELAPSED] = time.monotonic() - STARTED
             if verdict.action != "take":
@@ -340,6 +341,7 @@ def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) 
                 state.parallel,
                 run.eval_batches,
                 run.data.token_bytes,
+                objective=state.objective,
                 is_called_off=lambda: run.any_wants(bool(run.signals.received)),
             )
         except CalledOffError:
@@ -355,7 +357,7 @@ def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) 
     found: Row = {"eval/loss": result.loss, EVALUATION: time.perf_counter() - began}
     if result.bits_per_byte is not None:
         found["eval/bits_per_byte"] = result.bits_per_byte
-    return found
+    return found | {f"eval/{name}": value for name, value in result.more.items()}
 
 
 def _patience_left(run: Run) -> bool:

@@ -17,6 +17,7 @@ from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserError
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
+from megatrain.data.prepare import Prepared
 from megatrain.observe.display import make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
@@ -55,8 +56,10 @@ from megatrain.train.imported import (
     require_imported_weights,
     take_up_weights,
 )
+from megatrain.train.labels import settle_labels
 from megatrain.train.loop import reason_to_stop, report_uploads, still_owed, train_loop
 from megatrain.train.machines import check_likeness, make_checked_mesh
+from megatrain.train.objectives import begin_objective, build_objective
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
 from megatrain.train.sample import last_sample
@@ -84,14 +87,14 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         processes.describe(directory=str(directory.absolute()))
         hosts, notices = check_likeness(processes, cfg.resilience, device)
         processes.doing("preparing the data")
-        data = prepare_together(cfg, processes, progress=display.phase)
-        require_same_data(processes, data.fingerprint)
+        cfg, data = _data(cfg, processes, display.phase)
         mesh, told = make_checked_mesh(cfg, processes, hosts, device)
         verifies = cfg.data.verify == "background" and processes.local_rank == 0
         check = CacheCheck(data.directory, verifies=verifies)
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
         eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
         state = build_state(cfg, device, mesh)
+        state.objective = build_objective(cfg, data.train, data.val)
         with (
             contextlib.closing(check),
             contextlib.closing(state),
@@ -124,6 +127,13 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         raise stop from (None if stop is error else error)
     finally:
         display.close()
+
+
+def _data(cfg: Config, processes: Processes, progress: Progress) -> tuple[Config, Prepared]:
+    """Prepare the data, which is the same for all processes; return `cfg` with what it takes from the data."""
+    data = prepare_together(cfg, processes, progress=progress)
+    require_same_data(processes, data.fingerprint)
+    return processes.agree(partial(settle_labels, cfg, data))
 
 
 def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
@@ -310,6 +320,8 @@ def _resume(run: Run) -> tuple[str, ...]:
     unverified = None if found is None else found.manifest.info.get("data_unverified_since")
     run.cache_check.begin(state.step, unverified_since=unverified)
     source = source or base
+    if found is None:
+        begin_objective(state, run.loader, run.eval_batches)
     loaded = found or source
     warnings = (run.fetched.warnings if run.fetched else ()) + (() if loaded is None else loaded.warnings)
     run.processes.from_first(lambda: _write_inputs(run))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatrain.data.loader import validation_batches
+from megatrain.data.loader import Batch, validation_batches
 from megatrain.data.store import TokenSource
 from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
@@ -19,6 +19,7 @@ from megatrain.parallel.shards import full_tensor
 from megatrain.train.build import build_loader, build_state, packed
 from megatrain.train.config import Config
 from megatrain.train.evaluate import evaluate
+from megatrain.train.objectives import begin_objective, build_objective
 from megatrain.train.planting import planted
 from megatrain.train.state import TrainState
 from megatrain.train.step import accumulate_gradients, train_step
@@ -75,6 +76,8 @@ def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Tr
     splits = state.parallel.splits
     initial = full_arrays(state.weights.parameters, splits)
     loader = build_loader(cfg, store, mesh)
+    state.objective = build_objective(cfg, store, store)
+    begin_objective(state, loader, _validation(cfg, store))
     accumulate_gradients(state, loader.step_batch(0), cfg)
     gradients = full_arrays(_gradients(state), splits)
     state.weights.zero_gradients()
@@ -100,6 +103,10 @@ def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Tr
 
 def validation_loss(state: TrainState, cfg: Config, store: TokenSource) -> float:
     """Return the loss of five rows: an odd number, so that data-parallel ranks run out of them at different times."""
+    return evaluate(state.parallel, _validation(cfg, store), None, objective=state.objective).loss
+
+
+def _validation(cfg: Config, store: TokenSource) -> list[Batch]:
     batches = validation_batches(
         packed(cfg, store),
         seq_len=cfg.seq_len,
@@ -107,7 +114,7 @@ def validation_loss(state: TrainState, cfg: Config, store: TokenSource) -> float
         micro_batch_size=1,
         mask_documents=cfg.data.mask_documents,
     )
-    return evaluate(state.parallel, list(batches), None).loss
+    return list(batches)
 
 
 def _gradients(state: TrainState) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
 from megatrain.checkpoint.safetensors_file import SafetensorsFile
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
+from megatrain.models.foreign import weight_map
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import Rule, WeightMap
 from megatrain.parallel.lora import DOWN, UP
@@ -86,7 +87,7 @@ def export_adapters(run: Path, target: Path, cfg: Config, *, prefix: str, dtype:
     Raises:
         UserError: there is no checkpoint, or `target` can't be written.
     """
-    mapping = get_spec(cfg.model.kind).weights(cfg.model)
+    mapping = weight_map(cfg.model)
     checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint, moves_damaged=False)
     found = checkpointer.latest()
     if found is None:

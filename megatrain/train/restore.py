@@ -11,12 +11,10 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.parallel.lora import add_adapters, with_adapters
-from megatrain.train.adopt import adopted, require_same_base
+from megatrain.train.adopt import WEIGHTS, adopted, names_of, require_same_base
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, require_unchanged
 
-WEIGHTS = "model."
-"""Prefix of the names of parameters and buffers in checkpoints."""
 AVERAGE = "ema."
 """Prefix of the names of the parameters' moving averages."""
 
@@ -65,5 +63,6 @@ def restore_model(
     if cfg.lora.rank:
         frozen = {WEIGHTS + name: p.detach() for name, p in model.named_parameters() if name not in own}
         base, step = adopted(cfg)
-        require_same_base(found.manifest.info, base.load(frozen, only=WEIGHTS, step=step), found.path)
+        only = names_of(frozen, spec.plan(cfg.model), base.processes)
+        require_same_base(found.manifest.info, base.load(frozen, only=only, step=step), found.path)
     return model, load_tokenizer(directory / "tokenizer"), cfg, found.step

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from megatrain.data.config import EXAMPLES
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.models.sampling import Sampling
 from megatrain.parallel.layout import FLOAT8_GROUP
@@ -29,16 +30,16 @@ TEMPERATURE, TOP_K = 0.7, 50
 def sample(run: Run, tokens: int = TOKENS) -> tuple[str, str] | None:
     """Return a prompt and its continuation by the model as it is now, in its layout; None where there is none.
 
-    That is in a run without text, with `train.sample_tokens=0`, under a chat template, whose special tokens no text
-    spells, or in fp8 where `seq_len` is no multiple of what its products want. All processes call this together, and
-    get the same text: that of one process, up to rounding.
+    That is in a run without text or of a classifier, with `train.sample_tokens=0`, under a chat template, whose special
+    tokens no text spells, or in fp8 where `seq_len` is no multiple of what its products want. All processes call this
+    together, and get the same text: that of one process, up to rounding.
     """
     cfg = run.cfg
     wanted = min(cfg.train.sample_tokens, tokens)
     unit = _tokens_together(cfg)
-    if not wanted or cfg.data.kind == "synthetic" or cfg.seq_len % unit:
+    if not wanted or cfg.data.kind in ("synthetic", "classify") or cfg.seq_len % unit:
         return None
-    if cfg.data.kind == "chat" and "chat_template" in getattr(run.data.tokenizer, "described", ()):
+    if cfg.data.kind in EXAMPLES and "chat_template" in getattr(run.data.tokenizer, "described", ()):
         return None
     prompt = prompt_of(run)
     model = PackedLogits(run.state.parallel, multiple_of=unit)
@@ -82,7 +83,9 @@ def prompt_of(run: Run) -> str:
         return PYTHON_PROMPT if run.cfg.data.path is None else ""
     batch = run.eval_batches[0]
     # Of examples, all that comes before the first answer: the position whose target it begins is the prompt's last.
-    asked = int((batch.targets[0] >= 0).int().argmax()) + 1 if run.cfg.data.kind == "chat" else PROMPT_TOKENS
+    asked = (
+        int((batch.targets[0] >= 0).int().argmax()) + 1 if run.cfg.data.kind in EXAMPLES else PROMPT_TOKENS
+    )
     first: list[int] = batch.tokens[0, :asked].tolist()
     end = run.data.tokenizer.eos_id
     return run.data.tokenizer.decode(first[: first.index(end)] if end in first else first)

@@ -13,6 +13,7 @@ from megatrain.nn.config import ExpertsConfig, MLAConfig, MoEBackendConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
+from megatrain.train.objective_config import LikelihoodConfig
 
 SEQ_LEN = 64
 LAYERS = 4
@@ -26,7 +27,8 @@ def shrink(cfg: Config, layouts: Sequence[ParallelConfig]) -> Config:
     """Return a small config that can run in every one of `layouts` in which `cfg` can.
 
     Kept are the kind of the model and its options, which sizes the degrees divide, the ratio of query to key heads as
-    far as that needs, documents, optimizer and weight average. Depth, width, vocabulary, batch and sequence shrink.
+    far as that needs, documents, optimizer and weight average. Depth, width, vocabulary, batch and sequence shrink, and
+    the loss is that of next tokens.
     """
     layers = _shrink_layers(cfg.model.n_layers, layouts)
     lengths = [(2 * layout.cp if layout.cp > 1 else 1) * layout.tp for layout in layouts]
@@ -37,6 +39,7 @@ def shrink(cfg: Config, layouts: Sequence[ParallelConfig]) -> Config:
         model=_shrink_model(cfg.model, layers, seq_len, layouts),
         data=dataclasses.replace(cfg.data, kind="synthetic", path=None),
         train=dataclasses.replace(cfg.train, precision="fp64"),
+        objective=LikelihoodConfig(),
         # Backends for GPUs compute the same up to rounding.
         moe=MoEBackendConfig() if cfg.moe.backend in ("triton", "megablocks") else cfg.moe,
         parallel=ParallelConfig(),
@@ -116,6 +119,7 @@ def _shrink_model(
         if every is None
         else max(2, min(every, layers)),  # so that both kinds remain
         init_std=0.1,
+        classifier=None,
         experts=None
         if model.experts is None
         else _shrink_experts(model.experts, model.expert_ffn_size, layouts),

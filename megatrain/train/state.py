@@ -15,6 +15,7 @@ from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import reshard
 from megatrain.parallel.shards import tell_place
+from megatrain.train.objective import Objective
 
 
 @dataclass
@@ -30,6 +31,8 @@ class TrainState:
     average: WeightAverage | None
     engine: Engine | None = None
     """Library that runs the passes; None: the native engine, which is PyTorch and nothing else."""
+    objective: Objective | None = None
+    """What is minimized; None: the cross entropy of the targets."""
     step: int = 0
     """Number of optimizer steps done."""
     tokens: int = 0
@@ -72,6 +75,8 @@ class TrainState:
                 key: t if split is None or t.ndim == 0 else tell_place(t, split) for key, t in own.items()
             }
         found |= buffers
+        if self.objective is not None:
+            found |= {f"objective.{name}": t for name, t in self.objective.tensors().items()}
         return found
 
     def frozen(self) -> dict[str, Tensor]:

@@ -11,10 +11,12 @@ from torch.profiler import record_function
 from megatrain.data.loader import Batch, StepBatch
 from megatrain.engines.engine import Engine, Partitioned
 from megatrain.nn.balance import balance_experts, begin_balance, forget_expert_counts
+from megatrain.nn.classifier import chosen_labels
 from megatrain.optim.clip import clip_gradients
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import before_micro_batch
 from megatrain.train.config import Config
+from megatrain.train.placing import on_device
 from megatrain.train.state import TrainState
 
 Accepts = Callable[[float, float], bool]
@@ -29,10 +31,12 @@ class StepStats:
     """Results of one step, equal on all ranks. They stay on the device until `read`, which synchronizes once."""
 
     values: Tensor
-    """`(3,)` float64: loss, gradient norm, number of ranks that want to stop."""
+    """`(3 + names,)` float64: loss, gradient norm, number of ranks that want to stop, further metrics."""
     was_taken: bool = True
     """Whether the weights were updated."""
-    _read: tuple[float, float, bool] | None = None
+    names: tuple[str, ...] = ()
+    """Further metrics, of the objective."""
+    _read: list[float] | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -46,32 +50,24 @@ class StepStats:
 
     def read(self) -> tuple[float, float, bool]:
         """Return loss, gradient norm, and whether any rank wants to stop, in one copy to the host."""
+        loss, grad_norm, stop, *_ = self._all()
+        return loss, grad_norm, stop > 0
+
+    def more(self) -> dict[str, float]:
+        """Return the further metrics by name."""
+        return dict(zip(self.names, self._all()[3:], strict=True))
+
+    def _all(self) -> list[float]:
         if self._read is None:
-            loss, grad_norm, stop = self.values.tolist()
-            self._read = loss, grad_norm, stop > 0
+            self._read = self.values.tolist()
         return self._read
 
 
 def loss_sum(parallel: ParallelModel, batch: Batch, *, z_loss: float = 0.0) -> Tensor:
     """Return the loss in nats, summed over this rank's valid tokens of `batch` (float32 scalar on the device)."""
-    tensors = _on_device(parallel, batch)
+    tensors = on_device(parallel, batch)
     loss: Tensor = parallel.models[0](tensors.pop("tokens"), **tensors, z_loss=z_loss)
     return loss
-
-
-def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy `tensor` to `device`; to a GPU from pinned memory, without which the host would wait for the copy."""
-    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
-
-
-def _on_device(parallel: ParallelModel, batch: Batch) -> dict[str, Tensor | None]:
-    """Return this rank's shard of `batch` on the device, by the names of the model's arguments."""
-    names = ("tokens", "targets", "positions", "doc_ids", "token_numbers", "factors")
-    with record_function("data"):
-        tensors = parallel.shard_batch({name: getattr(batch, name) for name in names})
-        device = parallel.device
-        return {name: None if t is None else copied_to(t, device) for name, t in tensors.items()}
 
 
 def train_step(
@@ -93,22 +89,16 @@ def train_step(
     Each micro-batch's loss is its sum over valid tokens divided by the number of valid tokens of the *global*
     batch, so the split into micro-batches and over ranks only affects rounding.
     """
-    parallel = state.parallel
-    loss = accumulate_gradients(state, batch, cfg)
-    with record_function("optimizer"):  # the ranges of this file are classes in observe/profile.py
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        stop = torch.full_like(loss, float(wants_stop()))
-        if isinstance(state.engine, Partitioned):
-            grad_norm = state.engine.update()
-            loss, stop = parallel.total(torch.stack([loss, stop]))
-            stats = StepStats(torch.stack([loss, grad_norm, stop]))
-        else:
-            stats = _update(state, cfg, loss, stop, accepts, on_gradients)
-        if stats.was_taken:
-            balance_experts(parallel.models, cfg.model, parallel.total)
-            if state.average is not None:
-                state.average.update(state.weights.trained)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+    for round_ in range(1 if state.objective is None else state.objective.rounds):
+        sums = accumulate_gradients(state, batch, cfg, round_=round_)
+        with record_function("optimizer"):  # the ranges of this file are classes in observe/profile.py
+            stats = _update(state, cfg, sums, wants_stop(), accepts, on_gradients)
+            if stats.was_taken:
+                balance_experts(state.parallel.models, cfg.model, state.parallel.total)
+                if state.average is not None:
+                    state.average.update(state.weights.trained)
     state.step += 1
     state.tokens += batch.valid_tokens
     return stats
@@ -117,23 +107,33 @@ def train_step(
 def _update(
     state: TrainState,
     cfg: Config,
-    loss: Tensor,
-    stop: Tensor,
+    sums: Tensor,
+    wants_stop: bool,
     accepts: Accepts | None,
     on_gradients: OnGradients | None,
 ) -> StepStats:
     """Clip the gradients and update the weights, unless `accepts` says no.
 
     The host waits for the device before the update then, in place of after it.
+
+    Args:
+        sums: this rank's shares of the loss, and of the objective's further metrics.
     """
+    stop = torch.full_like(sums[:1], float(wants_stop))
+    if isinstance(state.engine, Partitioned):
+        grad_norm = state.engine.update()
+        loss, stop = state.parallel.total(torch.cat([sums[:1], stop]))
+        return StepStats(torch.stack([loss, grad_norm, stop]))
     parallel, weights = state.parallel, state.weights.parameters
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
     if on_gradients is not None:
         on_gradients(gradients)
     # One all-reduce for all scalars: small collectives are bound by latency.
-    loss, squared_norm, stop = parallel.total(torch.stack([loss, parallel.squared_norm(gradients), stop]))
-    grad_norm = squared_norm.sqrt()
-    stats = StepStats(torch.stack([loss, grad_norm, stop]))
+    squared_norm = parallel.squared_norm(gradients)[None]
+    totals = parallel.total(torch.cat([sums[:1], squared_norm, stop, sums[1:]]))
+    grad_norm = totals[1].sqrt()
+    names = () if state.objective is None else state.objective.names
+    stats = StepStats(torch.cat([totals[:1], grad_norm[None], totals[2:]]), names=names)
     stats.was_taken = accepts is None or accepts(*stats.read()[:2])
     if stats.was_taken:
         clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
@@ -146,15 +146,22 @@ def _update(
     return stats
 
 
-def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
-    """Accumulate the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
+def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config, *, round_: int = 0) -> Tensor:
+    """Accumulate the gradients of the global batch in the weights.
+
+    Returns this rank's shares of the loss, and of the objective's further metrics, `(1 + names,)` float64.
+    """
     parallel = state.parallel
     if state.engine is not None:
-        return _accumulate_in_engine(state.engine, parallel, batch, cfg)
+        return _accumulate_in_engine(state.engine, parallel, batch, cfg)[None]
+    weighed = None if state.objective is None else state.objective.weigh(parallel, batch, round_)
+    batch = batch if weighed is None else weighed.batch
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
     loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
     parallel.sum_replicated_gradients()
-    return loss if parallel.owns_loss() else torch.zeros_like(loss)
+    if weighed is not None:
+        return weighed.sums
+    return (loss if parallel.owns_loss() else torch.zeros_like(loss))[None]
 
 
 def _accumulate(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
@@ -179,7 +186,7 @@ def _accumulate_in_engine(engine: Engine, parallel: ParallelModel, batch: StepBa
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for n, part in enumerate(batch.micro_batches):
         is_last = n == len(batch.micro_batches) - 1
-        tensors = _on_device(parallel, part)
+        tensors = on_device(parallel, part)
         total += engine.forward_backward(tensors, scale=scale, z_loss=cfg.train.z_loss, is_last=is_last)
     return total / engine.ranks
 
@@ -188,7 +195,7 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
     """Do as `_accumulate`, with all micro-batches at once through the pipeline's schedule."""
     parallel = state.parallel
     assert parallel.pipeline is not None
-    parts = [_on_device(parallel, part) for part in batch.micro_batches]
+    parts = [on_device(parallel, part) for part in batch.micro_batches]
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     rows = {name: None if t[0] is None else torch.cat(cast(list[Tensor], t)) for name, t in columns.items()}
     scale = 1 / max(batch.valid_tokens, 1)
@@ -199,12 +206,30 @@ def _accumulate_in_pipeline(state: TrainState, batch: StepBatch, cfg: Config) ->
 
 
 @torch.no_grad()
+def right_documents(parallel: ParallelModel, batch: Batch) -> Tensor:
+    """Count this rank's documents of `batch` all of whose labels a classifier gets right, on one rank of a tp group."""
+    tensors = on_device(parallel, batch)
+    targets = tensors.pop("targets")
+    logits = (
+        parallel.models[0](tensors.pop("tokens"), **tensors)
+        if parallel.pipeline is None
+        else parallel.pipeline.forward(tensors)
+    )
+    if logits is None or not parallel.owns_loss():
+        return torch.zeros((), dtype=torch.float64, device=parallel.device)
+    assert targets is not None
+    classifier = parallel.models[-1].cfg.classifier
+    found = chosen_labels(logits, is_multi=classifier is not None and classifier.multi_label is True)
+    return ((found == targets) & (targets >= 0)).sum().to(torch.float64)
+
+
+@torch.no_grad()
 def evaluation_loss(parallel: ParallelModel, batch: Batch) -> Tensor:
     """Return the loss in nats summed over this rank's valid tokens of `batch`, on one rank of each tp group."""
     if parallel.pipeline is None:
         loss: Tensor | None = loss_sum(parallel, batch)
     else:
-        loss = parallel.pipeline.forward(_on_device(parallel, batch))
+        loss = parallel.pipeline.forward(on_device(parallel, batch))
     if loss is None or not parallel.owns_loss():
         return torch.zeros((), dtype=torch.float64, device=parallel.device)
     return loss.sum().to(torch.float64)

@@ -133,7 +133,7 @@ def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool, sample: 
 
 
 def _bits_per_nat(run: Run) -> float | None:
-    if not run.eval_batches:
+    if not run.eval_batches or run.cfg.model.classifier is not None:
         return None
     targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in run.eval_batches])
     size = int(run.data.token_bytes[targets].sum())

@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.data.config import DataConfig
+from megatrain.data.config import DataConfig, TokenizerConfig
+from megatrain.data.labels import LabelSet
 from megatrain.data.store import SyntheticStore, TokenSource, TokenStore
 from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
-from megatrain.nn.config import ExpertsConfig, MLAConfig
+from megatrain.nn.config import ClassifierConfig, ExpertsConfig, MLAConfig
 from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config, TrainConfig
+from megatrain.train.objective_config import DPOConfig
 from megatrain.train.parity import Trace, merged, trace
 
 STEPS = 3
@@ -58,6 +60,20 @@ UNEVEN = replace(CFG, model=replace(CFG.model, n_heads=6, n_kv_heads=2, ffn_size
 UNEVEN_EXPERTS = replace(UNEVEN, model=replace(UNEVEN.model, experts=replace(MOE, n_experts=6, ffn_size=25)))
 LORA = LoRAConfig(rank=4, alpha=64.0, dropout=0.3, targets=("wq", "wk", "wv", "wo", "down"))
 """Adapters of layers that tensor parallelism shards by outputs, by inputs, and by heads."""
+
+
+def classifying(
+    cfg: Config, labels: tuple[str, ...], *, weights: tuple[float, ...], is_multi: bool = False
+) -> Config:
+    """`cfg` with a classifier of these labels."""
+    classifier = ClassifierConfig(labels=labels, multi_label=is_multi, class_weights=weights)
+    return replace(
+        cfg,
+        model=replace(cfg.model, classifier=classifier),
+        data=replace(cfg.data, kind="classify", path="rows", tokenizer=TokenizerConfig(kind="bytes")),
+    )
+
+
 RUNS = {
     "untied": CFG,
     "tied": TIED,
@@ -81,6 +97,14 @@ RUNS = {
     ),
     "uneven_muon": replace(UNEVEN_EXPERTS, optim=MUON.optim),
     "chat": CFG,
+    "pairs": replace(
+        CFG,
+        data=replace(CFG.data, kind="preferences", path="rows", tokenizer=TokenizerConfig(kind="bytes")),
+        objective=DPOConfig(beta=0.3, label_smoothing=0.1),
+        train=replace(CFG.train, z_loss=0.0),
+    ),
+    "classes": classifying(TIED, ("a", "b", "c"), weights=(0.5, 1.0, 2.5)),
+    "labels": classifying(GPT2, ("a", "b", "c", "d", "e"), weights=(0.5, 1.0, 2.0, 1.0, 1.5), is_multi=True),
     "lora": replace(CFG, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
     "lora_gpt2": replace(GPT2, lora=replace(LORA, targets=()), checkpoint=CheckpointConfig(adopt="base")),
     "lora_uneven": replace(UNEVEN, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
@@ -93,6 +117,11 @@ RUNS = {
 @cache
 def store_of(name: str) -> TokenSource:
     """The data of the run `name`."""
+    classifier = RUNS[name].model.classifier
+    if classifier is not None:
+        return labelled_store(LabelSet(tuple(classifier.labels), classifier.multi_label is True))
+    if name == "pairs":
+        return replace(examples_store([n % 11 + 3 for n in range(200)]), together=2)
     return examples_store() if name == "chat" else STORE
 
 
@@ -132,3 +161,11 @@ def examples_store(lengths: list[int] | None = None) -> TokenStore:
     for start, size in zip(starts, sizes, strict=True):
         answers[start : start + max(1, size // 3)] = False
     return TokenStore(tokens, starts, "examples", text_bytes=0, vocab_size=64, answers=answers)
+
+
+def labelled_store(labels: LabelSet) -> TokenStore:
+    """Random documents with random labels."""
+    store, random = examples_store(), np.random.default_rng(6)
+    count = len(labels.names)
+    values = random.integers(0, 1 << count if labels.is_multi else count, size=len(store.document_starts))
+    return replace(store, answers=None, labels=values, label_set=labels)

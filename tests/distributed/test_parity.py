@@ -80,6 +80,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2_vocabulary", {"tp": 8}),
     # examples, of which the answers alone have a loss, in packed samples
     *[("chat", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "cp": 2})],
+    # documents with a label, and with several, whose head's rows the axes do not divide
+    *[("classes", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2}, {"pp": 2, "tp": 2})],
+    *[("labels", layout) for layout in ({"dp_shard": 2, "zero_stage": 1}, {"tp": 4}, {"pp": 2})],
+    # pairs of answers, whose log-probabilities under the first weights are computed in the layout, too
+    *[("pairs", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2}, {"pp": 2, "dp_shard": 2})],
     # adapters beside frozen weights
     *[("lora", {"dp_shard": 2, "zero_stage": stage}) for stage in (1, 3)],
     ("lora", {"tp": 2}),
@@ -94,6 +99,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("untied", {"dp_replicate": 2, "dp_shard": 2, "pp": 2, "zero_stage": 2}),
 ]
 MORE_CASES: list[tuple[str, dict[str, Any]]] = [
+    *[("labels", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"pp": 2, "tp": 2, "pp_schedule": "zbv"})],
     ("untied", {"dp_replicate": 2, "tp": 2}),
     ("gpt2", {"dp_replicate": 2, "pp": 2}),
     ("untied", {"dp_replicate": 2, "cp": 2, "cp_kind": "ring"}),

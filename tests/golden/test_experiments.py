@@ -74,6 +74,13 @@ def test_the_bare_command_is_as_it_was() -> None:
     assert to_yaml(compose([])) == (HERE / "default.yaml").read_text(encoding="utf-8")
 
 
+WITH = {
+    "preferences": ["objective=dpo"],
+    "dpo": ["data=preferences", "data.path=my.jsonl"],
+    "grpo": ["data=chat", "data.path=my.jsonl"],
+    "distill": ["objective.teacher=runs/large"],
+}
+"""What an option needs beside it."""
 OPTIONS = [
     (group, option)
     for group, options in group_options().items()
@@ -84,7 +91,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    path = ["data.path=my.txt"] if (group, option) in (("data", "text"), ("data", "chat")) else []
+    path = ["data.path=my.txt"] if group == "data" and option not in ("stdlib", "synthetic") else []
+    path += WITH.get(option, [])
     model = ["model=llama3_8b"] if group == "recipe" else []  # whose sequences may be as long as any recipe's
     assert isinstance(compose([f"{group}={option}", *path, *model]), Config)
 

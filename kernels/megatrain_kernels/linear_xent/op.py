@@ -188,15 +188,8 @@ def linear_cross_entropy(
         )
         return reduce_loss(losses, valid, reduction)
     if wants_each:
-        losses = cross_entropy(
-            x @ weight.T,
-            targets,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            softcap=softcap,
-            reduction=reduction,
-            backend=backend,
-        )
+        options: dict[str, Any] = {"ignore_index": ignore_index, "z_loss": z_loss, "softcap": softcap}
+        losses = cross_entropy(x @ weight.T, targets, reduction=reduction, backend=backend, **options)
         return losses if factors is None else losses * factors.to(losses.dtype)
     settings = (ignore_index, z_loss, softcap, *group_arguments(tp_group, vocab_size, weight.shape[0]))
     if factors is not None:

@@ -28,8 +28,10 @@ from megatrain.data.sources.formats import (
     is_text,
     suffix_of,
 )
+from megatrain.data.sources.labelled import RowLabels
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.listing import TEXT_HINT, SourceFile, accessible, list_path, list_stdlib
+from megatrain.data.sources.preferences import RowPairs
 from megatrain.data.sources.readers import Document, Reader, read_csv, read_json, read_jsonl, read_text
 from megatrain.data.sources.rows import RowText
 from megatrain.data.sources.stdlib import read_python
@@ -184,19 +186,26 @@ def find_corpus(
     encoding: str = "auto",
     conversation: Conversation = PARAGRAPHS,
     answer: str | None = None,
-    is_chat: bool = False,
+    label_field: str = "label",
+    kind: str = "text",
 ) -> Corpus:
     """List the files of `path` (see `DataConfig.path`) without reading them.
 
     Args:
-        is_chat: read rows as examples, in which `answer` is the template of the answer, if there is one.
+        answer: template of the answer of examples, if there is one.
+        label_field: field that holds the label of a labelled text.
+        kind: what rows are, as in `DataConfig.kind`.
 
     Raises:
         UserError: there is no such file, or it contains no text.
     """
     row_text = RowText(text_field, template, conversation)
-    if is_chat:
+    if kind == "chat":
         row_text = RowExamples(text_field, template, answer, conversation)
+    elif kind == "preferences":
+        row_text = RowPairs(text_field, None, None, conversation)
+    elif kind == "classify":
+        row_text = RowLabels(text_field, template, label_field, conversation)
     if path is None:
         return Corpus("the Python standard library", tuple(list_stdlib()), row_text, is_stdlib=True)
     left_out = LeftOut()

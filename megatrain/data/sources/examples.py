@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from megatrain.config.errors import UserError
+from megatrain.data.labels import Label
 from megatrain.data.sources.chat import Conversation, Message, NotTextError, TemplateError, conversation_of
 from megatrain.data.sources.rows import CHAT_FIELDS, RowText, parsed, unicode_text
 
@@ -32,10 +33,14 @@ class Example(NamedTuple):
     text: str
     answers: tuple[Span, ...]
     markup: bool
+    label: Label | None = None
 
 
 class RowExamples(RowText):
     """Makes the examples of rows. `template` and `answer`, given together, say what is asked and what is answered."""
+
+    per_row = 1
+    """How many examples belong together: they stay in one sample, and on one side of what is held out."""
 
     def __init__(
         self, field: str, template: str | None, answer: str | None, conversation: Conversation
@@ -87,7 +92,7 @@ class RowExamples(RowText):
 
     def _examples(self, row: Mapping[str, Any], where: str) -> list[Example]:
         if self._answer is not None:
-            return [_plain(super().__call__(row, where), self._answer(row, where))]
+            return [plain(super().__call__(row, where), self._answer(row, where))]
         try:
             form = self._form(list(row))
         except KeyError:
@@ -98,8 +103,8 @@ class RowExamples(RowText):
         if form == INSTRUCTION:
             return self._rendered(_from_instruction(row), row, where, first=0)
         if form == PROMPT and all(isinstance(value, str) for value in values):
-            return [_plain(*(unicode_text(v, name, where) for name, v in zip(form, values, strict=True)))]
-        *before, last = (_messages(value) for value in values)
+            return [plain(*(unicode_text(v, name, where) for name, v in zip(form, values, strict=True)))]
+        *before, last = (messages_of(value) for value in values)
         asked = [message for part in before for message in part]
         return self._rendered(asked + last, row, where, first=len(asked))
 
@@ -162,7 +167,7 @@ def _to_the_end(conversation: Conversation, text: str, spans: tuple[Span, ...]) 
     return (*spans[:-1], (begin, len(text) + 1))
 
 
-def _plain(prompt: str | None, completion: str | None) -> Example:
+def plain(prompt: str | None, completion: str | None) -> Example:
     """Return the example of a text and what follows it, both as they are."""
     if not completion:
         raise UnusableRowError("null" if completion is None else "empty answer")
@@ -179,7 +184,7 @@ def _from_instruction(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
 
 
-def _messages(value: Any) -> list[Message]:
+def messages_of(value: Any) -> list[Message]:
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from megatrain.config.errors import UserError
+from megatrain.data.labels import Label
 from megatrain.data.sources.chat import NotTextError
 from megatrain.data.sources.examples import RowExamples, UnusableRowError
 from megatrain.data.sources.left_out import LeftOut
@@ -20,13 +21,16 @@ class Document(NamedTuple):
     """One text and its origin: `file`, `file:line` or `file:row`, counted from 1.
 
     `markup`: special tokens that the text spells are meant as such, since a chat template wrote them. `answers`: the
-    spans that have a loss (`examples.Span`); None: all of the text.
+    spans that have a loss (`examples.Span`); None: all of the text. `label`: of a labelled text. `together`: the texts
+    of all documents that stay together, if there are others.
     """
 
     id: str
     text: str
     markup: bool = False
     answers: tuple[tuple[int, int], ...] | None = None
+    label: Label | None = None
+    together: str = ""
 
 
 class Reader(NamedTuple):
@@ -75,7 +79,14 @@ class Reader(NamedTuple):
             return
         for number, example in enumerate(found, 1):
             part = f"#{number}" if len(found) > 1 else ""
-            yield Document(name + part, example.text, example.markup, example.answers)
+            yield Document(
+                name + part,
+                example.text,
+                example.markup,
+                example.answers,
+                example.label,
+                "\0".join(each.text for each in found) if rows.per_row > 1 else "",
+            )
 
 
 def read_text(stream: BinaryIO, name: str, path: str, reader: Reader) -> Iterator[Document]:

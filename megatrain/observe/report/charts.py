@@ -42,6 +42,7 @@ class Chart:
 
 CHARTS = (
     Chart("Loss", "nats per token", (Line("train/loss", "training", True), Line("eval/loss", "validation"))),
+    Chart("Accuracy", "share of the held-out examples", (Line("eval/accuracy", "validation"),)),
     Chart("Bits per byte", "bits per byte of text", (Line("eval/bits_per_byte", "validation"),)),
     Chart("Gradient norm", "2-norm, before clipping", (Line("train/grad_norm", "gradient norm", True),)),
     Chart("Learning rate", "per step", (Line("train/lr", "learning rate"),)),

@@ -111,6 +111,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
         "model",
         "lora",
         "moe",
+        "objective",
         "optim",
         "parallel",
         "recipe",

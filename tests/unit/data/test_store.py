@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megatrain.config.errors import UserError
+from megatrain.data.split_writer import SplitWriter
 from megatrain.data.store import (
-    SplitWriter,
     SyntheticStore,
     TokenStore,
     UnfinishedError,
@@ -200,7 +200,8 @@ def test_a_full_disk_is_the_users_matter(tmp_path: Path) -> None:
     code = f"""
 import numpy as np, resource, pathlib
 from megatrain.config.errors import UserError
-from megatrain.data.store import SplitWriter, build_once
+from megatrain.data.split_writer import SplitWriter
+from megatrain.data.store import build_once
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 def build(target):
     with SplitWriter(target, "train", vocab_size=10, eos_id=9) as writer:

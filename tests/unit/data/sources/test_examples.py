@@ -163,7 +163,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each() ->
     turns = [*TURNS[1:2], {"role": "assistant", "content": "<think>a</think>b"}, *TURNS[3:]]
     rows = RowExamples("text", None, None, Conversation(FORGETFUL, {"eos_token": "<|im_end|>"}))
     found = rows.examples({"messages": turns}, "here")
-    assert [text[begin:end] for text, ((begin, end),), _ in found] == [
+    assert [text[begin:end] for text, ((begin, end),), *_ in found] == [
         "<think>a</think>b<|im_end|>\n",
         "That is all.\n<|im_end|>\n",
     ]
