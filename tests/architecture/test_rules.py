@@ -15,6 +15,7 @@ MAX_POSITIONAL_PARAMETERS = 6
 """Keyword-only ones are free: a call names them."""
 OPTIONAL = {
     "accelerate",
+    "cryptography",
     "deepspeed",
     "fsspec",
     "jinja2",
