@@ -47,6 +47,8 @@ class PackedExamples:
     document_starts: np.ndarray
     """Where the stream's documents begin: examples, and the padding of each sample that has some."""
     n_rows: int
+    how: str = "packed"
+    """How, as a part of the fingerprint."""
 
     @property
     def n_tokens(self) -> int:
@@ -54,7 +56,7 @@ class PackedExamples:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"packed {self.seq_len} {self.store.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.how} {self.seq_len} {self.store.fingerprint}".encode()).hexdigest()
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Do as `TokenSource.read`; padding is token 0."""
@@ -94,8 +96,11 @@ class PackedExamples:
         return rows
 
 
-def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
+def pack(store: TokenStore, *, seq_len: int, alone: bool = False) -> PackedExamples:
     """Pack the examples of `store` into samples of `seq_len` tokens.
+
+    Args:
+        alone: give each example a sample of its own.
 
     Raises:
         UserError: all examples are longer.
@@ -106,7 +111,10 @@ def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
         raise UserError(
             f"seq_len={seq_len}: shorter than every example; the shortest has {int(lengths.min())} tokens"
         )
-    order, rows = _best_fit(fitting[np.argsort(-lengths[fitting], kind="stable")], lengths, seq_len)
+    if alone:
+        order, rows = fitting, np.arange(len(fitting))
+    else:
+        order, rows = _best_fit(fitting[np.argsort(-lengths[fitting], kind="stable")], lengths, seq_len)
     sizes = lengths[order]
     ends = np.cumsum(sizes)
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))  # the first example of each sample
@@ -116,7 +124,9 @@ def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
     lasts = np.append(firsts[1:], len(rows)) - 1
     padding = used[lasts][used[lasts] < (rows[lasts] + 1) * seq_len]
     starts = np.sort(np.concatenate([places, padding, [(rows[-1] + 1) * seq_len]]))
-    return PackedExamples(store, seq_len, order, places, starts, int(rows[-1]) + 1)
+    return PackedExamples(
+        store, seq_len, order, places, starts, int(rows[-1]) + 1, "alone" if alone else "packed"
+    )
 
 
 def _best_fit(longest_first: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

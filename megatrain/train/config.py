@@ -19,6 +19,7 @@ from megatrain.nn.config import MoEBackendConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, OptimConfig
+from megatrain.optim.privacy_config import PrivacyConfig, privacy_problems
 from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
@@ -135,6 +136,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoEBackendConfig = MoEBackendConfig()
     lora: LoRAConfig = LoRAConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     engine: EngineName = "native"
     """Library that runs the passes and shards the model. native: PyTorch, in every layout; deepspeed: ZeRO-0 to ZeRO-3
@@ -174,6 +176,13 @@ class Config:
         )
         yield from self._native_problems()
         yield from self._lora_problems()
+        yield from privacy_problems(
+            self.privacy,
+            self.parallel,
+            engine=self.engine,
+            precision=self.train.precision,
+            has_experts=getattr(self.model, "experts", None) is not None,
+        )
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))

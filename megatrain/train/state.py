@@ -15,6 +15,7 @@ from megatrain.optim.master import MasterWeights
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import reshard
 from megatrain.parallel.shards import tell_place
+from megatrain.train.private_step import PrivateGradients
 
 
 @dataclass
@@ -30,6 +31,8 @@ class TrainState:
     average: WeightAverage | None
     engine: Engine | None = None
     """Library that runs the passes; None: the native engine, which is PyTorch and nothing else."""
+    privacy: PrivateGradients | None = None
+    """What makes the steps private; None: nothing."""
     step: int = 0
     """Number of optimizer steps done."""
     tokens: int = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -149,6 +150,9 @@ def _update(
 def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config) -> Tensor:
     """Accumulate the gradients of the global batch in the weights; returns this rank's share of the loss (float64)."""
     parallel = state.parallel
+    if state.privacy is not None:
+        loss_of = partial(loss_sum, parallel, z_loss=cfg.train.z_loss)
+        return state.privacy.accumulate(parallel, state.weights, batch, loss_of)
     if state.engine is not None:
         return _accumulate_in_engine(state.engine, parallel, batch, cfg)
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))

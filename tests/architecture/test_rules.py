@@ -16,6 +16,7 @@ MAX_POSITIONAL_PARAMETERS = 6
 OPTIONAL = {
     "accelerate",
     "cryptography",
+    "opacus",
     "deepspeed",
     "fsspec",
     "jinja2",
