@@ -35,6 +35,9 @@ class CheckpointConfig:
     adopt: PathText | None = None
     """Start from the weights of another run: its directory, or one of its checkpoints. Optimizer and data start anew; a
     run that has checkpoints of its own goes on from these."""
+    encryption: Literal["none", "aes-256-gcm"] = "none"
+    """Encrypt every file of a checkpoint but its manifest. The key comes from the environment alone: MEGATRAIN_KEY (64
+    hexadecimal digits), or MEGATRAIN_KEY_FILE (path of a file with some). Reading needs no setting, only the key."""
     verify: bool = True
     """Check the SHA-256 of every file before loading a checkpoint (file sizes are always checked)."""
 

@@ -9,20 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.contents import check_tags, read_contents
 from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.files import WORKERS, FileRecord, hash_file
+from megatrain.checkpoint.keys import is_given
 from megatrain.checkpoint.manifest import (
-    MAX_JSON_BYTES,
     METADATA_FILE,
     STATE_FILE,
     Manifest,
-    check_sizes,
     file_size,
-    parse_json,
-    read_listed,
     read_manifest,
 )
-from megatrain.checkpoint.reader import MAX_METADATA_BYTES, CheckedReader, read_metadata
+from megatrain.checkpoint.reader import CheckedReader
 from megatrain.config.errors import DamagedCheckpointError, UserError
 
 KINDS = {"model.": "weights", "optim.": "optimizer", "ema.": "average"}
@@ -92,16 +90,8 @@ def open_checkpoint(path: Path) -> Opened:
     """
     with naming(path):
         manifest = read_manifest(path)
-        check_sizes(path, manifest)
-        raw = read_listed(path / METADATA_FILE, manifest, limit=MAX_METADATA_BYTES)
-        state = parse_json(read_listed(path / STATE_FILE, manifest, limit=MAX_JSON_BYTES), STATE_FILE)
-        if not isinstance(state, dict):
-            raise CorruptCheckpointError(f"{STATE_FILE} is not a JSON object")
-        try:
-            checked = read_metadata(raw, manifest.files)
-        except CorruptCheckpointError as error:  # its hash is right: nothing on this disk has changed it
-            raise UserError(f"{path}: {error}. Another version of PyTorch may have written it.") from None
-    return Opened(path, manifest, state, CheckedReader(path, checked))
+        state, reader = read_contents(path, manifest)
+    return Opened(path, manifest, state, reader)
 
 
 def verify(path: Path, *, progress: Progress) -> Verified:
@@ -121,8 +111,12 @@ def _verify(path: Path, progress: Progress) -> Verified:
         return Verified(path, (), 0, unknown=str(error))
     try:
         damages = _damaged_files(path, manifest, progress)
-        if not damages:
+        if not damages and (manifest.encryption is None or is_given(manifest.encryption["key_id"])):
+            check_tags(path, manifest)
             open_checkpoint(path)
+    except CorruptCheckpointError as error:  # a tag is wrong where the hash is right
+        name, _, what = str(error).partition(" ")
+        return Verified(path, (Damage(name, what),), 0)
     except DamagedCheckpointError as error:
         return Verified(path, (Damage(STATE_FILE, str(error)),), 0)
     except (UserError, OSError) as error:

@@ -19,13 +19,17 @@ from megatrain.checkpoint.errors import CorruptCheckpointError
 from megatrain.checkpoint.files import WORKERS, FileRecord, hash_file
 from megatrain.config.errors import UserError
 
-FORMAT_VERSION = 1
+PLAIN_FORMAT = 1
+ENCRYPTED_FORMAT = 2
+FORMAT_VERSION = ENCRYPTED_FORMAT
+"""The latest format that is read."""
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 METADATA_FILE = ".metadata"
 MAX_JSON_BYTES = 64 << 20
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]{1,200}")  # no separator, no "." and ".."
 SHA256 = re.compile(r"[0-9a-f]{64}")
+KEY_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def installed_versions() -> dict[str, str]:
@@ -51,12 +55,17 @@ class Manifest:
     """Name of the checkpoint that the run loaded or saved before this one."""
     versions: dict[str, str] = field(default_factory=installed_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    format_version: int = FORMAT_VERSION
+    format_version: int = PLAIN_FORMAT
+    encryption: dict[str, str] | None = None
+    """`cipher` and `key_id`, if every listed file is encrypted."""
 
     def render(self) -> bytes:
         """Return the bytes of `manifest.json`."""
         files = {name: record._asdict() for name, record in sorted(self.files.items())}
-        return _render(asdict(self) | {"files": files})
+        fields = asdict(self) | {"files": files}
+        if self.encryption is None:
+            del fields["encryption"]
+        return _render(fields)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -204,6 +213,8 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
         raise CorruptCheckpointError(f"{MANIFEST_FILE} has unexpected or missing fields ({error})") from None
     if not isinstance(manifest.step, int) or not isinstance(manifest.info, dict):
         raise CorruptCheckpointError(f"{MANIFEST_FILE} has fields of the wrong type")
+    if manifest.encryption is not None and not _is_encryption(manifest.encryption):
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} does not say how its files are encrypted")
     for name, (size, sha256) in files.items():
         if not PLAIN_NAME.fullmatch(name):
             raise CorruptCheckpointError(
@@ -214,3 +225,13 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     if missing := {STATE_FILE, METADATA_FILE} - files.keys():
         raise CorruptCheckpointError(f"{MANIFEST_FILE} does not list {', '.join(sorted(missing))}")
     return manifest
+
+
+def _is_encryption(value: object) -> bool:
+    """Return whether `value` is what `Manifest.encryption` may be."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"cipher", "key_id"}
+        and all(isinstance(each, str) for each in value.values())
+        and KEY_ID.fullmatch(value["key_id"]) is not None
+    )

@@ -7,10 +7,12 @@ own reader ignores unrequested tensors, mismatched dtypes and holes; here each o
 
 import io
 import math
+import os
 import pickle
 import pickletools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from megatrain.checkpoint.cipher import FileCipher
 from megatrain.checkpoint.errors import CheckpointMismatchError, CorruptCheckpointError
 from megatrain.checkpoint.files import WORKERS, FileRecord
 from megatrain.checkpoint.writer import original_errors
@@ -114,12 +117,26 @@ def spec_of(tensor: Tensor) -> TensorSpec:
     return TensorSpec(tensor.dtype, tensor.shape)
 
 
+class DecryptingFileSystem(FileSystem):
+    """File system for torch.distributed.checkpoint that reads encrypted files."""
+
+    def __init__(self, cipher: FileCipher) -> None:
+        self._cipher = cipher
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        """Open a file to read its plain text; `mode` is "rb"."""
+        with Path(path).open("rb", buffering=0) as file:
+            yield self._cipher.reader(file, Path(path).name, Path(path).stat().st_size)
+
+
 class CheckedReader(FileSystemReader):
     """A reader of a checkpoint's tensor files whose metadata has been checked."""
 
-    def __init__(self, directory: Path, checked: Metadata) -> None:
+    def __init__(self, directory: Path, checked: Metadata, cipher: FileCipher | None = None) -> None:
         super().__init__(directory)
         self.checked = checked
+        self.fs: FileSystem = FileSystem() if cipher is None else DecryptingFileSystem(cipher)
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Return dtype and shape of every stored tensor, by name."""

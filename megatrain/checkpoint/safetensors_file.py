@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatrain.checkpoint.cipher import SUFFIX, EncryptingWriter, FileCipher
 from megatrain.checkpoint.reader import TensorSpec
 from megatrain.config.errors import UserError
 
@@ -39,9 +41,18 @@ DTYPES = {
 
 
 class SafetensorsFile:
-    """A new safetensors file that will hold the tensors of `specs`, which may be written in any order."""
+    """A new safetensors file that will hold the tensors of `specs`, which may be written in any order.
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+    With a cipher its name ends with `.enc`, and the tensors, all of one dtype, are written in the order of `specs`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        cipher: FileCipher | None = None,
+    ) -> None:
         self._places: dict[str, int] = {}
         self._done: dict[str, int] = {}
         self._specs = dict(specs)
@@ -61,7 +72,11 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % HEADER_ALIGNMENT)
         self._start = HEADER_ALIGNMENT + len(text)
-        self._file = path.open("xb")
+        self._file: BinaryIO | EncryptingWriter
+        if cipher is None:
+            self._file = path.open("xb")
+        else:
+            self._file = cipher.writer(path.with_name(path.name + SUFFIX).open("xb"), path.name)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, rows: Tensor) -> None:
@@ -173,12 +188,16 @@ def write_shards(
     *,
     shard_bytes: int,
     metadata: Mapping[str, str],
+    cipher: FileCipher | None = None,
 ) -> int:
     """Write `tensors`, which come in the order of `specs`, into files of about `shard_bytes`; return their number.
 
     A large tensor may come as several pairs, each with its next rows.
 
     Several files get an index (`model.safetensors.index.json`), which says in which of them a tensor is.
+
+    Args:
+        cipher: encrypts the files, whose tensors are all of one dtype then; the index stays readable.
 
     Raises:
         UserError: the format lacks a dtype.
@@ -188,7 +207,7 @@ def write_shards(
     names = shard_names(len(shards))
     source = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
-        with SafetensorsFile(directory / name, shard, metadata) as file:
+        with SafetensorsFile(directory / name, shard, metadata, cipher) as file:
             while not file.is_complete:
                 file.write(*next(source))
     if len(shards) > 1:

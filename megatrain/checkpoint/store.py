@@ -20,27 +20,22 @@ from typing import Any
 from torch import Tensor
 
 from megatrain.checkpoint.config import CheckpointConfig
-from megatrain.checkpoint.errors import CheckpointSaveError, CorruptCheckpointError, UnknownFormatError
+from megatrain.checkpoint.contents import differing_files, new_cipher, new_manifest, read_contents
+from megatrain.checkpoint.errors import CheckpointSaveError, CorruptCheckpointError
 from megatrain.checkpoint.files import make_directory, sync_directory, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST_FILE,
-    MAX_JSON_BYTES,
-    METADATA_FILE,
     STATE_FILE,
     Manifest,
     check_hashes,
     check_sizes,
     encode_state,
-    parse_json,
-    read_listed,
     read_manifest,
 )
 from megatrain.checkpoint.reader import (
-    MAX_METADATA_BYTES,
     CheckedReader,
     TensorSpec,
     check_same_tensors,
-    read_metadata,
     read_tensors,
     spec_of,
 )
@@ -124,10 +119,24 @@ class Checkpointer:
         """Check before training, not at the first save, that checkpoints of `tensors` can be written.
 
         Raises:
-            UserError: the directory is not writable, or the disk has no space for one checkpoint.
+            UserError: the directory is not writable, the disk has no space for one checkpoint, or there is no key.
         """
         specs = self._global_specs(tensors)
+        self._check_key()
         self.processes.from_first(lambda: self._check_writable(specs))
+
+    def _check_key(self) -> None:
+        """Check that every process has the same key, if checkpoints are encrypted.
+
+        Raises:
+            UserError: one has none, or another.
+        """
+        cipher = self.processes.agree(lambda: new_cipher(self.cfg.encryption, 0))
+        ids = {each for each in self.processes.gather(cipher and cipher.key.id) if each}
+        if len(ids) > 1:
+            raise UserError(
+                f"The processes of this run have different keys ({', '.join(sorted(ids))}). Give all of them the same."
+            )
 
     def _check_writable(self, specs: dict[str, TensorSpec]) -> None:
         probe = self.directory / unique_name(TEMPORARY, 0)
@@ -166,12 +175,16 @@ class Checkpointer:
         encoded = encode_state(state)
         specs = self._gathered(specs or {name: spec_of(tensor) for name, tensor in tensors.items()})
         staging = self.directory / self.processes.from_first(lambda: unique_name(TEMPORARY, step))
+        cipher = self.processes.agree(lambda: new_cipher(self.cfg.encryption, step))
         try:
             self.processes.from_first(lambda: self._create_staging(staging, step, specs))
-            own = self.processes.agree(lambda: write_tensors(staging, tensors, self.processes.group))
+            own = self.processes.agree(lambda: write_tensors(staging, tensors, self.processes.group, cipher))
             files = {name: record for part in self.processes.gather(own) for name, record in part.items()}
-            manifest = Manifest(step=step, files=files, info=info or {}, parent=self._parent)
-            path = self.processes.from_first(lambda: self._write_state_and_commit(staging, manifest, encoded))
+            manifest = new_manifest(step, files, info or {}, self._parent, cipher)
+            state_bytes = encoded if cipher is None else cipher.encrypt(encoded, STATE_FILE)
+            path = self.processes.from_first(
+                lambda: self._write_state_and_commit(staging, manifest, state_bytes)
+            )
         except OSError as error:
             raise CheckpointSaveError(
                 f"The checkpoint of step {step} was not saved in {self.directory}: {error}. "
@@ -251,14 +264,14 @@ class Checkpointer:
     def _commit(self, staging: Path, manifest: Manifest) -> Path:
         """Give the staging directory its final name, unless the same checkpoint exists already."""
         target = self.directory / step_name(manifest.step)
-        if os.path.lexists(target) and self._is_identical(manifest):
+        if os.path.lexists(target) and self._is_identical(staging, manifest):
             return target
         self.require_owner()
         os.rename(staging, target)  # fails if the name has appeared since
         sync_directory(self.directory)
         return target
 
-    def _is_identical(self, manifest: Manifest) -> bool:
+    def _is_identical(self, staging: Path, manifest: Manifest) -> bool:
         """Return whether the step is already saved with identical files; quarantine it if it is damaged.
 
         Raises:
@@ -269,10 +282,11 @@ class Checkpointer:
             old = read_manifest(target)
             check_sizes(target, old)
             check_hashes(target, old)
+            differing = differing_files(target, old, staging, manifest)
         except CorruptCheckpointError as damage:
             quarantine(self.directory, manifest.step, str(damage))
             return False
-        if differing := sorted(dict(old.files.items() ^ manifest.files.items())):
+        if differing:
             raise CheckpointSaveError(
                 f"Step {manifest.step} is already saved in {target}, but differs in {', '.join(differing)} "
                 f"(then: {old.versions}, now: {manifest.versions}). It was kept; the new one was not saved."
@@ -382,17 +396,5 @@ class Checkpointer:
         """Read and check everything but the tensors: manifest, sizes, metadata, state."""
         path = self.directory / step_name(step)
         manifest = read_manifest(path)
-        check_sizes(path, manifest)
-        metadata = read_listed(path / METADATA_FILE, manifest, limit=MAX_METADATA_BYTES)
-        try:
-            checked = read_metadata(metadata, manifest.files)
-        except CorruptCheckpointError as error:  # its hash is right: it was written so
-            raise UnknownFormatError(
-                f"{path} is not damaged, but of a form that this version does not read: {error}. It was written by "
-                f"{manifest.versions}. Read it with these versions, or update megatrain."
-            ) from None
-        state = parse_json(read_listed(path / STATE_FILE, manifest, limit=MAX_JSON_BYTES), STATE_FILE)
-        if not isinstance(state, dict):
-            raise CorruptCheckpointError(f"{STATE_FILE} is not a JSON object")
-        found = VerifiedCheckpoint(step=step, path=path, state=state, manifest=manifest)
-        return found, CheckedReader(path, checked)
+        state, reader = read_contents(path, manifest)
+        return VerifiedCheckpoint(step=step, path=path, state=state, manifest=manifest), reader

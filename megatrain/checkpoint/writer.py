@@ -21,14 +21,20 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatrain.checkpoint.cipher import FileCipher
 from megatrain.checkpoint.files import WORKERS, FileRecord, HashingWriter
+
+PART = ".tmp"
+"""End of the name of a file that torch renames when it is complete."""
 
 
 class HashingFileSystem(FileSystem):
     """File system for torch.distributed.checkpoint that records size and hash of every file written."""
 
-    def __init__(self) -> None:
+    def __init__(self, cipher: FileCipher | None = None) -> None:
+        """Write files as they are, or encrypted; the hashes are of the bytes on the disk."""
         self.records: dict[str, FileRecord] = {}
+        self._cipher = cipher
         self.failure: OSError | None = None
 
     @contextmanager
@@ -36,8 +42,10 @@ class HashingFileSystem(FileSystem):
         """Open a new, hashed file; `mode` is "wb"."""
         stream = HashingWriter(Path(path))
         try:
-            yield stream
-            stream.close()
+            name = Path(path).name.removesuffix(PART)
+            taker = stream if self._cipher is None else self._cipher.writer(stream, name)
+            yield taker
+            taker.close()
         finally:
             stream.abandon()
             self.failure = self.failure or stream.failure
@@ -59,9 +67,9 @@ class HashingStorageWriter(FileSystemWriter):
     Torch's own threads lose the errors of all but the first and commit what they wrote; these do not.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cipher: FileCipher | None = None) -> None:
         super().__init__(directory, thread_count=1, sync_files=False, overwrite=False)  # the stream syncs
-        self.fs: HashingFileSystem = HashingFileSystem()
+        self.fs: HashingFileSystem = HashingFileSystem(cipher)
 
     def storage_meta(self) -> StorageMeta:
         """Return metadata without the path: the directory is renamed, and pickled paths depend on Python's version."""
@@ -107,16 +115,19 @@ def _bytes_of(item: WriteItem) -> int:
     return math.prod(chunk.sizes) * dtype.itemsize
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor], group: Any = None) -> dict[str, FileRecord]:
+def write_tensors(
+    directory: Path, tensors: dict[str, Tensor], group: Any = None, cipher: FileCipher | None = None
+) -> dict[str, FileRecord]:
     """Write `tensors` into the empty `directory` and return the records of this process's files, all synced.
 
     Args:
+        cipher: encrypts each file as it is written; None: files are written as they are.
         group: process group that writes together, each rank its own shards of DTensors; None for this process alone.
 
     Raises:
         OSError: the original error of the system, which torch would replace by its own.
     """
-    writer = HashingStorageWriter(directory)
+    writer = HashingStorageWriter(directory, cipher)
     if any(hasattr(tensor, "one_by_one") for tensor in tensors.values()):
         writer.per_thread_copy_ahead = 0  # a tensor is written before the next is asked for
     try:

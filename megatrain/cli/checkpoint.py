@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     """Run one action; return the exit code."""
     actions: dict[str, Callable[[list[str]], int]]
     actions = {"ls": _ls, "show": _show, "verify": _verify, "diff": _diff, "prune": _prune}
-    actions |= {"copy": _copy, "consolidate": _consolidate}
+    actions |= {"copy": _copy, "consolidate": _consolidate, "decrypt": _decrypt}
     return run_action("checkpoint", actions, argv)
 
 
@@ -174,6 +174,25 @@ def _consolidate(argv: list[str]) -> int:
     else:
         files = f"{done.files} file{'s' * (done.files != 1)}"
         print(f"{flags.out}: {done.tensors:,} tensors of {source}, {byte_size(done.bytes)} in {files}")
+    return 0
+
+
+def _decrypt(argv: list[str]) -> int:
+    flags = _parsed(argv, "source", "directory")
+    from megatrain.checkpoint.decrypt import decrypt_checkpoint, decrypt_directory
+
+    if isinstance(flags.directory, str):
+        raise UserError(f"checkpoint: decrypt writes to a path of this machine, not to {flags.directory}")
+    target = flags.directory
+    with progress_display(flags.json) as display:
+        if isinstance(flags.source, Path) and any(flags.source.glob("*.enc")):
+            decrypt_directory(flags.source, target, progress=display.phase)
+        else:
+            target = decrypt_checkpoint(_newest(flags.source), target, progress=display.phase)
+    if flags.json:
+        _print_json({"source": str(flags.source), "copy": str(target)})
+    else:
+        print(f"{target}: a plain copy of {flags.source}; anyone who can read it can read the weights")
     return 0
 
 

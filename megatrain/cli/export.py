@@ -25,9 +25,14 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--encrypt", action="store_true")
     options = parser.parse_args(argv)
     if not 0 < options.shard_gb < math.inf:
         raise UserError("export: --shard-gb must be finite and above 0")
+    if options.check and options.encrypt:
+        raise UserError(
+            "export: --check reads the exported weights, which --encrypt makes unreadable; leave out one"
+        )
     if options.check:
         require_package("transformers", "export --check")  # before anything is written
     from megatrain.observe.display import (
@@ -49,6 +54,7 @@ def run(argv: list[str]) -> int:
             shard_bytes=int(options.shard_gb * 1e9),
             progress=display.phase,
             merge=options.merge,
+            encrypt=options.encrypt,
         )
     finally:
         display.close()

@@ -79,6 +79,7 @@ VERBS = (
                 "of a run of adapters: the whole model with them added; else the adapters alone, in PEFT's format",
             ),
             ("--check", "load it with transformers and print the largest difference of logits"),
+            ("--encrypt", "encrypt the weights; `megatrain checkpoint decrypt` makes them readable"),
         ),
     ),
     Verb(
@@ -256,6 +257,7 @@ VERBS = (
                 "consolidate",
                 "write whole tensors as safetensors: one file, or a directory of files with an index",
             ),
+            ("decrypt", "write a plain copy of an encrypted checkpoint or export into another directory"),
         ),
     ),
     Verb(

@@ -54,6 +54,8 @@ class PackedExamples:
     n_rows: int
     lengths: np.ndarray
     """`(documents,)` tokens of each example in the store."""
+    how: str = "packed"
+    """How, as a part of the fingerprint."""
 
     @property
     def n_tokens(self) -> int:
@@ -61,7 +63,7 @@ class PackedExamples:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"packed {self.seq_len} {self.store.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.how} {self.seq_len} {self.store.fingerprint}".encode()).hexdigest()
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Do as `TokenSource.read`; padding is token 0."""
@@ -115,8 +117,11 @@ class PackedExamples:
         return rows
 
 
-def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
+def pack(store: TokenStore, *, seq_len: int, alone: bool = False) -> PackedExamples:
     """Pack the examples of `store` into samples of `seq_len` tokens, those that stay together as one.
+
+    Args:
+        alone: give each example a sample of its own.
 
     Raises:
         UserError: all examples are longer.
@@ -128,7 +133,10 @@ def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
         raise UserError(
             f"seq_len={seq_len}: shorter than every example; the shortest has {int(sums.min())} tokens"
         )
-    chosen, rows = _best_fit(fitting[np.argsort(-sums[fitting], kind="stable")], sums, seq_len)
+    if alone:
+        chosen, rows = fitting, np.arange(len(fitting))
+    else:
+        chosen, rows = _best_fit(fitting[np.argsort(-sums[fitting], kind="stable")], sums, seq_len)
     order = (chosen[:, None] * together + np.arange(together)).ravel()
     rows = np.repeat(rows, together)
     sizes = lengths[order]
@@ -140,7 +148,8 @@ def pack(store: TokenStore, *, seq_len: int) -> PackedExamples:
     lasts = np.append(firsts[1:], len(rows)) - 1
     padding = used[lasts][used[lasts] < (rows[lasts] + 1) * seq_len]
     starts = np.sort(np.concatenate([places, padding, [(rows[-1] + 1) * seq_len]]))
-    return PackedExamples(store, seq_len, order, places, starts, int(rows[-1]) + 1, lengths)
+    how = "alone" if alone else "packed"
+    return PackedExamples(store, seq_len, order, places, starts, int(rows[-1]) + 1, lengths, how)
 
 
 def _together(lengths: np.ndarray, together: int) -> np.ndarray:

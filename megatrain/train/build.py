@@ -34,6 +34,7 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
+from megatrain.train.private_step import private_gradients
 from megatrain.train.state import TrainState
 
 COMPUTE_DTYPE = {
@@ -90,7 +91,12 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
 
     parallel = build_model(
-        cfg, device, mesh if cfg.engine == "native" else None, master_dtype=master_dtype, float8=float8
+        cfg,
+        device,
+        mesh if cfg.engine == "native" else None,
+        master_dtype=master_dtype,
+        float8=float8,
+        shards_data=not cfg.privacy.is_on,
     )
     plan = parallel.plan
     for model in parallel.models:
@@ -99,12 +105,16 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         )
     if cfg.engine != "native":
         return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
-    # With a mesh, FSDP makes the copies in the compute dtype.
-    weights = MasterWeights(parallel.parameters(), compute_dtype if mesh is None else master_dtype)
+    # Where FSDP is applied, it makes the copies in the compute dtype.
+    is_copied = mesh is None or cfg.privacy.is_on
+    weights = MasterWeights(parallel.parameters(), compute_dtype if is_copied else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
     average = None if decay is None else WeightAverage(weights.trained, decay)
-    return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average)
+    privacy = private_gradients(cfg)
+    return TrainState(
+        parallel=parallel, weights=weights, optimizer=optimizer, average=average, privacy=privacy
+    )
 
 
 def build_model(
@@ -205,9 +215,9 @@ def build_loader(
     """Make the loader of the rows that this rank reads; see `Loader` for `on_damage`.
 
     Raises:
-        UserError: the data is too short for `seq_len`.
+        UserError: the data is too short for `seq_len`, or for a batch of a private run.
     """
-    return Loader(
+    loader = Loader(
         store=packed(cfg, store),
         seq_len=cfg.seq_len,
         global_batch_size=cfg.global_batch_size,
@@ -220,17 +230,23 @@ def build_loader(
         numbers_tokens=cfg.lora.dropout > 0,
         on_damage=on_damage,
     )
+    if cfg.privacy.is_on and loader.n_samples < cfg.global_batch_size:
+        raise UserError(
+            f"global_batch_size={cfg.global_batch_size}: must not exceed the {loader.n_samples:,} samples of "
+            "a private run (privacy.noise_multiplier)"
+        )
+    return loader
 
 
 def packed(cfg: Config, store: TokenSource) -> TokenSource:
-    """Return `store` as samples are made of it: of examples, whole ones packed together.
+    """Return `store` as samples are made of it: of examples, whole ones packed together (alone in a private run).
 
     Raises:
         UserError: all examples are longer than a sample, or one is and `data.on_skip` is `error`.
     """
     if not isinstance(store, TokenStore) or not store.is_of_examples:
         return store
-    found = pack(store, seq_len=cfg.seq_len)
+    found = pack(store, seq_len=cfg.seq_len, alone=cfg.privacy.is_on)
     if cfg.data.on_skip == "error" and (text := too_long(found)):
         raise UserError(
             f"data.on_skip=error, and this would be left out: {text}. Raise seq_len, or allow it with warn"

@@ -19,6 +19,7 @@ from megatrain.nn.config import MoEBackendConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
 from megatrain.optim.config import AdamWConfig, OptimConfig
+from megatrain.optim.privacy_config import PrivacyConfig, privacy_problems
 from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, float8_problems
@@ -137,6 +138,7 @@ class Config:
     moe: MoEBackendConfig = MoEBackendConfig()
     lora: LoRAConfig = LoRAConfig()
     objective: ObjectiveConfig = LikelihoodConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     engine: EngineName = "native"
     """Library that runs the passes and shards the model. native: PyTorch, in every layout; deepspeed: ZeRO-0 to ZeRO-3
@@ -177,6 +179,13 @@ class Config:
         yield from self._native_problems()
         yield from self._lora_problems()
         yield from self._objective_problems()
+        yield from privacy_problems(
+            self.privacy,
+            self.parallel,
+            engine=self.engine,
+            precision=self.train.precision,
+            has_experts=getattr(self.model, "experts", None) is not None,
+        )
         if self.seq_len > self.model.max_seq_len:
             rule = f"must not exceed model.max_seq_len ({self.model.max_seq_len})"
             yield Problem("seq_len", self.seq_len, rule, (self.model.max_seq_len,))
@@ -240,6 +249,10 @@ class Config:
             yield Problem("objective.kind", kind, "needs prompts with reference answers (data=chat)")
         if is_labelled and kind != "likelihood":
             yield Problem("objective.kind", kind, "is not for classifiers", ("likelihood",))
+        if kind != "likelihood" and self.privacy.is_on:
+            yield Problem(
+                "privacy.noise_multiplier", self.privacy.noise_multiplier, f"not with objective={kind}", (0,)
+            )
         if kind != "likelihood" and self.engine != "native":
             yield Problem("engine", self.engine, f"does not train with objective={kind}", ("native",))
 

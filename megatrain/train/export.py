@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.decrypt import export_cipher
 from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
 from megatrain.checkpoint.rows import read_pieces
 from megatrain.checkpoint.safetensors_file import write_shards
@@ -33,6 +34,7 @@ def export(
     shard_bytes: int,
     progress: Callable[[str, float], None],
     merge: bool = False,
+    encrypt: bool = False,
 ) -> Exported:
     """Write the newest checkpoint's model into the new directory `target`, which appears atomically.
 
@@ -40,16 +42,18 @@ def export(
         dtype: a key of `DTYPES`. average: export the moving average of the weights; None: if the run keeps one.
         shard_bytes: maximum size of a file, unless a single tensor is larger.
         merge: of a run of adapters, write the model with them added; else they are written alone, in PEFT's format.
+        encrypt: encrypt the files of weights as they are written, with the key of the environment.
 
     Raises:
         UserError: there is no such run or checkpoint, the model has options that the Hugging Face format lacks, or
             `target` exists.
     """
     require_new(target)
+    cipher = export_cipher() if encrypt else None
     cfg = read_config(run)
     prefix = AVERAGE if takes_average(run, cfg, average) else WEIGHTS
     if cfg.lora.rank and not merge:
-        return export_adapters(run, target, cfg, prefix=prefix, dtype=DTYPES[dtype])
+        return export_adapters(run, target, cfg, prefix=prefix, dtype=DTYPES[dtype], cipher=cipher)
     mapping, config = weight_map(cfg.model), hf_config(cfg.model)
     checkpointer = Checkpointer(run / "checkpoints", cfg.checkpoint, moves_damaged=False)
     found = checkpointer.latest()
@@ -67,7 +71,9 @@ def export(
         parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
         specs = {name: spec for part in parts for name, spec in source.outline(part).items()}
         tensors = _tensors(source, parts, progress)
-        files = write_shards(partial, specs, tensors, shard_bytes=shard_bytes, metadata={"format": "pt"})
+        files = write_shards(
+            partial, specs, tensors, shard_bytes=shard_bytes, metadata={"format": "pt"}, cipher=cipher
+        )
     return Exported(found.step, files, sum(spec.size.numel() for spec in specs.values()))
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatrain.checkpoint.cipher import SUFFIX
 from megatrain.checkpoint.reader import TensorSpec
 from megatrain.checkpoint.rows import row_pieces
 from megatrain.checkpoint.safetensors_file import INDEX_FILE, SafetensorsSource
@@ -216,6 +217,10 @@ def open_shards(source: Path) -> list[SafetensorsSource]:
         names = sorted(set(listed.values()))
     else:
         names = sorted(path.name for path in source.glob("*.safetensors"))
+    if any(not (source / name).exists() and (source / f"{name}{SUFFIX}").exists() for name in names) or (
+        not names and any(source.glob(f"*{SUFFIX}"))
+    ):
+        raise UserError(f"{source} is encrypted. Decrypt it: megatrain checkpoint decrypt {source} DIRECTORY")
     if not names:
         raise UserError(
             f"{source} has no safetensors files. Convert other formats with transformers: "

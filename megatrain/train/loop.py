@@ -15,6 +15,7 @@ from megatrain.observe.goodput import HOURS_BETWEEN_FAILURES, best_interval, led
 from megatrain.observe.metrics import ELAPSED, EVALUATION, peak_memory_gib, reset_peak_memory, throughput
 from megatrain.observe.sinks import Observer
 from megatrain.observe.watch import update as watch_update
+from megatrain.optim.privacy import Accountant
 from megatrain.parallel.fingerprints import Fingerprints, fingerprints
 from megatrain.resilience.budget import TimeBudget
 from megatrain.resilience.policy import TAKE, FailurePolicy, Verdict
@@ -129,6 +130,7 @@ class _Attempt:
         self.budget = TimeBudget(run.cfg.train.time_budget, first_save_s=FIRST_SAVE_S)
         self.ended = time.perf_counter()
         self.stalled = 0.0
+        self.accountant = _accountant(run)
         self.step_times: deque[float] = deque(maxlen=STEPS_TIMED)
         self.next_save = run.state.step + STEPS_TO_FIRST_SAVE
         """Under `checkpoint.every=auto`."""
@@ -162,6 +164,8 @@ class _Attempt:
             row |= {f"train/{name}": value for name, value in stats.more().items()}
             row |= _speed(run, step_time, data_time)
             row[ELAPSED] = time.monotonic() - STARTED
+            if self.accountant is not None:
+                row |= self.accountant.after(state.step + state.batches_passed_over)
             if verdict.action != "take":
                 note_skipped(run, verdict, batch, loss, grad_norm, observer)
             if stop := self._after_step(row, stop_wanted=stop_wanted):
@@ -308,6 +312,14 @@ def report_uploads(run: Run, observer: Observer) -> None:
             run.log.event("upload_skipped", **report.facts)
         if report.notice:
             observer.notice(report.notice)
+
+
+def _accountant(run: Run) -> Accountant | None:
+    """Return what tells the epsilon of a private run, on the process that records it; None elsewhere."""
+    cfg = run.cfg
+    if not cfg.privacy.is_on or not run.processes.is_first:
+        return None
+    return Accountant(cfg.privacy, samples=run.loader.n_samples, batch=cfg.global_batch_size)
 
 
 def _speed(run: Run, step_time: float, data_time: float) -> Row:

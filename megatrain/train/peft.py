@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatrain.checkpoint.cipher import FileCipher
 from megatrain.checkpoint.reader import CheckedReader, TensorSpec, read_tensors
 from megatrain.checkpoint.safetensors_file import SafetensorsFile
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
@@ -81,7 +82,9 @@ def open_base(cfg: Config, found: VerifiedCheckpoint) -> CheckedReader:
     return base.open(verified.step)
 
 
-def export_adapters(run: Path, target: Path, cfg: Config, *, prefix: str, dtype: torch.dtype) -> Exported:
+def export_adapters(
+    run: Path, target: Path, cfg: Config, *, prefix: str, dtype: torch.dtype, cipher: FileCipher | None = None
+) -> Exported:
     """Write the adapters of the newest checkpoint of `run` into the new directory `target`, as peft does.
 
     Raises:
@@ -109,7 +112,7 @@ def export_adapters(run: Path, target: Path, cfg: Config, *, prefix: str, dtype:
         write_tokenizer(run / "tokenizer", partial)
         write_json(partial / "adapter_config.json", _config(cfg, ranks, transposed=fans == {True}))
         specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        with SafetensorsFile(partial / ADAPTER_FILE, specs, {"format": "pt"}) as file:
+        with SafetensorsFile(partial / ADAPTER_FILE, specs, {"format": "pt"}, cipher) as file:
             for name, tensor in tensors.items():
                 file.write(name, tensor)
     return Exported(found.step, 1, sum(tensor.numel() for tensor in tensors.values()))

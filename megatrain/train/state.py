@@ -16,6 +16,7 @@ from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import reshard
 from megatrain.parallel.shards import tell_place
 from megatrain.train.objective import Objective
+from megatrain.train.private_step import PrivateGradients
 
 
 @dataclass
@@ -33,6 +34,8 @@ class TrainState:
     """Library that runs the passes; None: the native engine, which is PyTorch and nothing else."""
     objective: Objective | None = None
     """What is minimized; None: the cross entropy of the targets."""
+    privacy: PrivateGradients | None = None
+    """What makes the steps private; None: nothing."""
     step: int = 0
     """Number of optimizer steps done."""
     tokens: int = 0

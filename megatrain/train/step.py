@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -152,6 +153,9 @@ def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config, *, ro
     Returns this rank's shares of the loss, and of the objective's further metrics, `(1 + names,)` float64.
     """
     parallel = state.parallel
+    if state.privacy is not None:
+        loss_of = partial(loss_sum, parallel, z_loss=cfg.train.z_loss)
+        return state.privacy.accumulate(parallel, state.weights, batch, loss_of)[None]
     if state.engine is not None:
         return _accumulate_in_engine(state.engine, parallel, batch, cfg)[None]
     weighed = None if state.objective is None else state.objective.weigh(parallel, batch, round_)

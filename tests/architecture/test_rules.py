@@ -15,6 +15,8 @@ MAX_POSITIONAL_PARAMETERS = 6
 """Keyword-only ones are free: a call names them."""
 OPTIONAL = {
     "accelerate",
+    "cryptography",
+    "opacus",
     "deepspeed",
     "fsspec",
     "jinja2",

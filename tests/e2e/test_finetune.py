@@ -106,3 +106,21 @@ def test_what_is_refused(folder: Path, words: list[str], said: str) -> None:
 def test_its_own_directory_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune("runs/base", "run.name=base") == UserError.exit_code
     assert "is the directory of this run itself" in capsys.readouterr().err
+
+
+def test_privately(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It learns in spite of the noise, tells epsilon, and goes on where it stopped with the noise that was to come."""
+    line = ("runs/base", "run.id=fixed", "privacy.noise_multiplier=0.5", "privacy.max_grad_norm=0.3")
+    assert finetune(*line, "run.name=refused") == UserError.exit_code
+    assert "MEGATRAIN_KEY" in capsys.readouterr().err
+    assert not Path("runs/refused").exists()
+    monkeypatch.setenv("MEGATRAIN_KEY", "0123456789abcdef" * 4)
+    assert finetune(*line, "run.name=private") == 0
+    rows = rows_of("private")
+    assert rows[-1]["eval/loss"] < 0.9 * rows[0]["eval/loss"]
+    epsilons = [row["privacy/epsilon"] for row in rows[1:]]
+    assert 1 < epsilons[0] <= epsilons[-1]
+    assert all(row["privacy/epsilon_poisson"] > 0 for row in rows[1:])
+    assert finetune(*line, "run.name=stopped", "train.stop_at=3") == 0
+    assert finetune(*line, "run.name=stopped") == 0
+    assert main(["checkpoint", "diff", "runs/private", "runs/stopped"]) == 0  # bitwise equal

@@ -47,12 +47,12 @@ class Disk:
         self.failures = 0
         write = store.write_tensors
 
-        def gated(directory: Path, tensors: dict[str, Tensor], group: Any = None) -> Any:
+        def gated(directory: Path, tensors: dict[str, Tensor], *others: Any) -> Any:
             assert self.gate.wait(60)
             if self.failures:
                 self.failures -= 1
                 raise OSError(28, "No space left on device")
-            return write(directory, tensors, group)
+            return write(directory, tensors, *others)
 
         monkeypatch.setattr(store, "write_tensors", gated)
 

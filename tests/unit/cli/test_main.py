@@ -110,6 +110,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
         "log",
         "model",
         "lora",
+        "privacy",
         "moe",
         "objective",
         "optim",
