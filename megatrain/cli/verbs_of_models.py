@@ -62,6 +62,38 @@ GENERATE = Verb(
     ),
 )
 
+FEDERATE = Verb(
+    name="federate",
+    summary="bring together the weights of runs that train apart: federated averaging, DiLoCo",
+    usage="start BASE SERVER | round SERVER WORKER ... [flags]",
+    examples=(
+        ("megatrain federate start runs/base runs/server", "a server whose round 0 has the weights of a run"),
+        (
+            "megatrain train data.path=a.txt run.name=a checkpoint.adopt=runs/server train.stop_at=500",
+            "a worker, which starts from the newest round; the same command with stop_at=1000 goes on",
+        ),
+        ("megatrain federate round runs/server runs/a runs/b", "the mean of the workers, by their tokens"),
+        (
+            "megatrain federate round runs/server runs/a runs/b --outer nesterov",
+            "DiLoCo: a step of an outer optimizer with momentum, which the server keeps",
+        ),
+    ),
+    takes_config=False,
+    flags=(
+        ("--outer KIND", "average (default), or nesterov: momentum on the mean change of the weights"),
+        ("--lr LR", "outer learning rate; default: 1 for average, 0.7 for nesterov"),
+        ("--momentum M", "outer momentum; default: 0 for average, 0.9 for nesterov"),
+        (
+            "--weights KIND",
+            "tokens or equal: how workers count; default: tokens for average, equal for nesterov",
+        ),
+    ),
+    actions=(
+        ("start", "make a server, a run directory, of the weights of a run"),
+        ("round", "make the next round of the newest checkpoints of the workers"),
+    ),
+)
+
 EVALUATE = Verb(
     name="evaluate",
     summary="measure how good a model is: perplexity, labelled tasks, generated answers, the EleutherAI harness",

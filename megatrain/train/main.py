@@ -41,6 +41,7 @@ from megatrain.train.build import (
 )
 from megatrain.train.config import Config
 from megatrain.train.durable import fetch_run
+from megatrain.train.federation import note_round, take_up_round
 from megatrain.train.files import (
     CONFIG_FILE,
     new_run_id,
@@ -314,9 +315,11 @@ def _resume(run: Run) -> tuple[str, ...]:
         check_same_data(info["data_fingerprint"], run.data.fingerprint, cfg)
         require_same_base(info, base, found.path)
         state.restore(found.state, tensors)
+        source = take_up_round(cfg, run.checkpointer, state, found)
     elif cfg.checkpoint.adopt is not None and base is None:
         other, step = adopted(cfg, run.checkpointer)
         source = take_up_weights(other, state, step=step)
+        note_round(state, source)
     unverified = None if found is None else found.manifest.info.get("data_unverified_since")
     run.cache_check.begin(state.step, unverified_since=unverified)
     source = source or base

@@ -142,6 +142,8 @@ class Run:
         }
         if self.cfg.lora.rank:
             info["base"] = self.state.base
+        if self.state.round:
+            info["round"] = self.state.round
         if eval_loss is not None and math.isfinite(eval_loss):
             info[EVAL_LOSS] = eval_loss
         state = self.state

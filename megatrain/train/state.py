@@ -46,6 +46,8 @@ class TrainState:
     """The row of the present step, if a signal called off the validation that belongs to it."""
     base: dict[str, Any] = field(default_factory=dict)
     """Of adapters: the checkpoint that the frozen weights come from."""
+    round: dict[str, Any] = field(default_factory=dict)
+    """Of a worker of a federation: the round that its weights come from."""
     batches_passed_over: int = 0
     """Batches that were not trained on when the run went back to an earlier checkpoint; later steps read later ones."""
 
