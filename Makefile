@@ -11,7 +11,7 @@ install: .venv/.dev
 # What `make train` leaves out: TensorBoard files (log.tensorboard=true), comparisons with transformers (export --check), the
 # libraries of data.clean, and the other engines (engine=deepspeed, engine=accelerate).
 extras: .venv/.run
-	$(PIP) -e '.[tensorboard,transformers,data,deepspeed,accelerate,evaluate]'
+	$(PIP) -e '.[tensorboard,transformers,data,deepspeed,accelerate,evaluate,serve]'
 
 train: .venv/.run
 	@$(BIN)/megatrain train $(ARGS)

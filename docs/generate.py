@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "launch": ROOT / "megatrain" / "launch",
     "evaluate": ROOT / "megatrain" / "evaluate",
+    "serve": ROOT / "megatrain" / "serve",
     "train": ROOT / "megatrain" / "train",
     "engines": ROOT / "megatrain" / "engines",
     "parallel": ROOT / "megatrain" / "parallel",

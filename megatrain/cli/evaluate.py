@@ -22,7 +22,7 @@ from megatrain.runtime.processes import Processes
 from megatrain.train.files import TOKENIZER
 
 if TYPE_CHECKING:
-    from megatrain.evaluate.scoring import Scorer
+    from megatrain.train.scoring import Scorer
 
 PACKAGES = {
     "choices": {"sklearn": "scikit-learn"},
@@ -80,7 +80,7 @@ def _evaluate(options: Namespace, processes: Processes) -> int:
     with processes.at_work():
         from megatrain.evaluate.answers import read_tasks
         from megatrain.evaluate.choices import read_questions
-        from megatrain.evaluate.scoring import Scorer
+        from megatrain.train.scoring import Scorer
 
     # A mistake in a file comes to light before the model is loaded.
     questions = read_questions(Path(expanded(options.choices))) if options.choices else []

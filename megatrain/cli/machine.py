@@ -38,6 +38,9 @@ FEATURES = (
     ("pydantic", "the JSON schema of the config (--cfg schema)"),
     ("deepspeed", "engine=deepspeed"),
     ("accelerate", "engine=accelerate"),
+    ("fastapi", "megatrain serve"),
+    ("uvicorn", "megatrain serve"),
+    ("prometheus_client", "megatrain serve"),
     ("transformers", "comparisons with Hugging Face models (make test, make bench)"),
 )
 """Importable names of optional packages, and what they are for."""

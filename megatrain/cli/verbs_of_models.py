@@ -157,3 +157,43 @@ EVALUATE = Verb(
         AVERAGE,
     ),
 )
+
+SERVE = Verb(
+    name="serve",
+    summary="answer requests of OpenAI's API over HTTP with the model of a run, or of a Hugging Face directory",
+    usage="RUN [flags]",
+    examples=(
+        (
+            "megatrain serve runs/default",
+            "at http://127.0.0.1:8000, with a page to try it in the browser; Ctrl+C ends it",
+        ),
+        (
+            "megatrain serve exported --host 0.0.0.0 --port 8080 --api-keys keys.txt",
+            "for other machines, which need one of the keys in that file",
+        ),
+        (
+            "megatrain serve runs/default --port 0 --batch 64 --queue 0 --cache-gib 4",
+            "at a free port, which is printed; at most 64 texts at a time, and none that waits",
+        ),
+    ),
+    takes_config=False,
+    flags=(
+        ("--host ADDRESS", "address to listen at; default: 127.0.0.1, which only this machine reaches"),
+        ("--port N", "port to listen at; 0: a free one; default: 8000"),
+        ("--name NAME", "the model's name in requests; default: that of the directory"),
+        (
+            "--api-keys FILE",
+            "keys, one a line, of which requests need one; also in the variable MEGATRAIN_API_KEYS",
+        ),
+        ("--batch N", "texts that are generated at a time; default: 256"),
+        ("--queue N", "texts that may wait beside them; more are refused (429); default: 256"),
+        ("--max-tokens N", "most tokens of an answer; default: what the context has room for"),
+        ("--cache-gib G", "most memory for keys and values, in GiB; default: 1"),
+        ("--pooling HOW", "embeddings: the mean of the hidden states, or the last one; default: mean"),
+        ("--body-mib M", "largest request, in MiB; default: 4"),
+        ("--read-seconds S", "time in which a request must have arrived; default: 30"),
+        ("--request-seconds S", "time after which a request is given up; default: 600"),
+        ("--drain-seconds S", "time that requests under way have after SIGTERM; default: 60"),
+        AVERAGE,
+    ),
+)

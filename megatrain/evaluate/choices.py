@@ -8,7 +8,7 @@ import numpy as np
 
 from megatrain.config.errors import UserError
 from megatrain.evaluate.rows import read_rows, text_of, texts_of
-from megatrain.evaluate.scoring import Scorer
+from megatrain.train.scoring import Scorer
 
 BINS = 10
 """Bins of confidence in which calibration is measured."""

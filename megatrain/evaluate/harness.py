@@ -14,9 +14,9 @@ from lm_eval.tasks import TaskManager
 
 from megatrain.config.errors import UserError
 from megatrain.evaluate.perplexity import windows
-from megatrain.evaluate.scoring import Scorer
 from megatrain.models.sampling import Sampling
 from megatrain.train.generation import TextRequest, continue_texts
+from megatrain.train.scoring import Scorer
 
 ANSWER_TOKENS = 256
 """Most tokens of an answer whose task sets no limit."""

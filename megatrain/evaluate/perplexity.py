@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatrain.data.sources.corpus import find_corpus
-from megatrain.evaluate.scoring import Scorer
+from megatrain.train.scoring import Scorer
 
 Pair = tuple[list[int], list[int]]
 DOCUMENTS = 256

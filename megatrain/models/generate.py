@@ -111,6 +111,16 @@ class Generation:
         """Whether a request runs or waits."""
         return bool(self._members or self._waiting)
 
+    @property
+    def n_running(self) -> int:
+        """Number of requests that run."""
+        return len(self._members)
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of requests that wait for their turn."""
+        return len(self._waiting)
+
     def add(self, request: Request) -> int:
         """Let a request wait for its turn; returns its number.
 

@@ -58,6 +58,11 @@ class PagedCache:
         """Number of blocks that no sequence has."""
         return len(self._free)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory that is allocated."""
+        return sum(each.nbytes for pair in self._pools.values() for each in pair)
+
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that `tokens` tokens of one sequence take."""
         return -(-tokens // self.block_size)

@@ -12,6 +12,10 @@ from megatrain.models.sampling import Sampling
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer makes of a character whose bytes are not complete."""
+WINDOW = 32
+"""Tokens after which a text is not decoded anew from its beginning, but from near its end."""
+BEFORE = 8
+"""Tokens before those, which are decoded with them: what a token means may depend on what it follows."""
 Finish = Literal["", "stop", "length"]
 
 
@@ -21,21 +25,25 @@ class TextRequest:
 
     prompt: str
     """An empty one starts a new document."""
+    ids: tuple[int, ...] | None = None
+    """The prompt in tokens, if these are not to be those of its text."""
     tokens: int
     """Most tokens of the continuation."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     """Texts before which the continuation ends."""
+    ends: frozenset[int] = frozenset()
+    """Further tokens that end it, beside the one that ends a document."""
     logprobs: int | None = None
     """As in `Request`."""
 
     def for_model(self, tokenizer: Tokenizer) -> Request:
         """Return the request in tokens, which also ends where a document does."""
         return Request(
-            prompt=tokenizer.encode(self.prompt) or [tokenizer.eos_id],
+            prompt=(tokenizer.encode(self.prompt) if self.ids is None else self.ids) or [tokenizer.eos_id],
             max_new_tokens=self.tokens,
             sampling=self.sampling,
-            stop=frozenset({tokenizer.eos_id}),
+            stop=self.ends | {tokenizer.eos_id},
             logprobs=self.logprobs,
         )
 
@@ -51,16 +59,21 @@ class Continuation:
     """What cannot change any more: neither the rest of a character nor of a stop text is still to come."""
     finish: Finish = ""
     """stop: at the end of the document or a stop text; length: at the most tokens; empty: not yet."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Ids of the tokens, including those of a stop text."""
-        return [each.token for each in self.produced if each.token is not None]
+    tokens: list[int] = field(default_factory=list)
+    """Ids of the tokens, including those of a stop text."""
+    _settled: str = ""
+    """Text of the tokens before the present window, which ends with a whole character."""
+    _first: int = 0
+    """Place of the window's first token."""
+    _known: int = 0
+    """Characters of the `BEFORE` tokens before it."""
 
     def take(self, produced: Produced) -> str:
         """Take in the next token; returns the text that it completes."""
         self.produced.append(produced)
-        whole = self.tokenizer.decode(self.tokens)
+        if produced.token is not None:
+            self.tokens.append(produced.token)
+        whole = self._decoded()
         ends = [place for stop in self.request.stop if (place := whole.find(stop)) >= 0]
         if ends:
             return self._end(whole[: min(ends)], "stop")
@@ -71,6 +84,15 @@ class Continuation:
             return ""
         piece, self.text = whole[len(self.text) : certain], whole[:certain]
         return piece
+
+    def _decoded(self) -> str:
+        """Return the text of all tokens: that of the earlier ones is known."""
+        decode = self.tokenizer.decode
+        whole = self._settled + decode(self.tokens[max(0, self._first - BEFORE) :])[self._known :]
+        if len(self.tokens) - self._first > WINDOW and not whole.endswith(INCOMPLETE):
+            self._settled, self._first = whole, len(self.tokens)
+            self._known = len(decode(self.tokens[-BEFORE:]))
+        return whole
 
     def _end(self, text: str, finish: Finish) -> str:
         piece, self.text, self.finish = text[len(self.text) :], text, finish

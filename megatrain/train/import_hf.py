@@ -101,6 +101,22 @@ def read_model_config(directory: Path) -> ModelConfig:
     return model_from_hf(_read_json(directory / "config.json"))
 
 
+def read_end_tokens(directory: Path) -> frozenset[int]:
+    """Return the tokens at which a Hugging Face model ends its text: those of its configs (`eos_token_id`).
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            named = _read_json(directory / name).get("eos_token_id")
+            found.update(
+                each for each in (named if isinstance(named, list) else [named]) if type(each) is int
+            )
+    return frozenset(found)
+
+
 def weight_specs(model: ModelConfig) -> dict[str, TensorSpec]:
     """Return dtype (float32) and shape of the model's parameters and buffers in a checkpoint."""
     with torch.device("meta"):

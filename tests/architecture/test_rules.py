@@ -38,6 +38,10 @@ OPTIONAL = {
     "sacrebleu",
     "rouge_score",
     "lm_eval",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
 }
 """Packages that may be absent, or that are slow to import and not always needed: imported where they are used."""
 HEAVY = {"torch", "megatrain", "numpy"}

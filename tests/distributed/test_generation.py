@@ -11,7 +11,6 @@ from resharding import joined_processes
 from torch import distributed as dist
 
 from megatrain.evaluate.answers import Task, answer
-from megatrain.evaluate.scoring import Score, Scorer
 from megatrain.models.generate import Generation, Request
 from megatrain.models.sampling import Sampling
 from megatrain.models.speculate import LookUp
@@ -21,6 +20,7 @@ from megatrain.parallel.shards import local_tensor
 from megatrain.runtime.processes import Processes
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.inference import load_trained
+from megatrain.train.scoring import Score, Scorer
 
 SCORED = [([1, 2, 3], [4, 5]), ([6], [7]), ([1] * 9, [2, 3, 4]), ([8, 9], [1])]
 PROMPTS = [[3, 14, 15, 9, 2, 3, 14], [7], [9, 9, 4]]

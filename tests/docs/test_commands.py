@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from megatrain.cli import serve
 from megatrain.cli.compose import Source, compose
 from megatrain.cli.main import main
 from megatrain.cli.options import parse_options
@@ -45,6 +46,7 @@ NOT_RUN = {
     "make": "installing and testing take minutes and stand in .ci/run; make reads the target with -n",
     "python -m benchmarks": "it measures for a minute; tests/unit/benchmarks runs it, here the module is found",
     "verify": "it trains for a minute; tests/distributed/test_verify.py runs it, here it is composed",
+    "serve": "it runs until a signal; tests/e2e/test_serve.py starts it, here its arguments are read",
     "several processes": "tests/e2e/test_layouts.py starts layouts; here they are composed",
     "--multirun": "tests/e2e/test_multirun.py runs sweeps, a new process each; here all are composed",
 }
@@ -180,7 +182,9 @@ def check_megatrain(words: list[str]) -> None:
     verb, rest = words[0], words[1:]
     known = find_verb(verb)
     assert known is not None, f"there is no verb {verb}"
-    if "--help" in rest or "--cfg" in rest or not known.takes_config or names_no_config(rest):
+    if verb == "serve":
+        assert Path(serve.parse(rest).run).is_dir()
+    elif "--help" in rest or "--cfg" in rest or not known.takes_config or names_no_config(rest):
         assert main(words) == 0
     elif verb == "launch":
         assert main([*words, "--dry-run"]) == 0

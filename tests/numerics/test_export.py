@@ -31,11 +31,19 @@ FAMILIES |= {name: EXPERTS[name] for name in ("mixtral", "deepseek")}
 ALL = 1 << 40  # bytes of a file
 
 
-def make_run(directory: Path, model: ModelConfig, *, precision: Literal["fp32", "fp64"] = "fp32") -> Path:
+def make_run(
+    directory: Path,
+    model: ModelConfig,
+    *,
+    precision: Literal["fp32", "fp64"] = "fp32",
+    seq_len: int = 16,
+) -> Path:
     """A run with one checkpoint, whose weights and averages are random."""
     model = replace(model, vocab_size=300)
     data = DataConfig(tokenizer=TokenizerConfig(vocab_size=300))
-    cfg = Config(model=model, data=data, train=TrainConfig(ema_decay=0.9, precision=precision), seq_len=16)
+    cfg = Config(
+        model=model, data=data, train=TrainConfig(ema_decay=0.9, precision=precision), seq_len=seq_len
+    )
     state = build_state(cfg, torch.device("cpu"))
     tensors = state.tensors()
     generator = torch.Generator().manual_seed(0)

@@ -16,9 +16,9 @@ from megatrain.config.errors import UserError
 from megatrain.evaluate.answers import Task, compare
 from megatrain.evaluate.choices import by_label, metrics, read_questions
 from megatrain.evaluate.perplexity import perplexity, windows
-from megatrain.evaluate.scoring import Scorer
 from megatrain.runtime.processes import Processes
 from megatrain.train.inference import TrainedModel, load_trained
+from megatrain.train.scoring import Scorer
 
 TEXT = "the square of the number of the square"
 

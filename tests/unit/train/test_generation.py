@@ -1,10 +1,13 @@
 """Text from tokens: stop texts, characters of several bytes, and the pieces in which a text appears."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megatrain.data.tokenizer import ByteTokenizer
+from megatrain.data.tokenizer import ByteTokenizer, train_bpe
+from megatrain.models.generate import Produced
 from megatrain.models.sampling import Sampling
 from megatrain.train.generation import Continuation, TextRequest, continue_texts
 
@@ -70,3 +73,29 @@ def test_no_piece_is_taken_back() -> None:
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_an_incomplete_character_at_the_end_is_left_out(tokens: int) -> None:
     assert texts("\N{EURO SIGN}", (), tokens=tokens)[0][1].text == ""
+
+
+def test_a_long_text_is_decoded_from_near_its_end() -> None:
+    """As it is from its beginning, whatever the tokens are; and no text of many tokens is decoded as a whole."""
+    longest = 0
+
+    class Counting(ByteTokenizer):
+        def decode(self, ids: Iterable[int]) -> str:
+            nonlocal longest
+            found = list(ids)
+            longest = max(longest, len(found))
+            return super().decode(found)
+
+    bpe = train_bpe(iter(["the square of Größe " * 9]), vocab_size=300)
+    generator = torch.Generator().manual_seed(0)
+    valid = [*("Größe \N{GRINNING FACE}, \N{EURO SIGN}5. " * 20).encode()]
+    for tokens in (valid, torch.randint(257, (400,), generator=generator).tolist()):
+        for tokenizer, plain in ((Counting(), ByteTokenizer()), (bpe, bpe)):
+            text = Continuation(TextRequest(prompt="", tokens=400, stop=("never",)), tokenizer)
+            pieces = [
+                text.take(Produced(0, token, "length" if n == len(tokens) - 1 else ""))
+                for n, token in enumerate(tokens)
+            ]
+            assert "".join(pieces) == text.text == plain.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        if tokens is valid:
+            assert longest < 60

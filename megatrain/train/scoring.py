@@ -1,16 +1,16 @@
 """Log-likelihoods of texts under a model, many texts in one pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megatrain.config.errors import UserError
-from megatrain.evaluate.copies import copies_of
 from megatrain.models.runner import Runner, Work
 from megatrain.models.sampling import log_probabilities
 from megatrain.nn.paged import PagedCache
 from megatrain.runtime.processes import Processes
+from megatrain.train.copies import copies_of
 from megatrain.train.inference import TrainedModel
 
 TOKENS = 2048
@@ -89,7 +89,7 @@ class Scorer:
         for n, (before, after) in enumerate(pairs):
             if after:
                 inputs[n] = ((before + after)[:-1][-self.trained.context :], after)
-        for numbers in _batches({n: len(tokens) for n, (tokens, _) in inputs.items()}):
+        for numbers in batches({n: len(tokens) for n, (tokens, _) in inputs.items()}):
             works = [Work(n, 0, inputs[n][0], len(inputs[n][1])) for n in numbers]
             logits, rows = self.runner.run(works)
             for n, row in zip(numbers, rows, strict=True):
@@ -98,8 +98,8 @@ class Scorer:
         return found
 
 
-def _batches(lengths: dict[int, int]) -> Iterator[list[int]]:
-    """Yield texts of about equal length together."""
+def batches(lengths: Mapping[int, int]) -> Iterator[list[int]]:
+    """Yield the numbers of the texts of each pass: those of about equal length, which is in tokens, together."""
     batch: list[int] = []
     tokens = 0
     for n in sorted(lengths, key=lambda n: lengths[n]):
