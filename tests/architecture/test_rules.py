@@ -36,6 +36,8 @@ OPTIONAL = {
     "sacrebleu",
     "rouge_score",
     "lm_eval",
+    "torchao",
+    "gguf",
 }
 """Packages that may be absent, or that are slow to import and not always needed: imported where they are used."""
 HEAVY = {"torch", "megatrain", "numpy"}
