@@ -21,6 +21,7 @@ from megatrain.train.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "launch": ROOT / "megatrain" / "launch",
+    "compress": ROOT / "megatrain" / "compress",
     "evaluate": ROOT / "megatrain" / "evaluate",
     "serve": ROOT / "megatrain" / "serve",
     "train": ROOT / "megatrain" / "train",

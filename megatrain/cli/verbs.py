@@ -1,7 +1,7 @@
 """The table of verbs. A verb is one file, `cli/<name>.py`, with `run(argv) -> exit code`."""
 
 from megatrain.cli.verb import Verb
-from megatrain.cli.verbs_of_models import AVERAGE, EVALUATE, FEDERATE, GENERATE, SERVE
+from megatrain.cli.verbs_of_models import AVERAGE, COMPRESS, EVALUATE, FEDERATE, GENERATE, SERVE
 from megatrain.cli.verbs_tuning import FINETUNE
 from megatrain.train.candidates import PROCESSES
 from megatrain.train.faults import FAULTS
@@ -32,6 +32,7 @@ VERBS = (
     EVALUATE,
     FEDERATE,
     SERVE,
+    COMPRESS,
     Verb(
         name="report",
         summary="write one HTML page with a run's curves, samples of text, events and config, or compare several runs",

@@ -197,3 +197,52 @@ SERVE = Verb(
         AVERAGE,
     ),
 )
+
+COMPRESS = Verb(
+    name="compress",
+    summary="make a model smaller: quantization, sparsity, pruning; measures what it costs",
+    usage="RUN OUT --method METHOD [flags]",
+    examples=(
+        (
+            "megatrain compress runs/default small --method int8",
+            "8-bit weights, as a Hugging Face directory in the format of compressed-tensors",
+        ),
+        (
+            "megatrain compress runs/default small --method int4-gptq --group 32 --json report.json",
+            "4-bit weights fitted to text that the run has held out",
+        ),
+        (
+            "megatrain compress exported pruned --method prune --ffn 4096 --calibration my.txt --text other.txt",
+            "a smaller dense model from a Hugging Face directory; train it on to heal it",
+        ),
+    ),
+    takes_config=False,
+    flags=(
+        (
+            "--method METHOD",
+            "int8, int8-dynamic, fp8, int4, int4-gptq, int4-awq; magnitude, wanda, magnitude-2:4, wanda-2:4; prune; "
+            "none: another file format alone",
+        ),
+        (
+            "--group N",
+            "int4: inputs that share a scale; default: the largest of 128, 64 and 32 that divides every layer",
+        ),
+        ("--sparsity S", "magnitude, wanda: share of the weights that becomes zero; default: 0.5"),
+        ("--heads N", "prune: query heads to keep in each layer; default: all"),
+        ("--ffn N", "prune: feed-forward channels to keep in each layer; default: all"),
+        ("--head", "quantize the output head, too; default: the linear layers of the blocks alone"),
+        (
+            "--calibration PATH",
+            "text for int4-gptq, int4-awq, wanda and prune, as data.path takes it; default: a part of what the run has "
+            "held out",
+        ),
+        ("--samples N", "number of sequences of calibration text; default: 128"),
+        ("--dtype TYPE", "type of what is not quantized, and of scales: fp16 (default), bf16, fp32"),
+        (
+            "--text PATH",
+            "text to measure with; may be given several times; default: the rest of what the run has held out",
+        ),
+        ("--json FILE", "write the report as JSON, too; -: to standard output, and the table to stderr"),
+        AVERAGE,
+    ),
+)

@@ -16,8 +16,8 @@ from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.readers import Document
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate.choices import by_label, metrics
-from megatrain.evaluate.scoring import Scorer
 from megatrain.train.inference import TrainedModel
+from megatrain.train.scoring import Scorer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,19 +31,17 @@ from megatrain.train.imported import (
     read_model_tokenizer,
     write_run,
 )
+from megatrain.train.quantized_files import (
+    QUANTIZATION,
+    Dequantized,
+    Source,
+    Storage,
+    is_quantized,
+    read_storage,
+)
 from megatrain.train.restore import WEIGHTS
 
 NOTHING = r"(?!)"
-
-
-class Source(Protocol):
-    """Tensors under Hugging Face's names, of which rows can be read."""
-
-    specs: dict[str, TensorSpec]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the rows from `start` to before `stop`; of a tensor without dimensions, all of it."""
-        ...
 
 
 def import_hf(source: Path, run: RunConfig, *, progress: Progress) -> Imported:
@@ -58,7 +56,7 @@ def import_hf(source: Path, run: RunConfig, *, progress: Progress) -> Imported:
     model = read_model_config(source)
     tokenizer = read_model_tokenizer(source, model)
     files = open_shards(source)
-    tensors = {WEIGHTS + name: pair for name, pair in map_tensors(Shards(files), model).items()}
+    tensors = {WEIGHTS + name: pair for name, pair in map_tensors(as_numbers(source, files), model).items()}
     done = write_run(run, model, tokenizer, tensors, _identity(source), progress=progress)
     return replace(done, files=len(files))
 
@@ -93,12 +91,34 @@ def _identity(source: Path) -> dict[str, object]:
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Return the model that `config.json` describes.
+    """Return the model that `config.json` describes; how its weights are quantized, `as_numbers` reads.
 
     Raises:
         UserError: there is none, or it is not supported.
     """
-    return model_from_hf(_read_json(directory / "config.json"))
+    found = _read_json(directory / "config.json")
+    if is_quantized(found):
+        del found[QUANTIZATION]
+    return model_from_hf(found)
+
+
+def as_numbers(directory: Path, files: list[SafetensorsSource]) -> Source:
+    """Return the tensors of `files`, the safetensors files of `directory`, with quantized weights as numbers.
+
+    Raises:
+        UserError: they are quantized in a way that is not supported.
+    """
+    storage = storage_of(directory)
+    return Shards(files) if storage is None else Dequantized(Shards(files), storage)
+
+
+def storage_of(directory: Path) -> Storage | None:
+    """Return how the weights of a Hugging Face directory are quantized; None if they are not.
+
+    Raises:
+        UserError: in a way that is not supported.
+    """
+    return read_storage(_read_json(directory / "config.json"))
 
 
 def read_end_tokens(directory: Path) -> frozenset[int]:

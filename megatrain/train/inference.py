@@ -19,6 +19,7 @@ from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import problems, require_processes, world_size
 from megatrain.parallel.mesh import make_mesh
 from megatrain.parallel.packed_logits import PackedLogits
+from megatrain.parallel.quantized_inputs import quantize_inputs
 from megatrain.parallel.shards import shard_of, tell_place
 from megatrain.runtime.device import pick_device
 from megatrain.runtime.processes import Processes
@@ -26,7 +27,7 @@ from megatrain.train.adopt import WEIGHTS, adopted, names_of, require_same_base
 from megatrain.train.build import build_model
 from megatrain.train.config import Config
 from megatrain.train.files import CONFIG_FILE, read_config, require_unchanged
-from megatrain.train.import_hf import Shards, map_tensors, open_shards, read_model_config
+from megatrain.train.import_hf import as_numbers, map_tensors, open_shards, read_model_config, storage_of
 from megatrain.train.imported import SEQ_LEN, read_model_tokenizer
 from megatrain.train.restore import AVERAGE, takes_average
 
@@ -87,6 +88,9 @@ def load_trained(
         return _from_run(directory, cfg, parallel, together, average)
     with torch.no_grad():
         _read_hf(directory, cfg.model, parallel)
+    storage = storage_of(directory)
+    if storage is not None and storage.quantizes_inputs:
+        quantize_inputs(parallel)
     return TrainedModel(parallel, read_model_tokenizer(directory, cfg.model), cfg, None)
 
 
@@ -167,7 +171,7 @@ def _from_run(
 
 def _read_hf(directory: Path, model: ModelConfig, parallel: ParallelModel) -> None:
     """Read this process's shards of the weights in a Hugging Face directory."""
-    rows = map_tensors(Shards(open_shards(directory)), model)
+    rows = map_tensors(as_numbers(directory, open_shards(directory)), model)
     named = parallel.parameters()
     for part in parallel.models:
         named |= dict(part.named_buffers())  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ class Scorer:
     def _last_logits(self, texts: Sequence[list[int]]) -> list[Tensor]:
         seen = [tokens[-self.trained.context :] for tokens in texts]
         found: dict[int, Tensor] = {}
-        for numbers in _batches({n: len(tokens) for n, tokens in enumerate(seen)}):
+        for numbers in batches({n: len(tokens) for n, tokens in enumerate(seen)}):
             logits, rows = self.runner.run([Work(n, 0, seen[n], 1) for n in numbers])
             host = logits.cpu()
             for n, row in zip(numbers, rows, strict=True):

@@ -42,6 +42,8 @@ OPTIONAL = {
     "starlette",
     "uvicorn",
     "prometheus_client",
+    "torchao",
+    "gguf",
 }
 """Packages that may be absent, or that are slow to import and not always needed: imported where they are used."""
 HEAVY = {"torch", "megatrain", "numpy"}
