@@ -27,6 +27,9 @@ class HiddenHead(nn.Module):
         targets: Tensor | None = None,
         z_loss: float = 0.0,
         keep: Tensor | None = None,
+        *,
+        factors: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Return the states `(batch, kept, hidden)` of `hidden` `(batch, seq, hidden)`; see `LossHead`."""
         return hidden if keep is None else hidden[:, keep]
