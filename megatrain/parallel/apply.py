@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatrain.nn.contract import Plan
 from megatrain.nn.decoder import Decoder
 from megatrain.parallel.activation_checkpointing import checkpoint_activations
+from megatrain.parallel.collectives import gather
 from megatrain.parallel.compile import compile_blocks
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.context import context_parallel, shard_sequence
+from megatrain.parallel.context import context_parallel, in_order, shard_sequence
 from megatrain.parallel.expert import expert_parallel
 from megatrain.parallel.float8 import Scaling, float8_linears
 from megatrain.parallel.fsdp import fully_shard_blocks
@@ -62,6 +63,12 @@ class ParallelModel:
             name: t if t is None or name == "doc_ids" else shard_sequence(t, rank, size)
             for name, t in tensors.items()
         }
+
+    def full_sequence(self, own: Tensor) -> Tensor:
+        """Return `(rows, seq)` of the full sequence from this rank's positions of it."""
+        if self.mesh is None or self.cfg.cp == 1:
+            return own
+        return in_order(gather(own, 1, self.mesh.cp.get_group()), self.cfg.cp)
 
     def owns_loss(self) -> bool:
         """Tell whether this is the one rank of its tp group whose loss counts; all of them compute the same loss."""

@@ -5,22 +5,31 @@ leave as they are at every start.
 import dataclasses
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatrain.checkpoint.retention import step_name
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
-from megatrain.train.adopt import adopted, describe_base, names_of
+from megatrain.parallel.apply import ParallelModel
+from megatrain.parallel.lora_config import LoRAConfig
+from megatrain.parallel.shards import tell_place
+from megatrain.train.adopt import WEIGHTS, adopted, describe_base, names_of
+from megatrain.train.build import build_model
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory
+from megatrain.train.grpo import GRPO
 from megatrain.train.import_hf import import_once
 from megatrain.train.imported import Progress
+from megatrain.train.objective_config import GRPOConfig
 from megatrain.train.state import TrainState
 
 
 def with_base(cfg: Config, checkpointer: Checkpointer, *, progress: Progress) -> Config:
     """Return `cfg` with a run in place of a Hugging Face directory to adopt, which is imported beside the run.
 
-    Adapters keep to the one checkpoint that they began on: it is named in place of its run. A run that has checkpoints
-    of its own, and trains all weights, needs no others.
+    Adapters, and objectives that compare with the source, keep to the one checkpoint that they began on: it is named in
+    place of its run. Another run that has checkpoints of its own needs no others.
 
     Raises:
         UserError: the directory can't be imported, or the run would adopt its own weights, or adapters others than
@@ -35,13 +44,18 @@ def with_base(cfg: Config, checkpointer: Checkpointer, *, progress: Progress) ->
             "or go on with this one without checkpoint.adopt."
         )
     has_begun = bool(checkpointer.steps())
-    if has_begun and not cfg.lora.rank:
+    if has_begun and not keeps_base(cfg):
         return cfg
     if (source / "config.json").is_file():
         source = import_once(source, cfg.run.dir, progress=progress)
-    if cfg.lora.rank:
+    if keeps_base(cfg):
         source = _base_of(directory, source) if has_begun else _newest(source, cfg, checkpointer)
     return _with_adopt(cfg, source)
+
+
+def keeps_base(cfg: Config) -> bool:
+    """Return whether the run needs the weights that it began on at every start: beside adapters, or to compare with."""
+    return bool(cfg.lora.rank) or (isinstance(cfg.objective, GRPOConfig) and cfg.objective.kl > 0)
 
 
 def _newest(source: Path, cfg: Config, checkpointer: Checkpointer) -> Path:
@@ -68,6 +82,39 @@ def _base_of(directory: Path, source: Path) -> Path:
 
 def _with_adopt(cfg: Config, source: Path) -> Config:
     return dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, adopt=str(source)))
+
+
+def load_reference(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint:
+    """Load the model that GRPO measures the divergence from: that of the checkpoint that checkpoint.adopt names.
+
+    Raises:
+        UserError: there is none, or its model has other tensors.
+        DamagedCheckpointError: it is damaged.
+    """
+    assert isinstance(state.objective, GRPO)
+    parallel = state.parallel
+    plain = dataclasses.replace(cfg, lora=LoRAConfig())
+    dtype = torch.float64 if cfg.train.precision == "fp64" else torch.float32
+    reference = build_model(plain, parallel.device, parallel.mesh, master_dtype=dtype)
+    tensors = tensors_of(reference)
+    other, step = adopted(cfg, checkpointer)
+    found = other.load(tensors, only=WEIGHTS, step=step)
+    assert found is not None
+    if reference.pipeline is not None:
+        reference.pipeline.sync_tied_embeddings()
+    state.objective.reference = reference
+    state.base = describe_base(found)
+    return found
+
+
+def tensors_of(parallel: ParallelModel) -> dict[str, Tensor]:
+    """Return the weights and buffers of a model by their keys in a checkpoint, into which one can be loaded."""
+    splits = parallel.splits
+    found = {
+        f"{WEIGHTS}{name}": tell_place(p.detach(), splits[name]) if name in splits else p.detach()
+        for name, p in parallel.parameters().items()
+    }
+    return found | {f"{WEIGHTS}{name}": b for model in parallel.models for name, b in model.named_buffers()}
 
 
 def load_base(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint:

@@ -34,6 +34,7 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shards import shard_of
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
+from megatrain.train.objective_config import GRPOConfig
 from megatrain.train.private_step import private_gradients
 from megatrain.train.state import TrainState
 
@@ -217,15 +218,21 @@ def build_loader(
     Raises:
         UserError: the data is too short for `seq_len`, or for a batch of a private run.
     """
+    readers = {"rank": 0 if mesh is None else mesh.data_rank, "size": data_ranks(cfg.parallel)}
+    batch, rows = cfg.global_batch_size, cfg.resolved_micro_batch_size
+    if isinstance(
+        cfg.objective, GRPOConfig
+    ):  # every rank reads the prompts, each of which gets several answers
+        batch //= cfg.objective.group_size
+        rows, readers = batch, {}
     loader = Loader(
         store=packed(cfg, store),
         seq_len=cfg.seq_len,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.resolved_micro_batch_size,
+        global_batch_size=batch,
+        micro_batch_size=rows,
         seed=cfg.train.seed,
         mask_documents=cfg.data.mask_documents,
-        rank=0 if mesh is None else mesh.data_rank,
-        size=data_ranks(cfg.parallel),
+        **readers,
         prefetch=cfg.data.prefetch,
         numbers_tokens=cfg.lora.dropout > 0,
         on_damage=on_damage,
@@ -239,14 +246,17 @@ def build_loader(
 
 
 def packed(cfg: Config, store: TokenSource) -> TokenSource:
-    """Return `store` as samples are made of it: of examples, whole ones packed together (alone in a private run).
+    """Return `store` as samples are made of it: of examples, whole ones packed together.
+
+    In a private run, and in GRPO, each is a sample of its own.
 
     Raises:
         UserError: all examples are longer than a sample, or one is and `data.on_skip` is `error`.
     """
     if not isinstance(store, TokenStore) or not store.is_of_examples:
         return store
-    found = pack(store, seq_len=cfg.seq_len, alone=cfg.privacy.is_on)
+    alone = cfg.privacy.is_on or cfg.objective.kind == "grpo"
+    found = pack(store, seq_len=cfg.seq_len, alone=alone)
     if cfg.data.on_skip == "error" and (text := too_long(found)):
         raise UserError(
             f"data.on_skip=error, and this would be left out: {text}. Raise seq_len, or allow it with warn"

@@ -27,7 +27,7 @@ from megatrain.parallel.layout import problems as layout_problems
 from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
-from megatrain.train.objective_config import LikelihoodConfig, ObjectiveConfig
+from megatrain.train.objective_config import GRPOConfig, LikelihoodConfig, ObjectiveConfig
 
 SCHEMA_VERSION = 3
 """2: the keys of `Config.RENAMED` got their present names. 3: so did the values of `Config.CHANGED`."""
@@ -245,8 +245,8 @@ class Config:
             yield Problem(
                 "objective.kind", kind, rule, ("dpo",) if data == "preferences" else ("likelihood",)
             )
-        if kind == "grpo" and data != "chat":
-            yield Problem("objective.kind", kind, "needs prompts with reference answers (data=chat)")
+        if isinstance(self.objective, GRPOConfig):
+            yield from self._grpo_problems(self.objective)
         if is_labelled and kind != "likelihood":
             yield Problem("objective.kind", kind, "is not for classifiers", ("likelihood",))
         if kind != "likelihood" and self.privacy.is_on:
@@ -255,6 +255,27 @@ class Config:
             )
         if kind != "likelihood" and self.engine != "native":
             yield Problem("engine", self.engine, f"does not train with objective={kind}", ("native",))
+
+    def _grpo_problems(self, how: GRPOConfig) -> Iterator[Problem]:
+        """Yield what sampled answers need of data, batch and layout."""
+        if self.data.kind != "chat":
+            yield Problem("objective.kind", "grpo", "needs prompts with reference answers (data=chat)")
+        if self.global_batch_size % how.group_size:
+            rule = f"must divide global_batch_size ({self.global_batch_size}), which counts answers"
+            legal = nearest_divisors(self.global_batch_size, how.group_size)
+            yield Problem("objective.group_size", how.group_size, rule, legal)
+        if how.answer_tokens >= self.seq_len:
+            rule = f"must be below seq_len ({self.seq_len}), which has room for a prompt with its answer"
+            yield Problem("objective.answer_tokens", how.answer_tokens, rule, (self.seq_len // 2,))
+        if how.kl and self.checkpoint.adopt is None:
+            rule = (
+                "needs the weights of another run: checkpoint.adopt, which `megatrain finetune SOURCE` gives"
+            )
+            yield Problem("objective.kl", how.kl, rule, (0,))
+        if self.parallel.compile:
+            yield Problem("parallel.compile", True, "is not supported with objective=grpo", (False,))
+        if self.train.precision == "fp8":
+            yield Problem("train.precision", "fp8", "is not supported with objective=grpo", ("bf16",))
 
     def _lora_problems(self) -> Iterator[Problem]:
         """Yield what adapters need, beside what they need of the model."""

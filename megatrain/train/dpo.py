@@ -23,6 +23,8 @@ class DPO:
     """The objective, with the log-probabilities of all answers under the source."""
 
     names: tuple[str, ...] = ("margin", "accuracy")
+    eval_names = names
+    is_shared = False
     rounds = 1
 
     def __init__(self, cfg: DPOConfig, *, answers: int, held_out: int) -> None:
@@ -35,6 +37,10 @@ class DPO:
     def tensors(self) -> dict[str, Tensor]:
         """Do as `Objective.tensors`."""
         return {"reference": self.reference, "held_out": self.held_out}
+
+    def trained_tokens(self, batch: StepBatch) -> int:
+        """Do as `Objective.trained_tokens`."""
+        return batch.valid_tokens
 
     def begin(self, parallel: ParallelModel, training: Iterable[Batch], validation: Iterable[Batch]) -> None:
         """Compute the log-probabilities under the present weights, those of the source, before the first step.

@@ -49,9 +49,10 @@ def evaluate(
     Raises:
         CalledOffError: it was called off.
     """
-    readers = data_ranks(parallel.cfg)
-    reader = 0 if parallel.mesh is None else parallel.mesh.data_rank
-    names = () if objective is None else objective.names
+    is_shared = objective is not None and objective.is_shared
+    readers = 1 if is_shared else data_ranks(parallel.cfg)
+    reader = 0 if parallel.mesh is None or is_shared else parallel.mesh.data_rank
+    names = () if objective is None else objective.eval_names
     sums = torch.zeros(2 + len(names), dtype=torch.float64, device=parallel.device)
     for first in range(0, len(batches), readers):
         own = batches[first + reader] if first + reader < len(batches) else ignored_batch(batches[0])

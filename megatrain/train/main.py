@@ -30,7 +30,7 @@ from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
 from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
-from megatrain.train.base import load_base, with_base
+from megatrain.train.base import keeps_base, load_base, load_reference, with_base
 from megatrain.train.build import (
     build_eval_batches,
     build_loader,
@@ -95,7 +95,9 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
         eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
         state = build_state(cfg, device, mesh)
-        state.objective = build_objective(cfg, data.train, data.val)
+        state.objective = processes.agree(
+            lambda: build_objective(cfg, state.parallel, data.tokenizer, train=data.train, val=data.val)
+        )
         with (
             contextlib.closing(check),
             contextlib.closing(state),
@@ -304,6 +306,8 @@ def _resume(run: Run) -> tuple[str, ...]:
     source: VerifiedCheckpoint | None = None
     changes: dict[str, Any] = {}
     base = load_base(cfg, run.checkpointer, state) if cfg.lora.rank else None
+    if keeps_base(cfg) and state.objective is not None:
+        source = load_reference(cfg, run.checkpointer, state)
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         source = take_up_weights(run.checkpointer, state, moments=True)
         require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)

@@ -33,12 +33,20 @@ class Objective(Protocol):
     """What is minimized in place of the cross entropy of the targets."""
 
     names: tuple[str, ...]
-    """Further metrics, of a step and of a validation."""
+    """Further metrics of a step."""
+    eval_names: tuple[str, ...]
+    """Those of a validation."""
     rounds: int
     """Updates that each step's batch is used for."""
+    is_shared: bool
+    """Whether all ranks read the same batches, and share them out themselves."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint has to hold of it, by name; a checkpoint is loaded into these."""
+        ...
+
+    def trained_tokens(self, batch: StepBatch) -> int:
+        """Return how many tokens of the global batch the present step trains on."""
         ...
 
     def weigh(self, parallel: ParallelModel, batch: StepBatch, round_: int) -> Weighed:
@@ -46,7 +54,10 @@ class Objective(Protocol):
         ...
 
     def validate(self, parallel: ParallelModel, batch: Batch) -> Tensor:
-        """Return this rank's sums over `batch`: loss, further metrics, and number of what they are means over."""
+        """Return this rank's sums over `batch`: loss, further metrics, and number of what they are means over.
+
+        All ranks call it together; where `is_shared`, with the same batch.
+        """
         ...
 
 

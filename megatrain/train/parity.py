@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatrain.data.loader import Batch, validation_batches
 from megatrain.data.store import TokenSource
+from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
 from megatrain.parallel.sharding import Split
@@ -76,7 +77,7 @@ def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Tr
     splits = state.parallel.splits
     initial = full_arrays(state.weights.parameters, splits)
     loader = build_loader(cfg, store, mesh)
-    state.objective = build_objective(cfg, store, store)
+    state.objective = build_objective(cfg, state.parallel, ByteTokenizer(), train=store, val=store)
     begin_objective(state, loader, _validation(cfg, store))
     accumulate_gradients(state, loader.step_batch(0), cfg)
     gradients = full_arrays(_gradients(state), splits)

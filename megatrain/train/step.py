@@ -101,7 +101,7 @@ def train_step(
                 if state.average is not None:
                     state.average.update(state.weights.trained)
     state.step += 1
-    state.tokens += batch.valid_tokens
+    state.tokens += batch.valid_tokens if state.objective is None else state.objective.trained_tokens(batch)
     return stats
 
 

@@ -59,7 +59,7 @@ def beginning(run: Run) -> Beginning:
         f"{cfg.train.precision}, seed {cfg.train.seed}"
     )
     contents = run.data.contents
-    steps_per_epoch = None if contents is None else run.loader.n_samples / cfg.global_batch_size
+    steps_per_epoch = None if contents is None else run.loader.n_samples / run.loader.global_batch_size
     return Beginning(
         title=title,
         total_steps=cfg.train.steps,
@@ -133,7 +133,7 @@ def outcome(run: Run, reason: str, exit_code: int, *, has_report: bool, sample: 
 
 
 def _bits_per_nat(run: Run) -> float | None:
-    if not run.eval_batches or run.cfg.model.classifier is not None:
+    if not run.eval_batches or run.cfg.data.kind == "classify" or run.cfg.objective.kind in ("dpo", "grpo"):
         return None
     targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in run.eval_batches])
     size = int(run.data.token_bytes[targets].sum())

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config, TrainConfig
-from megatrain.train.objective_config import DPOConfig
+from megatrain.train.objective_config import DPOConfig, GRPOConfig
 from megatrain.train.parity import Trace, merged, trace
 
 STEPS = 3
+REWARD = f"{Path(__file__).parents[1] / 'planted_reward.py'}:even_tokens"
 STORE = SyntheticStore(64, n_tokens=1 << 14, documents=700)  # about 23 tokens each: most rows have several
 SIZES = {"n_layers": 4, "hidden_size": 32, "n_heads": 8, "ffn_size": 48, "vocab_size": 64, "init_std": 0.2}
 
@@ -103,6 +105,12 @@ RUNS = {
         objective=DPOConfig(beta=0.3, label_smoothing=0.1),
         train=replace(CFG.train, z_loss=0.0),
     ),
+    "answers": replace(
+        CFG,
+        data=replace(CFG.data, kind="chat", path="rows", tokenizer=TokenizerConfig(kind="bytes")),
+        objective=GRPOConfig(reward=REWARD, group_size=4, answer_tokens=5, clip=0.1, updates=2),
+        train=replace(CFG.train, z_loss=0.0),
+    ),
     "classes": classifying(TIED, ("a", "b", "c"), weights=(0.5, 1.0, 2.5)),
     "labels": classifying(GPT2, ("a", "b", "c", "d", "e"), weights=(0.5, 1.0, 2.0, 1.0, 1.5), is_multi=True),
     "lora": replace(CFG, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
@@ -120,6 +128,8 @@ def store_of(name: str) -> TokenSource:
     classifier = RUNS[name].model.classifier
     if classifier is not None:
         return labelled_store(LabelSet(tuple(classifier.labels), classifier.multi_label is True))
+    if name == "answers":
+        return examples_store([n % 9 + 3 for n in range(60)])
     if name == "pairs":
         return replace(examples_store([n % 11 + 3 for n in range(200)]), together=2)
     return examples_store() if name == "chat" else STORE

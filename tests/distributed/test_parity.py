@@ -85,6 +85,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *[("labels", layout) for layout in ({"dp_shard": 2, "zero_stage": 1}, {"tp": 4}, {"pp": 2})],
     # pairs of answers, whose log-probabilities under the first weights are computed in the layout, too
     *[("pairs", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2}, {"pp": 2, "dp_shard": 2})],
+    # answers that are sampled in the layout, and two updates on those of each step
+    *[("answers", layout) for layout in ({"dp_shard": 2, "tp": 2}, {"pp": 2, "cp": 2})],
     # adapters beside frozen weights
     *[("lora", {"dp_shard": 2, "zero_stage": stage}) for stage in (1, 3)],
     ("lora", {"tp": 2}),

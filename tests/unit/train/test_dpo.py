@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megatrain.data.loader import Batch
+from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.train.build import build_eval_batches, build_loader, build_state
 from megatrain.train.dpo import DPO
 from megatrain.train.evaluate import evaluate
@@ -40,7 +41,7 @@ def test_loss_metrics_and_gradients(smoothing: float) -> None:
     cfg = replace(CFG, objective=objective)
     state = build_state(cfg, torch.device("cpu"))
     loader = build_loader(cfg, STORE, None)
-    state.objective = build_objective(cfg, STORE, STORE)
+    state.objective = build_objective(cfg, state.parallel, ByteTokenizer(), train=STORE, val=STORE)
     held_out = build_eval_batches(cfg, STORE)
     begin_objective(state, loader, held_out)
     batch = loader.step_batch(0)
@@ -69,7 +70,7 @@ def test_loss_metrics_and_gradients(smoothing: float) -> None:
 def test_training_raises_the_margin() -> None:
     state = build_state(CFG, torch.device("cpu"))
     loader = build_loader(CFG, STORE, None)
-    state.objective = build_objective(CFG, STORE, STORE)
+    state.objective = build_objective(CFG, state.parallel, ByteTokenizer(), train=STORE, val=STORE)
     held_out = build_eval_batches(CFG, STORE)
     begin_objective(state, loader, held_out)
     first = evaluate(state.parallel, held_out, None, objective=state.objective)
