@@ -1,0 +1,1 @@
+"""Measurements; run from the repository's root. A regular package, since opacus installs one of the same name."""
