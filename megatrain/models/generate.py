@@ -19,6 +19,7 @@ PROMPT_TOKENS = 4096
 DRAFT_TOKENS = 4
 """Tokens that are guessed at a time in speculative decoding, unless said otherwise."""
 NO_DRAFT = Draft([], [])
+Finish = Literal["", "stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Produced(NamedTuple):
     request: int
     token: int | None
     """None: the text ends without another one."""
-    finish: Literal["", "stop", "length"]
+    finish: Finish
     """Why the request ends with this; empty if it does not."""
     logprob: float | None = None
     """Log-probability of the token under the model, whatever the options of sampling."""
@@ -67,11 +68,10 @@ class _Member:
 
     request: Request
     running: Running
-
-    @property
-    def left(self) -> int:
-        """Number of tokens that may still come."""
-        return self.request.max_new_tokens + len(self.request.prompt) - len(self.running.tokens)
+    blocks: int
+    """That it may need in the end."""
+    left: int
+    """Number of tokens that may still come."""
 
 
 class Generation:
@@ -105,6 +105,8 @@ class Generation:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._members: dict[int, _Member] = {}
         self._next = 0
+        self._reserved = 0
+        """Blocks that the running requests may need in the end."""
 
     @property
     def is_busy(self) -> bool:
@@ -140,11 +142,14 @@ class Generation:
 
     def end(self, number: int) -> None:
         """End a request early, if it has not ended; others take its place."""
-        self._waiting = deque(each for each in self._waiting if each[0] != number)
-        if self._members.pop(number, None) is not None:
+        member = self._members.pop(number, None)
+        if member is not None:
+            self._reserved -= member.blocks
             self.runner.cache.release(number)
             if self.drafter is not None:
                 self.drafter.forget(number)
+        else:
+            self._waiting = deque(each for each in self._waiting if each[0] != number)
 
     def step(self) -> list[Produced]:
         """Pass the new tokens of all running requests through the model; returns what that produced, in order."""
@@ -161,7 +166,7 @@ class Generation:
         host = None if greedy else logits.cpu()
         for member, draft, row in zip(members, drafts, rows, strict=True):
             if host is None:
-                chosen = _agreed(draft.tokens, best[row])
+                chosen = _agreed(draft.tokens, best[row]) if draft.tokens else best[row]
                 found += self._take(member, chosen, None)
             else:
                 found += self._take(member, _chosen(member, draft, host[row]), host[row])
@@ -173,21 +178,24 @@ class Generation:
     def _admit(self) -> list[Produced]:
         """Let waiting requests in, in order, as far as their longest texts fit; returns those that want no token."""
         ended: list[Produced] = []
-        reserved = sum(self._need(each.request) for each in self._members.values())
         tokens = 0
         while self._waiting and len(self._members) < self.max_batch:
             number, request = self._waiting[0]
             tokens += len(request.prompt)
-            reserved += self._need(request)
+            blocks = self._need(request)
             is_first = tokens == len(request.prompt)
-            if reserved > self.runner.cache.n_blocks or (tokens > PROMPT_TOKENS and not is_first):
+            if self._reserved + blocks > self.runner.cache.n_blocks or (
+                tokens > PROMPT_TOKENS and not is_first
+            ):
                 break
             self._waiting.popleft()
             if request.max_new_tokens == 0:
                 ended.append(Produced(number, None, "length"))
                 continue
             sampler = Sampler(request.sampling, request.prompt)
-            self._members[number] = _Member(request, Running(number, list(request.prompt), sampler))
+            running = Running(number, list(request.prompt), sampler)
+            self._members[number] = _Member(request, running, blocks, request.max_new_tokens)
+            self._reserved += blocks
         return ended
 
     def _drafts(self, members: list[_Member]) -> list[Draft]:
@@ -227,13 +235,15 @@ class Generation:
                 break
             running.tokens.append(token)
             running.sampler.see(token)
-            facts = (
-                ()
-                if logits is None or request.logprobs is None
-                else _facts(logits[n], token, request.logprobs)
-            )
-            found.append(Produced(running.number, token, "" if member.left else "length", *facts))
-            if not member.left:
+            member.left -= 1
+            finish: Finish = "" if member.left else "length"
+            if logits is None or request.logprobs is None:
+                found.append(Produced(running.number, token, finish))
+            else:
+                found.append(
+                    Produced(running.number, token, finish, *_facts(logits[n], token, request.logprobs))
+                )
+            if finish:
                 break
         running.cached = len(running.tokens) - 1
         if found[-1].finish:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatrain.nn.attention import Attention
 from megatrain.nn.layer import replace_seam
@@ -67,17 +68,21 @@ class PagedCache:
         """Return the number of blocks that `tokens` tokens of one sequence take."""
         return -(-tokens // self.block_size)
 
-    def extend(self, sequence: int, tokens: int) -> None:
-        """Give a sequence the blocks that it lacks for `tokens` tokens in all.
+    def extend(self, sequence: int, tokens: int) -> list[int]:
+        """Give a sequence the blocks that it lacks for `tokens` tokens in all; returns these.
 
         Raises:
             OutOfBlocksError: there are not as many; nothing has changed.
         """
         table = self._tables.setdefault(sequence, [])
         lacking = self.blocks_for(tokens) - len(table)
+        if lacking <= 0:
+            return []
         if lacking > len(self._free):
             raise OutOfBlocksError(f"{lacking} blocks of {self.block_size} tokens wanted, {self.n_free} free")
-        table += [self._free.pop() for _ in range(lacking)]
+        fresh = [self._free.pop() for _ in range(lacking)]
+        table += fresh
+        return fresh
 
     def release(self, sequence: int) -> None:
         """Take all blocks of a sequence back, if it has any."""
@@ -88,6 +93,10 @@ class PagedCache:
         blocks = np.array(self._tables[sequence], dtype=np.int64)
         found: np.ndarray = (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()[:tokens]
         return found
+
+    def blocks(self, sequence: int) -> list[int]:
+        """Return the blocks of a sequence, in order."""
+        return self._tables[sequence]
 
     def pool(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the memory of a layer's keys and values, `(n_blocks * block_size, kv_heads, dim)` each.
@@ -111,6 +120,19 @@ class _Group(NamedTuple):
     """`(parts, keys)`: where each part's keys are, the last ones on the right; None: all of them are new."""
     is_key: Tensor | None
     """`(parts, keys)` int32: 0 where a shorter sequence than the longest has no key; None: all have as many."""
+    singles: tuple[Part, ...] = ()
+    """The parts, if each has one new token and others in the cache."""
+
+
+class _Pages(NamedTuple):
+    """Where the keys of several sequences are that have one new token each: whole blocks, which are fast to copy."""
+
+    blocks: Tensor
+    """`(parts, blocks)`, flat; a sequence that needs fewer has its first one again."""
+    seen: int
+    """Keys of a part, from its first block on, that may be looked at."""
+    mask: Tensor | None
+    """`(parts, 1, 1, seen)`: which of them are; None: all."""
 
 
 class PackedStep:
@@ -123,21 +145,39 @@ class PackedStep:
             OutOfBlocksError: the cache has too few free blocks.
         """
         self.cache = cache
-        for part in parts:
-            cache.extend(part.sequence, part.start + part.n_tokens)
-        written = [cache.slots(part.sequence, part.start + part.n_tokens)[part.start :] for part in parts]
-        self.slots = torch.from_numpy(np.concatenate(written)).to(device)
+        self.device = device
+        self._pages: dict[tuple[int, int | None], _Pages] = {}
+        fresh = [n for part in parts for n in cache.extend(part.sequence, part.start + part.n_tokens)]
+        self.fresh = torch.tensor(fresh, device=device) if fresh else None
+        self.slots = torch.from_numpy(self._written(parts)).to(device)
         self.groups: list[_Group] = []
         first = 0
         for (count, _), group in itertools.groupby(parts, key=lambda part: (part.n_tokens, part.start > 0)):
             members = list(group)
             tokens = slice(first, first + count * len(members))
-            self.groups.append(self._group(members, tokens, count, device))
+            self.groups.append(self._group(members, tokens, count))
             first = tokens.stop
 
-    def _group(self, parts: list[Part], tokens: slice, count: int, device: torch.device) -> _Group:
+    def _written(self, parts: Sequence[Part]) -> np.ndarray:
+        """Return where the new tokens' keys are to be, `(tokens,)` int64."""
+        cache, size = self.cache, self.cache.block_size
+        found: list[np.ndarray] = []
+        ones: list[int] = []  # single tokens, which are many: without an array for each
+        for part in parts:
+            if part.n_tokens == 1:
+                ones.append(cache.blocks(part.sequence)[part.start // size] * size + part.start % size)
+                continue
+            found += [np.array(ones, dtype=np.int64)] if ones else []
+            ones = []
+            found.append(cache.slots(part.sequence, part.start + part.n_tokens)[part.start :])
+        return np.concatenate([*found, np.array(ones, dtype=np.int64)])
+
+    def _group(self, parts: list[Part], tokens: slice, count: int) -> _Group:
+        device = self.device
         if not any(part.start for part in parts):
             return _Group(tokens, count, None, None)
+        if count == 1:
+            return _Group(tokens, count, None, None, tuple(parts))
         lengths = [part.start + count for part in parts]
         longest = max(lengths)
         slots = np.empty((len(parts), longest), dtype=np.int64)
@@ -161,10 +201,18 @@ class PackedStep:
         """
         keys, values = self.cache.pool(layer, k, v)
         n = len(self.slots)
+        # The unused end of a block is copied, too, and what was there before may be NaN.
+        if self.fresh is not None:
+            for memory in (keys, values):
+                memory.view(self.cache.n_blocks, -1).index_fill_(0, self.fresh, 0.0)
         keys.index_copy_(0, self.slots, k[0, :n])
         values.index_copy_(0, self.slots, v[0, :n])
         outs = []
-        for group in self.groups:
+        for place, group in enumerate(self.groups):
+            if group.singles:
+                pages = self._pages_of(place, group.singles, window)
+                outs.append(self._attend_singles(q[0, group.tokens], pages, keys, values, scale))
+                continue
             rows = (-1, group.n_tokens)
             queries = q[0, group.tokens].unflatten(0, rows)
             if group.slots is None:
@@ -189,6 +237,48 @@ class PackedStep:
         if (rest := q.shape[1] - n) > 0:
             outs.append(q.new_zeros(rest, q.shape[2], v.shape[3]))
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).unsqueeze(0)
+
+    def _attend_singles(
+        self, q: Tensor, pages: _Pages, keys: Tensor, values: Tensor, scale: float | None
+    ) -> Tensor:
+        """Attend with one query of each part, `(parts, heads, dim)`: all that the mask leaves is before it."""
+
+        def gathered(memory: Tensor) -> Tensor:
+            found = memory.view(self.cache.n_blocks, -1).index_select(0, pages.blocks)
+            return found.view(len(q), -1, *memory.shape[1:])[:, : pages.seen].transpose(1, 2)
+
+        mixed = scaled_dot_product_attention(
+            q.unsqueeze(2),
+            gathered(keys),
+            gathered(values),
+            attn_mask=pages.mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
+        return mixed.squeeze(2)
+
+    def _pages_of(self, place: int, parts: tuple[Part, ...], window: int | None) -> _Pages:
+        """Return where the keys of a group are, which is the same in all layers with that window."""
+        known = self._pages.get((place, window))
+        if known is not None:
+            return known
+        size = self.cache.block_size
+        lengths = np.array([part.start + 1 for part in parts])
+        oldest = np.zeros_like(lengths) if window is None else (lengths - window).clip(min=0)
+        firsts = oldest // size
+        counts = -(-lengths // size) - firsts
+        table = np.empty((len(parts), counts.max()), dtype=np.int64)
+        for row, part, first, count in zip(table, parts, firsts.tolist(), counts.tolist(), strict=True):
+            blocks = self.cache.blocks(part.sequence)
+            row[:count] = blocks[first : first + count]
+            row[count:] = blocks[first]
+        seen = int((lengths - firsts * size).max())
+        places = firsts[:, None] * size + np.arange(seen)
+        is_seen = (places < lengths[:, None]) & (places >= oldest[:, None])
+        mask = None if is_seen.all() else torch.from_numpy(is_seen[:, None, None]).to(self.device)
+        found = _Pages(torch.from_numpy(table.ravel()).to(self.device), seen, mask)
+        self._pages[place, window] = found
+        return found
 
 
 class PagedCore(nn.Module):

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.models.generate import MAX_BATCH, Generation, Produced, Request, blocks_needed
+from megatrain.models.generate import MAX_BATCH, Finish, Generation, Produced, Request, blocks_needed
 from megatrain.models.sampling import Sampling
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -16,7 +15,6 @@ WINDOW = 32
 """Tokens after which a text is not decoded anew from its beginning, but from near its end."""
 BEFORE = 8
 """Tokens before those, which are decoded with them: what a token means may depend on what it follows."""
-Finish = Literal["", "stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,3 +191,25 @@ def test_draws_from_the_distribution(name: str) -> None:
     assert (counts[expected == 0] == 0).all()
     spread = (expected * (1 - expected) / n).sqrt()
     assert ((counts / n - expected).abs() <= 5 * spread).all()  # five standard errors
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_what_was_in_the_cache_before_does_not_matter(family: str) -> None:
+    """Memory that was never written, or that a text with NaN had before."""
+    model = build(FAMILIES[family])
+    requests = [Request(prompt=prompt, max_new_tokens=30, sampling=GREEDY, logprobs=1) for prompt in PROMPTS]
+    expected = together(model, requests, 64)
+    generation = Generation(model, context=64, n_blocks=30)
+    generation.add(requests[0])
+    generation.step()
+    generation.end(0)
+    for pair in generation.runner.cache._pools.values():
+        for memory in pair:
+            memory.fill_(float("nan"))
+    numbers = {generation.add(request): n for n, request in enumerate(requests)}
+    found: list[list[int]] = [[] for _ in requests]
+    while generation.is_busy:
+        for each in generation.step():
+            assert each.token is not None
+            found[numbers[each.request]].append(each.token)
+    assert found == expected[0]
