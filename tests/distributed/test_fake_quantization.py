@@ -25,9 +25,11 @@ RUNS = {
 }
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("int4", "qwen3", {"dp_shard": 2, "tp": 2}),
+    ("int4", "gpt2", {"pp": 2, "tp": 2}),
+]
+MORE_CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("int8", "qwen3", {"dp_shard": 2, "zero_stage": 3}),
     ("int4", "qwen3", {"cp": 2}),
-    ("int4", "gpt2", {"pp": 2, "tp": 2}),
     ("int4", "gpt2", {"pp": 2, "pp_schedule": "zbv"}),
 ]
 
@@ -44,7 +46,11 @@ def single(number: str, name: str) -> Trace:
     return trace(config(number, name, {}), STORE, STEPS)
 
 
-@pytest.mark.parametrize(("number", "name", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("number", "name", "layout"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
+    ids=str,
+)
 def test_a_layout_computes_what_one_process_does(
     workers: WorkerPool, number: str, name: str, layout: dict[str, Any]
 ) -> None:

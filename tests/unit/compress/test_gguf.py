@@ -8,9 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from numerics.test_export import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from unit.compress.test_files import compressed, logits
+from unit.compress.test_files import RunOf, compressed, logits
 
 from megatrain.compress.methods import METHODS
 from megatrain.compress.run import Compressed, make_plan
@@ -41,10 +40,18 @@ def written(run: Path, path: Path, name: str, **options: Any) -> Compressed:
     return done
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("family", MODELS)
-def test_the_reader_finds_the_numbers_of_the_model(tmp_path: Path, family: str, name: str) -> None:
-    run = make_run(tmp_path / "run", MODELS[family])
+CASES = [
+    pytest.param(family, name, marks=[] if family == "llama3" or name == "int4" else pytest.mark.slow)
+    for family in MODELS
+    for name in KINDS
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_the_reader_finds_the_numbers_of_the_model(
+    tmp_path: Path, run_of: RunOf, family: str, name: str
+) -> None:
+    run = run_of(MODELS[family])
     done = written(run, tmp_path / "x.gguf", name)
     tensors = {each.name: each for each in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     model = dict(done.trained.parallel.models[0].named_parameters())
@@ -71,9 +78,9 @@ def test_the_reader_finds_the_numbers_of_the_model(tmp_path: Path, family: str, 
 
 @pytest.mark.parametrize("name", ["none", "int8", "int4-gptq"])
 @pytest.mark.parametrize("family", MODELS)
-def test_transformers_computes_the_same(tmp_path: Path, family: str, name: str) -> None:
+def test_transformers_computes_the_same(tmp_path: Path, run_of: RunOf, family: str, name: str) -> None:
     """It reads GGUF files by code of its own: names, order of rotary rows, head counts."""
-    run = make_run(tmp_path / "run", MODELS[family])
+    run = run_of(MODELS[family])
     done = written(run, tmp_path / "x.gguf", name)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
     expected = logits(done.trained.parallel.models[0])
@@ -82,8 +89,8 @@ def test_transformers_computes_the_same(tmp_path: Path, family: str, name: str) 
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-def test_scales_of_large_groups_are_repeated(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", replace(MODELS["llama3"], ffn_size=128))
+def test_scales_of_large_groups_are_repeated(tmp_path: Path, run_of: RunOf) -> None:
+    run = run_of(replace(MODELS["llama3"], ffn_size=128))
     written(run, tmp_path / "x.gguf", "int4-gptq", group=64)
     (tensor,) = [
         each for each in gguf.GGUFReader(tmp_path / "x.gguf").tensors if each.name == "blk.0.ffn_down.weight"
@@ -93,15 +100,15 @@ def test_scales_of_large_groups_are_repeated(tmp_path: Path) -> None:
     assert tensor.n_bytes == 64 * 128 * 18 // 32
 
 
-def test_a_tied_head_is_quantized_if_asked(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", MODELS["qwen3"])
+def test_a_tied_head_is_quantized_if_asked(tmp_path: Path, run_of: RunOf) -> None:
+    run = run_of(MODELS["qwen3"])
     written(run, tmp_path / "x.gguf", "int8", head=True)
     kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     assert kinds["token_embd.weight"] == "Q8_0"
 
 
-def test_the_tokenizer_is_in_the_file(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", MODELS["qwen3"])
+def test_the_tokenizer_is_in_the_file(tmp_path: Path, run_of: RunOf) -> None:
+    run = run_of(MODELS["qwen3"])
     done = written(run, tmp_path / "x.gguf", "none")
     tokenizer = done.trained.tokenizer
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
