@@ -5,6 +5,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from megatrain.compress.methods import METHODS, Pruning, Quantization, Sparsity
 from megatrain.config.errors import UserError
 from megatrain.config.nearest import nearest
 from megatrain.config.paths import expanded
+from megatrain.runtime.packages import require_package
 from megatrain.runtime.processes import Processes
 
 if TYPE_CHECKING:
     from megatrain.compress.report import Measure
-    from megatrain.compress.run import Plan
+    from megatrain.compress.run import Compressed, Plan
     from megatrain.compress.text import HeldOut
     from megatrain.train.inference import TrainedModel
 
@@ -37,9 +39,7 @@ def run(argv: list[str]) -> int:
     """Compress, write, measure and print a table; return the exit code."""
     options = _parser().parse_intermixed_args(argv)
     _check(options)
-    from megatrain.train.hf_files import require_new
-
-    require_new(Path(expanded(options.out)))
+    _require_new(options)
     with progress_display(False) as display:
         found = _compress(options, display.phase)
     text = json.dumps(strict_json(found), indent=1, ensure_ascii=False, allow_nan=False)
@@ -67,6 +67,7 @@ def _parser() -> Parser:
     parser.add_argument("--head", action="store_true", default=None)
     parser.add_argument("--calibration", metavar="PATH")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--format", default="hf", choices=("hf", "gguf"))
     parser.add_argument("--dtype", default="fp16", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--text", action="append", default=[], metavar="PATH")
     parser.add_argument("--json", metavar="FILE")
@@ -102,10 +103,8 @@ def _check(options: Namespace) -> None:
 def _compress(options: Namespace, progress: Progress) -> dict[str, Any]:
     from megatrain.compress.report import facts_of, int8_speed, on_disk, sizes, zeros
     from megatrain.compress.run import compress
-    from megatrain.compress.write_hf import write_hf
-    from megatrain.train.hf_files import new_directory
 
-    source, target, method = run_here(options.run), Path(expanded(options.out)), METHODS[options.method]
+    source, method = run_here(options.run), METHODS[options.method]
     plan = _plan(options, source)
     trained = _load(source, options)
     text = _own_text(trained, options, progress)
@@ -123,9 +122,8 @@ def _compress(options: Namespace, progress: Progress) -> dict[str, Any]:
     }
     found |= _settings(plan, options, len(batches))
     found["bytes"] = sizes(done, plan, before["parameters"])
-    quantization = method if isinstance(method, Quantization) else None
-    with new_directory(target) as partial:
-        found["bytes"]["tensors"] = write_hf(partial, done.trained, done.codes, quantization, options.dtype)
+    with _new_output(options) as partial:
+        found["bytes"]["tensors"] = _write(partial, done, options)
         found["bytes"]["on_disk"] = on_disk(partial)
         progress("measuring after", 0.0)
         found |= {"before": before, "after": facts_of(done.trained, measure)}
@@ -137,9 +135,48 @@ def _compress(options: Namespace, progress: Progress) -> dict[str, Any]:
     return found
 
 
+def _require_new(options: Namespace) -> None:
+    """Refuse an output that exists, and a format whose package is missing.
+
+    Raises:
+        UserError: it does, or is.
+    """
+    if options.format == "gguf":
+        require_package("gguf", "compress --format gguf")
+        from megatrain.compress.new_file import require_new_file
+
+        require_new_file(Path(expanded(options.out)))
+        return
+    from megatrain.train.hf_files import require_new
+
+    require_new(Path(expanded(options.out)))
+
+
+def _new_output(options: Namespace) -> AbstractContextManager[Path]:
+    """Return what makes the new file or directory."""
+    from megatrain.compress.new_file import new_file
+    from megatrain.train.hf_files import new_directory
+
+    target = Path(expanded(options.out))
+    return new_file(target) if options.format == "gguf" else new_directory(target)
+
+
+def _write(place: Path, done: "Compressed", options: Namespace) -> int:
+    """Write the model; return the bytes of its tensors."""
+    from megatrain.compress.write_gguf import write_gguf
+    from megatrain.compress.write_hf import write_hf
+
+    method = METHODS[options.method]
+    if options.format == "gguf":
+        return write_gguf(place, done.trained, done.codes, Path(options.out).stem)
+    quantization = method if isinstance(method, Quantization) else None
+    return write_hf(place, done.trained, done.codes, quantization, options.dtype)
+
+
 def _plan(options: Namespace, source: Path) -> "Plan":
     """Check everything against the model's config, before its weights are read."""
     from megatrain.compress.run import make_plan
+    from megatrain.compress.write_gguf import require_gguf
     from megatrain.compress.write_hf import require_expressible
     from megatrain.parallel.config import ParallelConfig
     from megatrain.train.inference import config_for_inference
@@ -161,7 +198,11 @@ def _plan(options: Namespace, source: Path) -> "Plan":
         heads=options.heads,
         ffn=options.ffn,
     )
-    require_expressible(plan.model, plan.names, method if isinstance(method, Quantization) else None)
+    if options.format == "gguf":
+        group = None if plan.grid is None else plan.grid.group
+        require_gguf(plan.model, plan.names, method, group=group, dtype=options.dtype)
+    else:
+        require_expressible(plan.model, plan.names, method if isinstance(method, Quantization) else None)
     return plan
 
 

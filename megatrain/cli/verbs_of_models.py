@@ -212,6 +212,10 @@ COMPRESS = Verb(
             "4-bit weights fitted to text that the run has held out",
         ),
         (
+            "megatrain compress runs/mine small.gguf --format gguf --method int4-awq --group 32",
+            "Q4_0 blocks in a GGUF file, for llama.cpp",
+        ),
+        (
             "megatrain compress exported pruned --method prune --ffn 4096 --calibration my.txt --text other.txt",
             "a smaller dense model from a Hugging Face directory; train it on to heal it",
         ),
@@ -237,6 +241,10 @@ COMPRESS = Verb(
             "held out",
         ),
         ("--samples N", "number of sequences of calibration text; default: 128"),
+        (
+            "--format {hf,gguf}",
+            "a Hugging Face directory (default), or a GGUF file for llama.cpp (package gguf)",
+        ),
         ("--dtype TYPE", "type of what is not quantized, and of scales: fp16 (default), bf16, fp32"),
         (
             "--text PATH",

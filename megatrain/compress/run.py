@@ -63,6 +63,10 @@ def make_plan(
     Raises:
         UserError: they do not fit.
     """
+    if model.classifier is not None:
+        raise UserError(
+            "compress: the model classifies (model.classifier); only models that predict tokens are known"
+        )
     weights = get_spec(model.kind).plan(model)
     names = compressed_names(weights, head=head)
     grid = None

@@ -210,6 +210,11 @@ class HuggingFaceTokenizer(Tokenizer):
         described = {"tokenizer_class": "PreTrainedTokenizerFast", **self.described, "eos_token": eos}
         (directory / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
+    def description(self) -> str:
+        """Return the content of its `tokenizer.json`."""
+        text: str = self._inner.to_str()
+        return text
+
     def digest(self) -> str:
         return _digest("huggingface", self.eos_id, sorted(self._tokens.items()))
 

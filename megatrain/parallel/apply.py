@@ -17,6 +17,7 @@ from megatrain.parallel.compile import compile_blocks
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.context import context_parallel, in_order, shard_sequence
 from megatrain.parallel.expert import expert_parallel
+from megatrain.parallel.fake_quantization import fake_quantized_linears
 from megatrain.parallel.float8 import Scaling, float8_linears
 from megatrain.parallel.fsdp import fully_shard_blocks
 from megatrain.parallel.mesh import Mesh
@@ -157,9 +158,10 @@ def parallelize(
     seq_len: int,
     compute_dtype: torch.dtype,
     float8: Scaling | None = None,
+    rounding: tuple[str, int] | None = None,
     shards_data: bool = True,
 ) -> ParallelModel:
-    """Apply pipeline, expert, tensor and context parallelism, fp8, activation checkpointing, compilation and FSDP.
+    """Apply pipeline, expert, tensor and context parallelism, fp8 or rounding, checkpointing, compilation and FSDP.
 
     In this order: techniques that split the model come first; fp8 sees the shards that it will multiply; checkpointing
     is inside of compilation; FSDP comes last and shards what the others left.
@@ -171,6 +173,7 @@ def parallelize(
         seq_len: tokens of a training sequence, which decide with the layers' sizes where a pipeline is cut.
         compute_dtype: dtype in which FSDP gathers parameters.
         float8: granularity of the scales of linear layers in fp8; None if they compute in `compute_dtype`.
+        rounding: number and group that linear layers round their weights to; None: they do not.
         shards_data: whether FSDP is applied; a model that is not trained does without where nothing is data-parallel.
     """
     models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg, seq_len))
@@ -183,6 +186,8 @@ def parallelize(
             context_parallel(model, plan, mesh, cfg)
         if float8 is not None:
             float8_linears(model, plan, mesh, cfg, scaling=float8)
+        if rounding is not None:
+            fake_quantized_linears(model, plan, mesh, cfg, number=rounding[0], group=rounding[1])
         checkpoint_activations(model, plan, mesh, cfg)
         compile_blocks(model, plan, mesh, cfg)
         if mesh is not None and shards_data:

@@ -200,6 +200,22 @@ def float8_problems(cfg: ParallelConfig, plan: Plan, seq_len: int, scaling: str)
         yield from _blocks(cfg, plan, seq_len)
 
 
+def group_problems(cfg: ParallelConfig, plan: Plan, group: int) -> Iterator[Problem]:
+    """Yield the problems of linear layers that round their weights in groups of inputs (`train.qat`)."""
+    if any(weight.is_stacked for weight in plan.weights.values()):
+        yield Problem("train.qat", "int4", "is not supported for a model with experts", ("none",))
+        return
+    products = {name: weight for block in plan.blocks for name, weight in block.items() if weight.is_product}
+    ranks = {name: cfg.tp if weight.role & Role.ROW else 1 for name, weight in products.items()}
+    sizes = {name: weight.shape[-1] for name, weight in products.items()}
+    broken = [f"{name} ({size})" for name, size in sizes.items() if size % (group * ranks[name])]
+    if group % 2 or broken:
+        shards = " in each of their tp shards" if cfg.tp > 1 else ""
+        rule = f"must be even, and divide the inputs of {', '.join(broken) or 'every layer'}{shards}"
+        common = math.gcd(*(max(1, size // ranks[name]) for name, size in sizes.items()))
+        yield Problem("train.qat_group", group, rule, nearest_divisors(common, group))
+
+
 def _blocks(cfg: ParallelConfig, plan: Plan, seq_len: int) -> Iterator[Problem]:
     """Check that no group of tokens or channels is split between ranks."""
     unit = FLOAT8_GROUP * (2 * cfg.cp if cfg.cp > 1 else 1)

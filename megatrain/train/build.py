@@ -97,6 +97,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         mesh if cfg.engine == "native" else None,
         master_dtype=master_dtype,
         float8=float8,
+        rounding=None if cfg.train.qat == "none" else (cfg.train.qat, cfg.train.qat_group),
         shards_data=not cfg.privacy.is_on,
     )
     plan = parallel.plan
@@ -125,13 +126,14 @@ def build_model(
     *,
     master_dtype: torch.dtype,
     float8: Scaling | None = None,
+    rounding: tuple[str, int] | None = None,
     shards_data: bool = True,
 ) -> ParallelModel:
     """Make this rank's part of the model on `device`, its weights not yet set.
 
     Args:
         master_dtype: of the weights; they compute in `train.precision`.
-        float8, shards_data: as in `parallelize`.
+        float8, rounding, shards_data: as in `parallelize`.
     """
     compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
     spec = get_spec(cfg.model.kind)
@@ -151,6 +153,7 @@ def build_model(
         seq_len=cfg.seq_len,
         compute_dtype=compute_dtype,
         float8=float8,
+        rounding=rounding,
         shards_data=shards_data,
     )
     for model in parallel.models:

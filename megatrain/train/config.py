@@ -22,7 +22,7 @@ from megatrain.optim.config import AdamWConfig, OptimConfig
 from megatrain.optim.privacy_config import PrivacyConfig, privacy_problems
 from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.layout import data_ranks, float8_problems
+from megatrain.parallel.layout import data_ranks, float8_problems, group_problems
 from megatrain.parallel.layout import problems as layout_problems
 from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
@@ -92,6 +92,11 @@ class TrainConfig:
     parallelism can split a batch. row: one per token or weight row; weight gradients are computed in bf16. block: one
     per 128 elements of a token or channel and per 128 x 128 block of a weight (DeepSeek-V3, arXiv 2412.19437,
     section 3.3)."""
+    qat: Literal["none", "int8", "int4"] = "none"
+    """Quantization-aware training: the linear layers of the blocks multiply with weights rounded to these numbers, and
+    learn to bear it; the weights themselves stay exact. `megatrain compress` rounds them for good."""
+    qat_group: Size = 32
+    """Inputs of a layer that share a scale, with `qat`: those of `megatrain compress --group`."""
     z_loss: NonNegative = 0.0
     """Coefficient of the z-loss, the squared log-partition of the logits (PaLM, arXiv 2204.02311); 0: none."""
     ema_decay: DecayRate | None = None
@@ -178,6 +183,7 @@ class Config:
         )
         yield from self._native_problems()
         yield from self._lora_problems()
+        yield from self._rounding_problems()
         yield from self._objective_problems()
         yield from privacy_problems(
             self.privacy,
@@ -289,6 +295,19 @@ class Config:
         if self.train.precision == "fp8":
             yield Problem("train.precision", "fp8", "does not train adapters (lora.rank)", ("bf16",))
 
+    def _rounding_problems(self) -> Iterator[Problem]:
+        """Yield what can't be combined with rounded weights."""
+        if self.train.qat == "none":
+            return
+        for key, value, off, fits in (
+            ("train.precision", self.train.precision, "bf16", self.train.precision != "fp8"),
+            ("lora.rank", self.lora.rank, 0, not self.lora.rank),
+            ("engine", self.engine, "native", self.engine == "native"),
+            ("privacy.noise_multiplier", self.privacy.noise_multiplier, 0, not self.privacy.is_on),
+        ):
+            if not fits:
+                yield Problem(key, value, f"is not supported with train.qat={self.train.qat}", (off,))
+
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel
         if any(True for _ in rule_problems(parallel)):
@@ -324,3 +343,5 @@ class Config:
         yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)
         if self.train.precision == "fp8":
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)
+        if self.train.qat != "none":
+            yield from group_problems(parallel, plan, self.train.qat_group)

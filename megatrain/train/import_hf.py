@@ -102,6 +102,22 @@ def read_model_config(directory: Path) -> ModelConfig:
     return model_from_hf(found)
 
 
+def read_end_tokens(directory: Path) -> frozenset[int]:
+    """Return the tokens at which a Hugging Face model ends its text: those of its configs (`eos_token_id`).
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            named = _read_json(directory / name).get("eos_token_id")
+            found.update(
+                each for each in (named if isinstance(named, list) else [named]) if type(each) is int
+            )
+    return frozenset(found)
+
+
 def as_numbers(directory: Path, files: list[SafetensorsSource]) -> Source:
     """Return the tensors of `files`, the safetensors files of `directory`, with quantized weights as numbers.
 
@@ -119,22 +135,6 @@ def storage_of(directory: Path) -> Storage | None:
         UserError: in a way that is not supported.
     """
     return read_storage(_read_json(directory / "config.json"))
-
-
-def read_end_tokens(directory: Path) -> frozenset[int]:
-    """Return the tokens at which a Hugging Face model ends its text: those of its configs (`eos_token_id`).
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).is_file():
-            named = _read_json(directory / name).get("eos_token_id")
-            found.update(
-                each for each in (named if isinstance(named, list) else [named]) if type(each) is int
-            )
-    return frozenset(found)
 
 
 def weight_specs(model: ModelConfig) -> dict[str, TensorSpec]:

@@ -15,7 +15,8 @@ SMALL = (
     "model.n_layers=2", "model.hidden_size=32", "model.n_heads=2", "model.n_kv_heads=2", "model.head_dim=16",
     "model.ffn_size=64", "model.vocab_size=300", "model.max_seq_len=32", "seq_len=32", "global_batch_size=8",
     "micro_batch_size=8", "train.sample_tokens=0", "train.precision=fp32", "schedule.warmup_steps=0", "data.prefetch=0",
-    "log.wandb=off", "log.display=plain", "train.eval_tokens=512", "data.val_fraction=0.1",
+    "model.sliding_window=null", "model.full_attention_every=null", "log.wandb=off", "log.display=plain",
+    "train.eval_tokens=512", "data.val_fraction=0.1",
 )  # fmt: skip
 
 
@@ -125,6 +126,7 @@ WRONG = {
     "samples": (["--method", "wanda", "--samples", "0"], "at least 1"),
     "no method": ([], "--method"),
     "text that is not there": (["--method", "wanda", "--calibration", "gone.txt"], "gone.txt"),
+    "format": (["--method", "fp8", "--format", "gguf"], "as int8"),
     "tied head": (["--method", "int8", "--head"], "share their weight"),
 }
 
@@ -162,3 +164,12 @@ def test_a_directory_without_text_is_compressed_and_not_measured(
     found = report("exported", "out", "--method", "fp8")
     assert "text" not in found["before"]
     assert "add --text PATH" in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_new_and_appears_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report("runs/mine", "tiny.gguf", "--format", "gguf", "--method", "int4-gptq")
+    assert found["bytes"]["on_disk"] == (here / "tiny.gguf").stat().st_size
+    assert found["bytes"]["on_disk"] > found["bytes"]["tensors"]
+    assert not list(here.glob(".tiny*"))
+    assert main(["compress", "runs/mine", "tiny.gguf", "--format", "gguf", "--method", "int8"]) == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What is written is read back, by MegaTrain, by transformers with compressed-tensors, and by formulas."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from numerics.test_export import make_run
 from numerics.test_huggingface_experts import MODELS as EXPERTS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,6 +39,10 @@ MODELS: dict[str, ModelConfig] = {
     "mixtral": replace(EXPERTS["mixtral"], hidden_size=64, ffn_size=96, n_heads=4, n_kv_heads=2, head_dim=16),
 }
 QUANTIZED = [name for name, method in METHODS.items() if isinstance(method, Quantization)]
+
+
+RunOf = Callable[[ModelConfig], Path]
+"""A function that returns a run of a model, `conftest.run_of`."""
 
 
 def quiet(phase: str, share: float) -> None:
@@ -82,11 +86,11 @@ def test_words_are_those_of_compressed_tensors(bits: int, cols: int) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "mixtral"])
-def test_what_is_written_is_read_back(tmp_path: Path, family: str, name: str) -> None:
+@pytest.mark.parametrize("family", ["llama3", pytest.param("qwen3", marks=pytest.mark.slow), "mixtral"])
+def test_what_is_written_is_read_back(tmp_path: Path, run_of: RunOf, family: str, name: str) -> None:
     if (family, name) == ("mixtral", "int4-awq"):
         return  # refused, below
-    run = make_run(tmp_path / "run", MODELS[family])
+    run = run_of(MODELS[family])
     done = written(run, tmp_path / "out", name)
     again = load_trained(tmp_path / "out", Processes())
     ours, theirs = done.trained.parallel.models[0], again.parallel.models[0]
@@ -101,8 +105,8 @@ def test_what_is_written_is_read_back(tmp_path: Path, family: str, name: str) ->
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_transformers_computes_the_same(tmp_path: Path, name: str) -> None:
-    run = make_run(tmp_path / "run", MODELS["qwen3"])
+def test_transformers_computes_the_same(tmp_path: Path, run_of: RunOf, name: str) -> None:
+    run = run_of(MODELS["qwen3"])
     done = written(run, tmp_path / "out", name, dtype="fp32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     expected = logits(done.trained.parallel.models[0])
@@ -114,9 +118,9 @@ def test_transformers_computes_the_same(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-dynamic", "fp8", "int4"])
-def test_sizes_are_as_the_arithmetic_says(tmp_path: Path, name: str) -> None:
+def test_sizes_are_as_the_arithmetic_says(tmp_path: Path, run_of: RunOf, name: str) -> None:
     cfg = replace(MODELS["llama3"], vocab_size=300)
-    run = make_run(tmp_path / "run", MODELS["llama3"])
+    run = run_of(MODELS["llama3"])
     written(run, tmp_path / "out", name)
     hidden, ffn, keys = 64, 96, 32
     matrices = (
@@ -140,9 +144,9 @@ def test_sizes_are_as_the_arithmetic_says(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-gptq", "fp8"])
-def test_tensors_are_code_times_scale(tmp_path: Path, name: str) -> None:
+def test_tensors_are_code_times_scale(tmp_path: Path, run_of: RunOf, name: str) -> None:
     """Read by nothing but safetensors and the description of the format."""
-    run = make_run(tmp_path / "run", MODELS["llama3"])
+    run = run_of(MODELS["llama3"])
     done = written(run, tmp_path / "out", name)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     at = "model.layers.1.mlp.down_proj.weight"
@@ -160,8 +164,8 @@ def test_tensors_are_code_times_scale(tmp_path: Path, name: str) -> None:
     assert torch.equal(numbers, kept.numbers())
 
 
-def test_head_is_quantized_if_asked(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", MODELS["llama3"])
+def test_head_is_quantized_if_asked(tmp_path: Path, run_of: RunOf) -> None:
+    run = run_of(MODELS["llama3"])
     written(run, tmp_path / "out", "int8", head=True)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight_packed" in tensors
@@ -172,8 +176,8 @@ def test_head_is_quantized_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["magnitude", "prune", "none"])
-def test_other_methods_write_a_plain_directory(tmp_path: Path, name: str) -> None:
-    run = make_run(tmp_path / "run", MODELS["gpt2"])
+def test_other_methods_write_a_plain_directory(tmp_path: Path, run_of: RunOf, name: str) -> None:
+    run = run_of(MODELS["gpt2"])
     options = {"ffn": 40} if name == "prune" else {}
     done = written(run, tmp_path / "out", name, **options)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -230,8 +234,8 @@ def test_a_layout_that_would_scale_inputs_by_rank_is_refused() -> None:
     ],
     ids=str,
 )
-def test_other_quantizations_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
-    run = make_run(tmp_path / "run", MODELS["llama3"])
+def test_other_quantizations_are_refused(tmp_path: Path, run_of: RunOf, changed: dict[str, Any]) -> None:
+    run = run_of(MODELS["llama3"])
     written(run, tmp_path / "out", "int4")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
@@ -247,8 +251,8 @@ def test_other_quantizations_are_refused(tmp_path: Path, changed: dict[str, Any]
         load_trained(tmp_path / "out", Processes())
 
 
-def test_calibration_text_is_cut_into_whole_sequences(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", MODELS["llama3"])
+def test_calibration_text_is_cut_into_whole_sequences(tmp_path: Path, run_of: RunOf) -> None:
+    run = run_of(MODELS["llama3"])
     trained = load_trained(run, Processes())
     (tmp_path / "a.txt").write_text("the square of the number " * 50)
     (tmp_path / "b.txt").write_text("a number " * 50)
