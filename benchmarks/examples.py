@@ -35,8 +35,8 @@ Row = dict[str, str]
 CATALOGUES = ("Django", "wagtail", "django-oscar", "django-allauth")
 SENTIMENT = "vaderSentiment==3.3.2"
 MODEL = [
-    "model.n_layers=4", "model.hidden_size=192", "model.n_heads=6", "model.n_kv_heads=6", "model.head_dim=32",
-    "model.ffn_size=512",
+    "model.n_layers=3", "model.hidden_size=128", "model.n_heads=4", "model.n_kv_heads=4", "model.head_dim=32",
+    "model.ffn_size=384",
 ]  # fmt: skip
 COMMON = ["log.wandb=off", "log.display=plain", "train.sample_tokens=64", "train.precision=fp32"]
 
@@ -79,9 +79,9 @@ def translations(work: Path) -> Iterator[Row]:
                 if language is None:
                     continue
                 for message in read_po(io.BytesIO(wheel.read(name))):
-                    if isinstance(message.id, str) and message.id and isinstance(message.string, str):
-                        if message.string and not message.fuzzy:
-                            found[language[1]].setdefault(message.id, message.string)
+                    both = isinstance(message.id, str) and isinstance(message.string, str)
+                    if both and message.id and message.string and not message.fuzzy:
+                        found[language[1]].setdefault(str(message.id), str(message.string))
     seen = set()
     for key in sorted(found["es"].keys() & found["pt_BR"].keys()):
         prompt = found["es"][key]
@@ -106,7 +106,7 @@ def summaries(work: Path) -> Iterator[Row]:
             summary = text.strip().splitlines()[0].strip()
             node.body = node.body[1:] or [ast.Pass()]
             code = ast.unparse(node)
-            if code not in seen and 10 < len(summary) < 100 and len(code) < 500:
+            if code not in seen and 10 < len(summary) < 100 and len(code) < 300:
                 seen.add(code)
                 yield {"prompt": f"{code}\n# ", "completion": summary, "name": node.name}
 
@@ -207,7 +207,7 @@ def of_sentiment(train: list[Row], test: list[Row]) -> dict[str, Any]:
 
 def generative(work: Path, base: int, steps: int, rate: str, tokens: int) -> tuple[dict[str, Any], list[str]]:
     """Train on prompts with completions, and evaluate generated answers; return figures and notable settings."""
-    words = [*COMMON, *MODEL, "seq_len=256", "global_batch_size=16"]
+    words = [*COMMON, *MODEL, "seq_len=128", "global_batch_size=16"]
     vocabulary = ["model.vocab_size=1024"]
     seconds = megatrain(
         work, "train", "data.path=texts.jsonl", "run.name=base", f"train.steps={base}", *words, *vocabulary
@@ -229,10 +229,8 @@ def generative(work: Path, base: int, steps: int, rate: str, tokens: int) -> tup
         *tune,
         *COMMON,
     )
-    megatrain(
-        work, "evaluate", "runs/tuned", "--answers", "answers.jsonl", "--tokens", str(tokens), "--batch", "64", "--json",
-        "result.json",
-    )  # fmt: skip
+    how = ["--answers", "answers.jsonl", "--tokens", str(tokens), "--batch", "64", "--json", "result.json"]
+    megatrain(work, "evaluate", "runs/tuned", *how)
     found = json.loads((work / "result.json").read_text())["answers"]
     return {
         "seconds": round(seconds),
@@ -267,9 +265,9 @@ Task = tuple[
     Callable[[Path], Iterator[Row]], Callable[[list[Row], list[Row]], dict[str, Any]], Callable[..., Any]
 ]
 TASKS: dict[str, Task] = {
-    "translation": (translations, of_translation, lambda work: generative(work, 300, 1200, "3e-3", 96)),
-    "summarization": (summaries, of_summaries, lambda work: generative(work, 600, 600, "2e-3", 48)),
-    "sentiment": (opinions, of_sentiment, lambda work: classifying(work, 600, 250, "1e-3")),
+    "translation": (translations, of_translation, lambda work: generative(work, 200, 1000, "3e-3", 64)),
+    "summarization": (summaries, of_summaries, lambda work: generative(work, 500, 600, "3e-3", 32)),
+    "sentiment": (opinions, of_sentiment, lambda work: classifying(work, 500, 200, "1e-3")),
 }
 
 

@@ -41,6 +41,8 @@ class Batch:
     """Each token's number in the run, the same in every layout, where something is drawn by it; None: nothing is."""
     factors: torch.Tensor | None = None
     """Float `(micro_batch, seq_len)` by which the loss of each token is multiplied; None: 1."""
+    teacher: torch.Tensor | None = None
+    """Hidden states of a teacher, as this rank has them, `(micro_batch, seq_len of the rank, hidden)`."""
     examples: tuple[tuple[int, ...], ...] | None = None
     """Of each row the numbers of its examples in the data, in the order of `doc_ids`; None: the data has none."""
 

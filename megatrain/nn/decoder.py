@@ -84,6 +84,7 @@ class Decoder(nn.Module):
         keep: Tensor | None = None,
         factors: Tensor | None = None,
         per_token: bool = False,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """Return logits `(batch, seq, vocab)`, or with `targets` the loss summed over valid ones (float32 scalar).
 
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
             token_numbers: `(batch, seq)` int64 in training with dropout: each token's number in the run.
             z_loss: factor on the squared log-partition.
             keep: `(kept,)` indices of the tokens of a row whose logits are wanted; None: all.
-            factors, per_token: as in `LossHead.forward`.
+            factors, per_token: as in `LossHead.forward`. teacher: for a loss head that compares with it.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -111,8 +112,9 @@ class Decoder(nn.Module):
         table = self.classifier or self.head or self.embed
         assert table is not None
         weight = table.tensor("weight")
+        more = {} if teacher is None else {"teacher": teacher}
         out: Tensor = self.loss_head(
-            hidden, weight, targets, z_loss, keep, factors=factors, per_token=per_token
+            hidden, weight, targets, z_loss, keep, factors=factors, per_token=per_token, **more
         )
         return out
 

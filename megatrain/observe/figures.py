@@ -17,6 +17,8 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("eval/loss", "val loss", "{:.4f}".format),
     ("eval/bits_per_byte", "bits/byte", "{:.4f}".format),
     ("eval/accuracy", "accuracy", "{:.1%}".format),
+    ("train/reward", "reward", "{:.3f}".format),
+    ("eval/reward", "val reward", "{:.3f}".format),
     ("train/grad_norm", "grad norm", "{:.3f}".format),
     ("train/lr", "lr", "{:.2e}".format),
     ("perf/tokens_per_sec", "tokens/s", "{:,.0f}".format),

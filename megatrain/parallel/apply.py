@@ -26,6 +26,9 @@ from megatrain.parallel.sharding import Split, uneven_splits
 from megatrain.parallel.shards import local_tensor
 from megatrain.parallel.tensor import tensor_parallel
 
+WHOLE = ("doc_ids", "teacher")
+"""Tensors of a batch that context parallelism does not shard."""
+
 
 @dataclass(frozen=True)
 class ParallelModel:
@@ -56,12 +59,15 @@ class ParallelModel:
         return uneven_splits(self.plan, self.mesh, self.cfg)
 
     def shard_batch(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Return this rank's positions of `(rows, seq)` tensors; doc_ids stay full, since keys come from all ranks."""
+        """Return this rank's positions of `(rows, seq)` tensors; doc_ids stay full, since keys come from all ranks.
+
+        So does a teacher's output, of which each rank has its own positions.
+        """
         if self.mesh is None or self.cfg.cp == 1:
             return dict(tensors)
         rank, size = self.mesh.coordinate("cp"), self.cfg.cp
         return {
-            name: t if t is None or name == "doc_ids" else shard_sequence(t, rank, size)
+            name: t if t is None or name in WHOLE else shard_sequence(t, rank, size)
             for name, t in tensors.items()
         }
 

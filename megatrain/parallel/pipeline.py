@@ -246,5 +246,5 @@ class Pipeline:
 
 
 def _kwargs(tensors: Tensors, z_loss: float) -> dict[str, Any]:
-    names = ("targets", "positions", "doc_ids", "keep", "token_numbers", "factors")
+    names = ("targets", "positions", "doc_ids", "keep", "token_numbers", "factors", "teacher")
     return {"z_loss": z_loss} | {name: tensors[name] for name in names if tensors.get(name) is not None}

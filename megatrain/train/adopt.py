@@ -12,6 +12,8 @@ from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
 from megatrain.nn.contract import Plan
+from megatrain.parallel.apply import ParallelModel
+from megatrain.parallel.shards import tell_place
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
@@ -49,6 +51,16 @@ def names_of(tensors: Mapping[str, Tensor], plan: Plan, processes: Processes) ->
     return tuple(sorted({name for names in processes.gather(list(tensors)) for name in names}))
 
 
+def tensors_of(parallel: ParallelModel) -> dict[str, Tensor]:
+    """Return the weights and buffers of a model by their keys in a checkpoint, into which one can be loaded."""
+    splits = parallel.splits
+    found = {
+        f"{WEIGHTS}{name}": tell_place(p.detach(), splits[name]) if name in splits else p.detach()
+        for name, p in parallel.parameters().items()
+    }
+    return found | {f"{WEIGHTS}{name}": b for model in parallel.models for name, b in model.named_buffers()}
+
+
 def describe_base(found: VerifiedCheckpoint) -> dict[str, Any]:
     """Return what a checkpoint of adapters says of their base: its run, its step, and a digest of its files' hashes."""
     hashes = sorted((name, record.sha256) for name, record in found.manifest.files.items())
@@ -57,13 +69,13 @@ def describe_base(found: VerifiedCheckpoint) -> dict[str, Any]:
 
 
 def require_same_base(info: dict[str, Any], base: VerifiedCheckpoint | None, checkpoint: Path) -> None:
-    """Refuse adapters that were trained beside other weights than `base`, from their manifest's `info`.
+    """Refuse what was trained beside other weights than `base`, from its manifest's `info`.
 
     Raises:
         UserError: they were.
     """
     if base is not None and info.get("base") != describe_base(base):
         raise UserError(
-            f"{checkpoint} holds adapters of other weights than {base.path} has now ({info.get('base')}). Restore that "
-            "checkpoint."
+            f"{checkpoint} was trained beside other weights than {base.path} has now ({info.get('base')}). Restore "
+            "that checkpoint."
         )

@@ -6,15 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatrain.checkpoint.retention import step_name
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
-from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.lora_config import LoRAConfig
-from megatrain.parallel.shards import tell_place
-from megatrain.train.adopt import WEIGHTS, adopted, describe_base, names_of
+from megatrain.train.adopt import WEIGHTS, adopted, describe_base, names_of, tensors_of
 from megatrain.train.build import build_model
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, run_directory
@@ -105,16 +102,6 @@ def load_reference(cfg: Config, checkpointer: Checkpointer, state: TrainState) -
     state.objective.reference = reference
     state.base = describe_base(found)
     return found
-
-
-def tensors_of(parallel: ParallelModel) -> dict[str, Tensor]:
-    """Return the weights and buffers of a model by their keys in a checkpoint, into which one can be loaded."""
-    splits = parallel.splits
-    found = {
-        f"{WEIGHTS}{name}": tell_place(p.detach(), splits[name]) if name in splits else p.detach()
-        for name, p in parallel.parameters().items()
-    }
-    return found | {f"{WEIGHTS}{name}": b for model in parallel.models for name, b in model.named_buffers()}
 
 
 def load_base(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint:

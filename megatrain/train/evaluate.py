@@ -49,6 +49,8 @@ def evaluate(
     Raises:
         CalledOffError: it was called off.
     """
+    if objective is not None and not objective.eval_names:
+        objective = None
     is_shared = objective is not None and objective.is_shared
     readers = 1 if is_shared else data_ranks(parallel.cfg)
     reader = 0 if parallel.mesh is None or is_shared else parallel.mesh.data_rank

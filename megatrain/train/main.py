@@ -28,7 +28,7 @@ from megatrain.runtime.device import choose_precision, device_name, memory_bytes
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.adopt import adopted, require_same_base
+from megatrain.train.adopt import adopted, describe_base, require_same_base
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.base import keeps_base, load_base, load_reference, with_base
 from megatrain.train.build import (
@@ -40,6 +40,7 @@ from megatrain.train.build import (
     with_layout,
 )
 from megatrain.train.config import Config
+from megatrain.train.distill import Distill
 from megatrain.train.durable import fetch_run
 from megatrain.train.federation import note_round, take_up_round
 from megatrain.train.files import (
@@ -51,6 +52,7 @@ from megatrain.train.files import (
     saved_config,
     write_config,
 )
+from megatrain.train.grpo import GRPO
 from megatrain.train.imported import (
     Progress,
     is_untrained_import,
@@ -60,6 +62,7 @@ from megatrain.train.imported import (
 from megatrain.train.labels import settle_labels
 from megatrain.train.loop import reason_to_stop, report_uploads, still_owed, train_loop
 from megatrain.train.machines import check_likeness, make_checked_mesh
+from megatrain.train.objective import Objective
 from megatrain.train.objectives import begin_objective, build_objective
 from megatrain.train.resume import check_same_data, check_same_run
 from megatrain.train.run import Run
@@ -95,9 +98,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
         loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
         eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
         state = build_state(cfg, device, mesh)
-        state.objective = processes.agree(
-            lambda: build_objective(cfg, state.parallel, data.tokenizer, train=data.train, val=data.val)
-        )
+        state.objective = _objective(cfg, state, data, checkpointer)
         with (
             contextlib.closing(check),
             contextlib.closing(state),
@@ -137,6 +138,24 @@ def _data(cfg: Config, processes: Processes, progress: Progress) -> tuple[Config
     data = prepare_together(cfg, processes, progress=progress)
     require_same_data(processes, data.fingerprint)
     return processes.agree(partial(settle_labels, cfg, data))
+
+
+def _objective(
+    cfg: Config, state: TrainState, data: Prepared, checkpointer: Checkpointer
+) -> Objective | None:
+    """Return what the run minimizes, unless it is likelihood."""
+    build = partial(build_objective, cfg, state.parallel, data.tokenizer, train=data.train, val=data.val)
+    return checkpointer.processes.agree(lambda: build(checkpointer=checkpointer))
+
+
+def _beside(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint | None:
+    """Return the checkpoint of the model that the objective compares with, loaded; None if it compares with none."""
+    if isinstance(state.objective, GRPO) and keeps_base(cfg):
+        return load_reference(cfg, checkpointer, state)
+    if not isinstance(state.objective, Distill) or state.objective.checkpoint is None:
+        return None
+    state.base = describe_base(state.objective.checkpoint)
+    return state.objective.checkpoint
 
 
 def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
@@ -306,8 +325,7 @@ def _resume(run: Run) -> tuple[str, ...]:
     source: VerifiedCheckpoint | None = None
     changes: dict[str, Any] = {}
     base = load_base(cfg, run.checkpointer, state) if cfg.lora.rank else None
-    if keeps_base(cfg) and state.objective is not None:
-        source = load_reference(cfg, run.checkpointer, state)
+    beside = base or _beside(cfg, run.checkpointer, state)
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         source = take_up_weights(run.checkpointer, state, moments=True)
         require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)
@@ -317,7 +335,7 @@ def _resume(run: Run) -> tuple[str, ...]:
         if (saved := saved_config(info, found.path)) is not None:
             changes = check_same_run(saved, cfg)
         check_same_data(info["data_fingerprint"], run.data.fingerprint, cfg)
-        require_same_base(info, base, found.path)
+        require_same_base(info, beside, found.path)
         state.restore(found.state, tensors)
         source = take_up_round(cfg, run.checkpointer, state, found)
     elif cfg.checkpoint.adopt is not None and base is None:

@@ -24,9 +24,9 @@ class Weighed:
     """
 
     batch: StepBatch
-    sums: Tensor
+    sums: Tensor | None
     """`(1 + names,)` float64: this rank's share of the loss, and of each further metric; their sums over all ranks are
-    the means of the global batch."""
+    the means of the global batch. None: the loss is what the pass itself finds, and there are no further ones."""
 
 
 class Objective(Protocol):

@@ -4,29 +4,42 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatrain.checkpoint.store import Checkpointer
 from megatrain.data.loader import Batch, Loader, ignored_batch
 from megatrain.data.store import TokenSource, TokenStore
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
+from megatrain.train.distill import load_teacher
 from megatrain.train.dpo import DPO
 from megatrain.train.grpo import GRPO
 from megatrain.train.objective import Objective
-from megatrain.train.objective_config import DPOConfig, GRPOConfig
+from megatrain.train.objective_config import DistillConfig, DPOConfig, GRPOConfig
 from megatrain.train.state import TrainState
 
 
 def build_objective(
-    cfg: Config, parallel: ParallelModel, tokenizer: Tokenizer, *, train: TokenSource, val: TokenSource | None
+    cfg: Config,
+    parallel: ParallelModel,
+    tokenizer: Tokenizer,
+    *,
+    train: TokenSource,
+    val: TokenSource | None,
+    checkpointer: Checkpointer | None = None,
 ) -> Objective | None:
-    """Return the objective of `cfg`; None for the cross entropy of the targets.
+    """Return the objective of `cfg`; None for the cross entropy of the targets. All ranks call this together.
+
+    Args:
+        checkpointer: as in `load_teacher`.
 
     Raises:
         UserError: something that it names is not there.
     """
     if isinstance(cfg.objective, GRPOConfig):
         return GRPO(cfg, parallel, tokenizer)
+    if isinstance(cfg.objective, DistillConfig):
+        return load_teacher(cfg, parallel, tokenizer, checkpointer)
     if isinstance(cfg.objective, DPOConfig):
         answers, held_out = (
             len(store.document_starts) if isinstance(store, TokenStore) else 0 for store in (train, val)

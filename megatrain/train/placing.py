@@ -7,7 +7,7 @@ from torch.profiler import record_function
 from megatrain.data.loader import Batch
 from megatrain.parallel.apply import ParallelModel
 
-ARGUMENTS = ("tokens", "targets", "positions", "doc_ids", "token_numbers", "factors")
+ARGUMENTS = ("tokens", "targets", "positions", "doc_ids", "token_numbers", "factors", "teacher")
 """Tensors of a batch that are arguments of the model."""
 
 

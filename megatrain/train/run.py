@@ -140,7 +140,7 @@ class Run:
             "tokenizer_sha256": self.tokenizer_sha256,
             "layout": dump(self.cfg.parallel),
         }
-        if self.cfg.lora.rank:
+        if self.state.base:
             info["base"] = self.state.base
         if self.state.round:
             info["round"] = self.state.round

@@ -163,7 +163,7 @@ def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config, *, ro
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
     loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
     parallel.sum_replicated_gradients()
-    if weighed is not None:
+    if weighed is not None and weighed.sums is not None:
         return weighed.sums
     return (loss if parallel.owns_loss() else torch.zeros_like(loss))[None]
 

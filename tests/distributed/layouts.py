@@ -21,7 +21,7 @@ from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.runtime.workers import WorkerPool
 from megatrain.train.config import Config, TrainConfig
-from megatrain.train.objective_config import DPOConfig, GRPOConfig
+from megatrain.train.objective_config import DistillConfig, DPOConfig, GRPOConfig
 from megatrain.train.parity import Trace, merged, trace
 
 STEPS = 3
@@ -105,6 +105,7 @@ RUNS = {
         objective=DPOConfig(beta=0.3, label_smoothing=0.1),
         train=replace(CFG.train, z_loss=0.0),
     ),
+    "distilled": replace(TIED, objective=DistillConfig(teacher="itself", temperature=2.0, alpha=0.6)),
     "answers": replace(
         CFG,
         data=replace(CFG.data, kind="chat", path="rows", tokenizer=TokenizerConfig(kind="bytes")),

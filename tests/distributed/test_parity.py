@@ -87,6 +87,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *[("pairs", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2}, {"pp": 2, "dp_shard": 2})],
     # answers that are sampled in the layout, and two updates on those of each step
     *[("answers", layout) for layout in ({"dp_shard": 2, "tp": 2}, {"pp": 2, "cp": 2})],
+    # a teacher that computes beside the model
+    *[("distilled", layout) for layout in ({"dp_shard": 2, "tp": 2}, {"pp": 2, "cp": 2})],
     # adapters beside frozen weights
     *[("lora", {"dp_shard": 2, "zero_stage": stage}) for stage in (1, 3)],
     ("lora", {"tp": 2}),
