@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from megatrain.cli.closing import close
 from megatrain.cli.job import run_in_layout
@@ -12,11 +13,23 @@ from megatrain.runtime.guarded import guarded
 from megatrain.runtime.processes import Processes
 from megatrain.train.config import Config
 
+if TYPE_CHECKING:
+    from megatrain.evaluate.schedule import ScheduledTasks
+
 
 def run(argv: list[str]) -> int:
     """Compose and check the config, train, and show the result; return the exit code."""
     with StopSignals() as signals:
         return run_in_layout("train", argv, argv, partial(train, "train", argv, signals))
+
+
+def _tasks(cfg: Config, processes: Processes) -> "ScheduledTasks | None":
+    if not cfg.tasks.are_any:
+        return None
+    with processes.at_work():
+        from megatrain.evaluate.schedule import ScheduledTasks
+
+    return processes.agree(lambda: ScheduledTasks(cfg.tasks))
 
 
 def train(verb: str, argv: Sequence[str], signals: StopSignals, cfg: Config, processes: Processes) -> int:
@@ -29,7 +42,7 @@ def train(verb: str, argv: Sequence[str], signals: StopSignals, cfg: Config, pro
 
     try:
         with guarded(processes, timeout_s=cfg.resilience.timeout_s) as team:
-            done = do_train(cfg, team, signals)
+            done = do_train(cfg, team, signals, tasks=_tasks(cfg, team))
     except DivergedError as error:
         if processes.is_first:
             page = run_directory(cfg) / REPORT_FILE

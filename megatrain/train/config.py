@@ -28,6 +28,7 @@ from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
 from megatrain.train.micro_batch import micro_batch_choices
 from megatrain.train.objective_config import GRPOConfig, LikelihoodConfig, ObjectiveConfig
+from megatrain.train.tasks_config import TasksConfig
 
 SCHEMA_VERSION = 3
 """2: the keys of `Config.RENAMED` got their present names. 3: so did the values of `Config.CHANGED`."""
@@ -143,6 +144,7 @@ class Config:
     moe: MoEBackendConfig = MoEBackendConfig()
     lora: LoRAConfig = LoRAConfig()
     objective: ObjectiveConfig = LikelihoodConfig()
+    tasks: TasksConfig = TasksConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     engine: EngineName = "native"
@@ -253,6 +255,14 @@ class Config:
             )
         if isinstance(self.objective, GRPOConfig):
             yield from self._grpo_problems(self.objective)
+        if is_labelled and self.tasks.are_any:
+            yield Problem(
+                "model.classifier", "given", "predicts labels, which no task asks for (tasks)", (None,)
+            )
+        if self.tasks.are_any and self.train.precision == "fp8":
+            yield Problem(
+                "train.precision", "fp8", "does not compute tasks while it trains (tasks)", ("bf16",)
+            )
         if is_labelled and kind != "likelihood":
             yield Problem("objective.kind", kind, "is not for classifiers", ("likelihood",))
         if kind != "likelihood" and self.privacy.is_on:

@@ -39,5 +39,5 @@ class Copies:
 
 def copies_of(trained: TrainedModel, processes: Processes) -> Copies:
     """Return the copies of `trained`, in which `processes` hold it."""
-    mesh = trained.parallel.mesh
+    mesh = None if trained.in_training else trained.parallel.mesh
     return Copies(processes) if mesh is None else Copies(processes, mesh.data_rank, mesh.cfg.dp_replicate)

@@ -44,6 +44,9 @@ class TrainedModel:
     """Of the run, in the layout of these processes; of a Hugging Face directory, its model with defaults."""
     step: int | None
     """Of the checkpoint; None: a Hugging Face directory."""
+    in_training: bool = False
+    """Whether it is a model while it trains, whose data-parallel ranks compute all texts together: its weights may be
+    sharded over them."""
 
     @property
     def context(self) -> int:
@@ -52,7 +55,7 @@ class TrainedModel:
 
     def packed(self) -> PackedLogits:
         """Return the model as `models.runner.Runner` takes it; each copy of it takes texts of its own."""
-        return PackedLogits(self.parallel, by_copy=True)
+        return PackedLogits(self.parallel, by_copy=not self.in_training)
 
 
 def load_trained(

@@ -52,6 +52,7 @@ class Requests:
     """Actions due after a step."""
 
     evaluate: bool = False
+    tasks: bool = False
     save: bool = False
     stop: str = ""
     """Reason to stop: signal, done or stop_at; empty if the run continues."""
@@ -72,6 +73,7 @@ def requests_after(step: int, cfg: Config, *, stop_wanted: bool, next_save: int 
     stop = "signal" if stop_wanted else "done" if done else "stop_at" if stop_at else ""
     return Requests(
         evaluate=done or _is_due(step, train.eval_every),
+        tasks=cfg.tasks.are_any and (done or _is_due(step, cfg.tasks.every)),
         save=bool(stop) or save_is_due,
         stop=stop,
     )
@@ -254,6 +256,8 @@ class _Attempt:
             row |= found
             stop = stop or ("" if _patience_left(run) else "early stop")
             stop = stop or ("signal" if run.any_wants(bool(run.signals.received)) else "")
+        if requests.tasks and not run.state.owed:
+            row |= _on_tasks(run)
         observer.step(row)
         if _is_due(run.state.step, cfg.resilience.compare_replicas_every):
             require_equal_replicas(run)
@@ -370,6 +374,22 @@ def _evaluate(run: Run, observer: Observer, *, train_loss: float | None = None) 
     if result.bits_per_byte is not None:
         found["eval/bits_per_byte"] = result.bits_per_byte
     return found | {f"eval/{name}": value for name, value in result.more.items()}
+
+
+def _on_tasks(run: Run) -> Row:
+    """Evaluate the model on the config's tasks, record the results, and return their numbers by name."""
+    if run.tasks is None:
+        return {}
+    run.processes.doing("evaluating on tasks", run.state.step)
+    with run.state.averaged():
+        found = run.tasks(run)
+    run.log.event("tasks", step=run.state.step, results=found)
+    return {
+        f"tasks/{task}/{name}": value
+        for task, values in found.items()
+        for name, value in values.items()
+        if type(value) in (int, float)
+    }
 
 
 def _patience_left(run: Run) -> bool:

@@ -71,10 +71,19 @@ from megatrain.train.state import TrainState
 from megatrain.train.words import Outcome, beginning, outcome
 
 
-def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
+def run(
+    cfg: Config,
+    processes: Processes,
+    signals: StopSignals,
+    *,
+    tasks: Callable[[Run], dict[str, Any]] | None = None,
+) -> Outcome:
     """Train as `cfg` says, resuming if the run directory has a checkpoint; return how that ended.
 
     All `processes` call this with the same `cfg`.
+
+    Args:
+        tasks: evaluates the model of a run on the tasks of `cfg`; None: there are none.
 
     Raises:
         UserError: the config, the data or the run directory is invalid; nothing was written.
@@ -120,6 +129,7 @@ def run(cfg: Config, processes: Processes, signals: StopSignals) -> Outcome:
                     signals=signals,
                     notices=(*notices, *told, *left_out_of(loader)),
                     fetched=fetched,
+                    tasks=tasks,
                 )
             )
     except BaseException as error:

@@ -26,6 +26,7 @@ FREE = (
     "train.time_budget",
     "train.resume",
     "train.allow_changes",
+    "tasks.*",
     "train.eval_every",
     "train.eval_tokens",
     "train.sample_tokens",

@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,8 @@ class Run:
     signals: StopSignals
     notices: tuple[str, ...] = ()
     """What the check of the machines has found."""
+    tasks: "Callable[[Run], dict[str, Any]] | None" = None
+    """Evaluates the model on the config's tasks; None: there are none."""
     fetched: Fetched | None = None
     """What was fetched from the durable tier; None without one."""
 

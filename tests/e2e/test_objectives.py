@@ -121,3 +121,54 @@ def test_what_is_refused(
     assert main(["finetune", "runs/base", *TUNE, *words, "run.name=refused"]) == 2
     assert said in capsys.readouterr().err
     assert not Path("runs/refused").exists()
+
+
+def test_tasks_while_it_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last results are those of `megatrain evaluate` on the same model."""
+    Path("choices.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1), "choices": ["1", "2", "3"]}) + "\n"
+            for n in (0, 1)
+        )
+    )
+    Path("answers.jsonl").write_text(json.dumps({"prompt": "1+2=", "reference": "3"}) + "\n")
+    words = [
+        "tasks.choices=choices.jsonl",
+        "tasks.answers=answers.jsonl",
+        "tasks.answer_tokens=4",
+        "tasks.every=6",
+    ]
+    run = [
+        "finetune",
+        "runs/base",
+        *TUNE,
+        "data.path=sums.jsonl",
+        "run.name=judged",
+        "seq_len=16",
+        "train.steps=10",
+    ]
+    assert main([*run, *words]) == 0
+    judged = {row["step"]: row for row in rows_of("judged") if "tasks/choices/accuracy" in row}
+    assert list(judged) == [6, 10]
+    where = [
+        "--choices",
+        "choices.jsonl",
+        "--answers",
+        "answers.jsonl",
+        "--tokens",
+        "4",
+        "--json",
+        "found.json",
+    ]
+    assert main(["evaluate", "runs/judged", *where]) == 0
+    found = json.loads(Path("found.json").read_text())
+    assert judged[10]["tasks/choices/log_loss"] == pytest.approx(found["choices"]["log_loss"], rel=1e-6)
+    assert judged[10]["tasks/answers/chrf"] == pytest.approx(found["answers"]["chrf"], rel=1e-6)
+    events = [json.loads(line) for line in Path("runs/judged/events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "tasks"] == [6, 10]
+    capsys.readouterr()
+    assert main([*run, "tasks.choices=nowhere.jsonl", "run.name=refused"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert main([*run, "tasks.every=5", "run.name=refused"]) == 2
+    assert "needs a task" in capsys.readouterr().err
+    assert not Path("runs/refused").exists()

@@ -118,6 +118,7 @@ def test_train_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture[
         "recipe",
         "resilience",
         "schedule",
+        "tasks",
         "train",
     }
     assert group_names(short) == groups
