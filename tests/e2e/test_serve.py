@@ -17,6 +17,7 @@ import pytest
 import torch
 from numerics.test_export import exported, make_run
 from numerics.test_huggingface_parity import MODELS
+from prometheus_client.parser import text_string_to_metric_families
 from served import SECONDS, Served, events
 from transformers import AutoModel, AutoTokenizer
 
@@ -250,6 +251,7 @@ def test_two_hundred_streams_at_a_time_are_each_as_alone(server: Served, trained
         }
         for n in range(200)
     ]
+    before = server.metric("megatrain_generated_tokens_total")
     found = asyncio.run(_streams(server, asked))
     for body, (text, finish, tokens) in zip(asked, found, strict=True):
         expected = alone(
@@ -262,6 +264,12 @@ def test_two_hundred_streams_at_a_time_are_each_as_alone(server: Served, trained
         assert (text, finish, tokens) == (expected.text, expected.finish, len(expected.tokens)), body
     assert server.metric("megatrain_cache_blocks_used") == 0
     assert server.metric("megatrain_texts_running") == 0
+    made = sum(tokens for _, _, tokens in found)
+    assert server.metric("megatrain_generated_tokens_total") - before >= made
+    assert server.metric("megatrain_time_to_first_token_seconds_count") >= 200
+    assert server.metric("megatrain_time_between_tokens_seconds_count") >= made - 200
+    families = {family.name for family in text_string_to_metric_families(server.client.get("/metrics").text)}
+    assert {"megatrain_requests", "megatrain_batch_texts", "megatrain_cache_blocks"} <= families
 
 
 async def _streams(server: Served, asked: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
