@@ -230,7 +230,8 @@ def test_the_likeliest_choice_is_the_label(server: Served, trained: TrainedModel
                 logs = trained.parallel.models[0](torch.tensor([whole[:-1]]))[0].log_softmax(-1)
             places = range(len(before) - 1, len(whole) - 1)
             nats.append(sum(float(logs[place, whole[place + 1]]) for place in places))
-        assert row["logprobs"] == pytest.approx(nats, abs=1e-6)
+        assert row["logprobs"] == pytest.approx(torch.tensor(nats).log_softmax(0).tolist(), abs=1e-6)
+        assert row["chosen"] == [row["label"]]
         assert row["label"] == choices[int(np.argmax(nats))]
         assert row["probs"] == pytest.approx(torch.tensor(nats).softmax(0).tolist(), abs=1e-6)
     answer = server.post("classify", {"input": "the"})
