@@ -128,18 +128,20 @@ class Class(Answer):
 
     index: int
     label: str
+    chosen: list[str]
     probs: list[float]
     logprobs: list[float]
     num_classes: int
 
 
 class Classes(Answer):
-    """The choices for the texts. `probs` are in the order of `choices`, and their sum is 1."""
+    """The labels of the texts. `probs` are in the order of `labels`; their sum is 1 unless a text may have several."""
 
     id: str
     object: Literal["list"]
     created: int
     model: str
+    labels: list[str]
     data: list[Class]
     usage: InputUsage
 

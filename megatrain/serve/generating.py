@@ -26,6 +26,7 @@ async def complete(service: Service, asked: CompletionRequest, http: Request) ->
         RefusedError: it is not answered.
     """
     service.require_model(asked.model)
+    service.require_language_model()
     if asked.echo and asked.logprobs is not None:
         raise RefusedError(
             400,
@@ -53,6 +54,7 @@ async def chat(service: Service, asked: ChatRequest, http: Request) -> Response:
         RefusedError: it is not answered.
     """
     service.require_model(asked.model)
+    service.require_language_model()
     if asked.top_logprobs and not asked.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs=true.", code="conflict", param="top_logprobs")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None

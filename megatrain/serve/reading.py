@@ -55,12 +55,35 @@ async def embed(service: Service, asked: EmbeddingRequest, http: Request) -> dic
 
 
 async def classify(service: Service, asked: ClassifyRequest, http: Request) -> dict[str, Any]:
-    """Return for each text which choice is the likeliest after it, as `megatrain evaluate --choices` finds it.
+    """Return the labels of the texts: a classifier's own, or which of the choices is the likeliest after a text.
 
     Raises:
         RefusedError: the request is not answered.
     """
     service.require_model(asked.model)
+    texts = [asked.input] if isinstance(asked.input, str) else asked.input
+    classifier = service.classifier
+    if classifier is None:
+        labels, is_multi = _choices(service, asked, len(texts)), False
+        rows, n_read = await _score(service, texts, labels, http)
+    else:
+        labels, is_multi = list(classifier.labels), classifier.multi_label is True
+        if asked.choices is not None:
+            said = f"{service.name} is a classifier with labels of its own: leave the choices out."
+            raise RefusedError(400, said, code="unsupported", param="choices")
+        rows, n_read = await _logits(service, texts, http)
+    return {
+        "id": f"classify-{secrets.token_hex(12)}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": service.name,
+        "labels": labels,
+        "data": [_chosen(n, row, labels, is_multi=is_multi) for n, row in enumerate(rows)],
+        "usage": {"prompt_tokens": n_read, "total_tokens": n_read},
+    }
+
+
+def _choices(service: Service, asked: ClassifyRequest, count: int) -> list[str]:
     if asked.choices is None:
         raise RefusedError(
             400,
@@ -68,38 +91,49 @@ async def classify(service: Service, asked: ClassifyRequest, http: Request) -> d
             code="unsupported",
             param="choices",
         )
-    labels = asked.choices
-    if len(set(labels)) < len(labels):
+    if len(set(asked.choices)) < len(asked.choices):
         raise RefusedError(400, "The choices must be different.", code="conflict", param="choices")
-    texts = [asked.input] if isinstance(asked.input, str) else asked.input
-    if len(texts) * len(labels) > MAX_TEXTS:
+    if count * len(asked.choices) > MAX_TEXTS:
         raise RefusedError(
             400,
-            f"{len(texts)} texts with {len(labels)} choices each are too many: {MAX_TEXTS} are the most in all.",
+            f"{count} texts with {len(asked.choices)} choices each are too many: {MAX_TEXTS} are the most in all.",
             code="too_many_texts",
             param="input",
         )
+    return asked.choices
+
+
+async def _score(
+    service: Service, texts: Sequence[str], labels: Sequence[str], http: Request
+) -> tuple[np.ndarray, int]:
+    """Return the log-likelihoods of labels after texts, `(texts, labels)`, as `megatrain evaluate --choices` does."""
     pairs = [service.scorer.encode(text, label) for text in texts for label in labels]
-    service.require_short([[*before, *after] for before, after in pairs])
+    tokens = [[*before, *after] for before, after in pairs]
+    service.require_short(tokens)
     nats = np.zeros(len(pairs))
     async with ended_with(http.receive):
-        for numbers in batches({n: len(pair[0]) + len(pair[1]) for n, pair in enumerate(pairs)}):
-            batch = [pairs[n] for n in numbers]
-            work = partial(service.scorer.scores, batch)
+        for numbers in batches({n: len(each) for n, each in enumerate(tokens)}):
+            work = partial(service.scorer.scores, [pairs[n] for n in numbers])
             for n, score in zip(
-                numbers, await _read(service, work, [[*a, *b] for a, b in batch]), strict=True
+                numbers, await _read(service, work, [tokens[n] for n in numbers]), strict=True
             ):
                 nats[n] = score.nats
-    n_read = sum(len(before) + len(after) for before, after in pairs)
-    rows = nats.reshape(len(texts), len(labels))
-    return {
-        "id": f"classify-{secrets.token_hex(12)}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": service.name,
-        "data": [_chosen(n, row, labels) for n, row in enumerate(rows)],
-        "usage": {"prompt_tokens": n_read, "total_tokens": n_read},
-    }
+    return nats.reshape(len(texts), len(labels)), sum(map(len, tokens))
+
+
+async def _logits(service: Service, texts: Sequence[str], http: Request) -> tuple[np.ndarray, int]:
+    """Return a classifier's logits, `(texts, labels)`, of documents as they are in training: ended."""
+    tokenizer = service.trained.tokenizer
+    tokens = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    service.require_short(tokens)
+    rows: list[Any] = [None] * len(texts)
+    async with ended_with(http.receive):
+        for numbers in batches({n: len(each) for n, each in enumerate(tokens)}):
+            batch = [tokens[n] for n in numbers]
+            found = await _read(service, partial(service.scorer.last_logits, batch), batch)
+            for n, logits in zip(numbers, found, strict=True):
+                rows[n] = logits.double().numpy()
+    return np.stack(rows), sum(map(len, tokens))
 
 
 async def _read(service: Service, work: Callable[[], T], texts: Sequence[Sequence[int]]) -> T:
@@ -108,13 +142,18 @@ async def _read(service: Service, work: Callable[[], T], texts: Sequence[Sequenc
     return found
 
 
-def _chosen(index: int, nats: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    shares = np.exp(nats - np.logaddexp.reduce(nats))
+def _chosen(index: int, row: np.ndarray, labels: Sequence[str], *, is_multi: bool) -> dict[str, Any]:
+    """Return what one text is, from log-likelihoods or logits `(labels,)`."""
+    logs = -np.logaddexp(0.0, -row) if is_multi else row - np.logaddexp.reduce(row)
+    shares = np.exp(logs)
+    likeliest = labels[int(row.argmax())]
+    chosen = [label for label, share in zip(labels, shares, strict=True) if share > 0.5]
     return {
         "index": index,
-        "label": labels[int(nats.argmax())],
+        "label": likeliest,
+        "chosen": chosen if is_multi else [likeliest],
         "probs": shares.tolist(),
-        "logprobs": nats.tolist(),
+        "logprobs": logs.tolist(),
         "num_classes": len(labels),
     }
 

@@ -76,6 +76,8 @@ class Service:
         self.scorer = Scorer(trained)
         self.embedder = Embedder(decoder, context=trained.context, pooling=pooling)
         self.is_draining = False
+        self.classifier = trained.cfg.model.classifier if trained.parallel.plan.has_classifier else None
+        """Its labels, if the model was trained to tell them; it generates no text then."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -97,6 +99,20 @@ class Service:
                 404,
                 f"There is no model {name!r} here, but {self.name!r}.",
                 code="model_not_found",
+                param="model",
+            )
+
+    def require_language_model(self) -> None:
+        """Refuse to generate text with a classifier.
+
+        Raises:
+            RefusedError: the model is one.
+        """
+        if self.classifier is not None:
+            raise RefusedError(
+                400,
+                f"{self.name} is a classifier, which predicts labels and no tokens: ask /v1/classify.",
+                code="unsupported",
                 param="model",
             )
 

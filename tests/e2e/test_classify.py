@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from served import Served
 from transformers import AutoModelForSequenceClassification
 
 from megatrain.cli.main import main
@@ -113,6 +114,23 @@ def test_transformers_computes_the_same(folder: Path) -> None:
     with torch.no_grad():
         ours = trained.parallel.models[0](ids)[0, -1]
         torch.testing.assert_close(ours, theirs(ids).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_is_served(folder: Path) -> None:
+    theirs = AutoModelForSequenceClassification.from_pretrained("theirs", dtype=torch.float32)
+    texts = ["the film was good", "bad", ""]
+    with Served(Path("runs/exported")) as served:
+        found = served.post("classify", {"input": texts}).json()
+        refused = served.post("classify", {"input": texts, "choices": ["a", "b"]}).json()["error"]
+        generated = served.post("completions", {"prompt": "the"}).json()["error"]
+    assert found["labels"] == ["negative", "neutral", "positive"]
+    for text, row in zip(texts, found["data"], strict=True):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([[*text.encode(), 256]])).logits[0]
+        assert row["logprobs"] == pytest.approx(expected.log_softmax(0).tolist(), abs=1e-4)
+        assert row["label"] == found["labels"][int(expected.argmax())]
+    assert "labels of its own" in refused["message"]
+    assert "is a classifier" in generated["message"]
 
 
 def test_several_labels_and_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

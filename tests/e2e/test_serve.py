@@ -17,6 +17,7 @@ import pytest
 import torch
 from numerics.test_export import exported, make_run
 from numerics.test_huggingface_parity import MODELS
+from prometheus_client.parser import text_string_to_metric_families
 from served import SECONDS, Served, events
 from transformers import AutoModel, AutoTokenizer
 
@@ -229,7 +230,8 @@ def test_the_likeliest_choice_is_the_label(server: Served, trained: TrainedModel
                 logs = trained.parallel.models[0](torch.tensor([whole[:-1]]))[0].log_softmax(-1)
             places = range(len(before) - 1, len(whole) - 1)
             nats.append(sum(float(logs[place, whole[place + 1]]) for place in places))
-        assert row["logprobs"] == pytest.approx(nats, abs=1e-6)
+        assert row["logprobs"] == pytest.approx(torch.tensor(nats).log_softmax(0).tolist(), abs=1e-6)
+        assert row["chosen"] == [row["label"]]
         assert row["label"] == choices[int(np.argmax(nats))]
         assert row["probs"] == pytest.approx(torch.tensor(nats).softmax(0).tolist(), abs=1e-6)
     answer = server.post("classify", {"input": "the"})
@@ -250,6 +252,7 @@ def test_two_hundred_streams_at_a_time_are_each_as_alone(server: Served, trained
         }
         for n in range(200)
     ]
+    before = server.metric("megatrain_generated_tokens_total")
     found = asyncio.run(_streams(server, asked))
     for body, (text, finish, tokens) in zip(asked, found, strict=True):
         expected = alone(
@@ -262,6 +265,12 @@ def test_two_hundred_streams_at_a_time_are_each_as_alone(server: Served, trained
         assert (text, finish, tokens) == (expected.text, expected.finish, len(expected.tokens)), body
     assert server.metric("megatrain_cache_blocks_used") == 0
     assert server.metric("megatrain_texts_running") == 0
+    made = sum(tokens for _, _, tokens in found)
+    assert server.metric("megatrain_generated_tokens_total") - before >= made
+    assert server.metric("megatrain_time_to_first_token_seconds_count") >= 200
+    assert server.metric("megatrain_time_between_tokens_seconds_count") >= made - 200
+    families = {family.name for family in text_string_to_metric_families(server.client.get("/metrics").text)}
+    assert {"megatrain_requests", "megatrain_batch_texts", "megatrain_cache_blocks"} <= families
 
 
 async def _streams(server: Served, asked: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
