@@ -25,9 +25,9 @@ METHODS: dict[str, list[str]] = {
     "int8": [],
     "int8-dynamic": [],
     "fp8": [],
-    "int4": [],
     "int4-gptq": [],
     "int4-awq": [],
+    "int4": [],
     "magnitude": ["--sparsity", "0.3"],
     "wanda": ["--sparsity", "0.3"],
     "magnitude-2:4": [],
@@ -36,18 +36,20 @@ METHODS: dict[str, list[str]] = {
 GROUPS = ("32", "128")
 
 
-def cases(run: Path) -> list[tuple[str, list[str]]]:
-    """Return the methods with their flags, in all groups that the model's layers can have, and two prunings."""
+def cases(run: Path, methods: list[str]) -> list[tuple[str, list[str]]]:
+    """Return `methods` with their flags, in all groups that the model's layers can have, and with two prunings."""
     cfg = read_config(run).model
     inputs = {cfg.hidden_size, cfg.ffn_size, cfg.n_heads * cfg.qk_head_dim}
     found: list[tuple[str, list[str]]] = []
-    for method, flags in METHODS.items():
+    for method, flags in ((name, METHODS[name]) for name in methods if name in METHODS):
         groups = [group for group in GROUPS if all(size % int(group) == 0 for size in inputs)]
         if method.startswith("int4"):
             found += [(method, ["--group", group]) for group in groups]
         else:
             found.append((method, flags))
     serves = cfg.n_heads // cfg.kv_heads
+    if "prune" not in methods:
+        return found
     found.append(("prune", ["--ffn", str(cfg.ffn_size * 3 // 4)]))
     found.append(("prune", ["--heads", str(cfg.n_heads - serves), "--ffn", str(cfg.ffn_size * 3 // 4)]))
     return found
@@ -59,14 +61,14 @@ def called(*words: str) -> None:
         raise SystemExit(f"megatrain {' '.join(words)} failed")
 
 
-def measure(run: Path, keep: Callable[[dict[str, Any]], None]) -> None:
+def measure(run: Path, methods: list[str], keep: Callable[[dict[str, Any]], None]) -> None:
     """Hand the table of a run to `keep` after each of its rows."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         called("export", str(run), str(place / "whole"), "--dtype", "fp16")
         whole = sum(path.stat().st_size for path in (place / "whole").glob("*.safetensors"))
-        for number, (method, flags) in enumerate(cases(run)):
+        for number, (method, flags) in enumerate(cases(run, methods)):
             report = place / "report.json"
             began = time.perf_counter()
             called(
@@ -114,6 +116,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
+    every = [*METHODS, "prune"]
+    parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -132,7 +136,7 @@ def main() -> None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
 
-        measure(run, keep)
+        measure(run, options.methods, keep)
 
 
 if __name__ == "__main__":
