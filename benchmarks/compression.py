@@ -1,10 +1,10 @@
 """What each method of `megatrain compress` costs and saves, on trained runs.
 
-    python -m benchmarks.compression runs/default runs/larger --out benchmarks/results/compression.json
+    python -m benchmarks.compression runs/default --out benchmarks/results/compression.json
 
 Every method compresses the same weights of a run, is calibrated on one part of the text that the run has held out, and
-measured on the other part. Sizes are those of the written files beside those of `megatrain export` in 16 bits. Speeds
-are of this machine and this load, float32 unless said otherwise.
+measured on the other part. Sizes are those of the written files beside those of the same model in 16 bits. Speeds are
+of this machine under this load, in float32 unless said otherwise.
 """
 
 import argparse
@@ -14,99 +14,75 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from megatrain.cli.main import main as megatrain
-from megatrain.train.files import read_config
+from megatrain.compress.methods import METHODS, Quantization, Sparsity
+from megatrain.compress.report import facts_of, int8_speed, on_disk, on_held_out, sizes, zeros
+from megatrain.compress.run import compress, make_plan
+from megatrain.compress.text import SAMPLES, held_out
+from megatrain.compress.write_hf import write_hf
+from megatrain.models.config import ModelConfig
+from megatrain.runtime.processes import Processes
+from megatrain.train.inference import load_trained
 
-METHODS: dict[str, list[str]] = {
-    "int8": [],
-    "int8-dynamic": [],
-    "fp8": [],
-    "int4": [],
-    "int4-gptq": [],
-    "int4-awq": [],
-    "magnitude": ["--sparsity", "0.3"],
-    "wanda": ["--sparsity", "0.3"],
-    "magnitude-2:4": [],
-    "wanda-2:4": [],
-}
-GROUPS = ("32", "128")
+GROUPS = (32, 128)
+Options = dict[str, Any]
 
 
-def cases(run: Path) -> list[tuple[str, list[str]]]:
-    """Return the methods with their flags, in all groups that the model's layers can have, and two prunings."""
-    cfg = read_config(run).model
-    inputs = {cfg.hidden_size, cfg.ffn_size, cfg.n_heads * cfg.qk_head_dim}
-    found: list[tuple[str, list[str]]] = []
-    for method, flags in METHODS.items():
-        groups = [group for group in GROUPS if all(size % int(group) == 0 for size in inputs)]
-        if method.startswith("int4"):
-            found += [(method, ["--group", group]) for group in groups]
+def cases(model: ModelConfig, methods: list[str]) -> list[tuple[str, Options]]:
+    """Return `methods` with their options: all groups that the layers can have, two sparsities, two prunings."""
+    inputs = {model.hidden_size, model.ffn_size, model.n_heads * model.qk_head_dim}
+    fewer = {"heads": model.n_heads - model.n_heads // model.kv_heads, "ffn": model.ffn_size * 3 // 4}
+    found: list[tuple[str, Options]] = []
+    for name in methods:
+        method = METHODS[name]
+        if isinstance(method, Quantization) and method.is_grouped:
+            found += [(name, {"group": n}) for n in GROUPS if all(size % n == 0 for size in inputs)]
+        elif isinstance(method, Sparsity) and not method.is_two_of_four:
+            found += [(name, {"sparsity": share}) for share in (0.3, 0.5)]
+        elif name == "prune":
+            found += [(name, {"ffn": fewer["ffn"]}), (name, fewer)]
         else:
-            found.append((method, flags))
-    serves = cfg.n_heads // cfg.kv_heads
-    found.append(("prune", ["--ffn", str(cfg.ffn_size * 3 // 4)]))
-    found.append(("prune", ["--heads", str(cfg.n_heads - serves), "--ffn", str(cfg.ffn_size * 3 // 4)]))
+            found.append((name, {}))
     return found
 
 
-def called(*words: str) -> None:
-    """Run a `megatrain` command in this process."""
-    if megatrain(list(words)):
-        raise SystemExit(f"megatrain {' '.join(words)} failed")
+def silent(phase: str, share: float) -> None:
+    """Show no progress."""
 
 
-def measure(run: Path, keep: Callable[[dict[str, Any]], None]) -> None:
+def measure(run: Path, methods: list[str], tokens: int, keep: Callable[[dict[str, Any]], None]) -> None:
     """Hand the table of a run to `keep` after each of its rows."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        called("export", str(run), str(place / "whole"), "--dtype", "fp16")
-        whole = sum(path.stat().st_size for path in (place / "whole").glob("*.safetensors"))
-        for number, (method, flags) in enumerate(cases(run)):
-            report = place / "report.json"
-            began = time.perf_counter()
-            called(
-                "compress",
-                str(run),
-                str(place / str(number)),
-                "--method",
-                method,
-                *flags,
-                "--json",
-                str(report),
-            )
-            found = json.loads(report.read_text())
-            before, after = found["before"], found["after"]
-            model = {
-                "step": found["step"],
-                "parameters": before["parameters"],
-                "exported_bytes": whole,
-                **before["text"],
-            }
-            row = {
-                "method": method,
-                "flags": " ".join(flags),
-                "parameters": after["parameters"],
-                "bytes": found["bytes"],
-                "disk_ratio_to_export": round(whole / found["bytes"]["on_disk"], 3),
-                "perplexity": after["text"]["perplexity"],
-                "perplexity_change_percent": round(
-                    100 * (after["text"]["perplexity"] / before["text"]["perplexity"] - 1), 3
-                ),
-                "bits_per_byte": after["text"]["bits_per_byte"],
-                "seconds": round(time.perf_counter() - began, 1),
-                "speed": {key: round(value) for key, value in after.items() if key.endswith("per_sec")},
-                "speed_before": {
-                    key: round(value) for key, value in before.items() if key.endswith("per_sec")
-                },
-            }
-            row |= {key: found[key] for key in ("zeros", "after_in_int8") if key in found}
-            rows.append(row)
-            keep({**model, "methods": rows})
+    trained = load_trained(run, Processes())
+    text = held_out(trained, samples=SAMPLES, progress=silent)
+    assert text is not None
+    text = replace(text, measured=text.measured[: -(-tokens // text.measured[0].tokens.numel())])
+    before = facts_of(trained, on_held_out(text))
+    table: dict[str, Any] = {"step": trained.step, **before, "methods": []}
+    for name, options in cases(trained.cfg.model, methods):
+        method, model = METHODS[name], load_trained(run, Processes())
+        plan = make_plan(model.cfg.model, method, **options)
+        began = time.perf_counter()
+        done = compress(model, plan, text.calibration if method.needs_text else [], silent)
+        row: dict[str, Any] = {"method": name, **options, "seconds": round(time.perf_counter() - began, 1)}
+        with tempfile.TemporaryDirectory() as folder:
+            quantization = method if isinstance(method, Quantization) else None
+            write_hf(Path(folder), done.trained, done.codes, quantization, "fp16")
+            row["bytes"] = sizes(done, plan, before["parameters"]) | {"on_disk": on_disk(Path(folder))}
+        row |= facts_of(done.trained, on_held_out(text))
+        row["perplexity_change_percent"] = round(
+            100 * (row["text"]["perplexity"] / before["text"]["perplexity"] - 1), 3
+        )
+        if isinstance(method, Sparsity):
+            row["zeros"] = zeros(done, plan)
+        if (fast := int8_speed(done, plan)) is not None:
+            row["in_int8"] = fast
+        table["methods"].append(row)
+        print(run.name, name, options, row["perplexity_change_percent"], row["bytes"]["on_disk"], flush=True)
+        keep(table)
 
 
 def main() -> None:
@@ -114,6 +90,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+")
+    every = [name for name in METHODS if name != "none"]
+    parser.add_argument("--methods", nargs="+", default=every, choices=every)
+    parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens to measure with")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -132,7 +111,7 @@ def main() -> None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
 
-        measure(run, keep)
+        measure(run, options.methods, options.tokens, keep)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def _check(options: Namespace) -> None:
             fits = isinstance(method, Sparsity) and not method.is_two_of_four
         if getattr(options, flag) is not None and not fits:
             raise UserError(f"compress: --{flag} belongs to {said}, not to --method {options.method}")
+    if options.calibration is not None and not method.needs_text:
+        raise UserError(f"compress: --calibration: --method {options.method} needs no text")
     if options.samples < 1:
         raise UserError(f"compress: --samples {options.samples}: must be at least 1")
 

@@ -31,15 +31,10 @@ class Grid:
     scale_dtype: torch.dtype = torch.float16
     """Type in which scales are stored. Codes are chosen for the scale as it is stored."""
 
-    def groups(self, n_inputs: int) -> int:
-        """Return how many groups the inputs form."""
-        return 1 if self.group is None else n_inputs // self.group
-
     def scales(self, weight: Tensor) -> Tensor:
         """Return the scales `(..., out, groups)` float32 of `weight` `(..., out, in)`: largest size / largest code."""
-        found = quantize(
-            weight.float(), dtype=self.number, scaling="group", group_size=self.group or weight.shape[-1]
-        )
+        scaling = {"scaling": "row"} if self.group is None else {"scaling": "group", "group_size": self.group}
+        found = quantize(weight.float(), dtype=self.number, **scaling)
         return self.stored(found[1])
 
     def stored(self, scales: Tensor) -> Tensor:

@@ -146,11 +146,11 @@ def entries(model: Decoder, cfg: ModelConfig, codes: Mapping[str, Codes]) -> Ite
 
     def entry(theirs: str, names: list[str], order: Callable[[Tensor], Tensor] = lambda rows: rows) -> Entry:
         if all(name in codes for name in names):
-            values = order(torch.cat([codes[name].values for name in names]))
-            scales = order(torch.cat([codes[name].scales for name in names]))
+            values = order(torch.cat([codes[name].values.cpu() for name in names]))
+            scales = order(torch.cat([codes[name].scales.cpu() for name in names]))
             kind = "Q4_0" if codes[names[0]].grid.number == "int4" else "Q8_0"
             return Entry(theirs, blocks(values, scales, kind), kind)
-        whole = order(torch.cat([ours[name] for name in names]))
+        whole = order(torch.cat([ours[name].cpu() for name in names]))
         kind = "F16" if whole.ndim == 2 else "F32"
         return Entry(theirs, whole.to(torch.float16 if kind == "F16" else torch.float32).numpy(), kind)
 

@@ -100,11 +100,11 @@ def _tensors(
         )
         if not set(names) <= codes.keys():
             found = alone.export({name: ours[name].detach() for name in names})
-            yield from ((name, tensor.to(dtype).contiguous()) for name, tensor in found.items())
+            yield from ((name, tensor.to(dtype).contiguous().cpu()) for name, tensor in found.items())
             continue
         # Codes and scales have the rows of the weight, and move with them.
-        values = alone.export({name: codes[name].values for name in names})
-        scales = alone.export({name: codes[name].scales for name in names})
+        values = alone.export({name: codes[name].values.cpu() for name in names})
+        scales = alone.export({name: codes[name].scales.cpu() for name in names})
         grid = codes[names[0]].grid
         for name in values:
             if packs:

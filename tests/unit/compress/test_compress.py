@@ -126,6 +126,7 @@ WRONG = {
     "samples": (["--method", "wanda", "--samples", "0"], "at least 1"),
     "no method": ([], "--method"),
     "text that is not there": (["--method", "wanda", "--calibration", "gone.txt"], "gone.txt"),
+    "text that is not needed": (["--method", "int8", "--calibration", "other.txt"], "needs no text"),
     "format": (["--method", "fp8", "--format", "gguf"], "as int8"),
     "tied head": (["--method", "int8", "--head"], "share their weight"),
 }
