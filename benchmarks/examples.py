@@ -5,7 +5,8 @@
 Each task fetches packages from the package index (their data is not ours to commit), writes rows, trains a base model
 on the training rows' text, fine-tunes it, and evaluates it, all with the commands that the page shows.
 
-- translation: Spanish to Brazilian Portuguese, the messages of Django, Wagtail, django-oscar and django-allauth.
+- translation: Spanish to Brazilian Portuguese, messages of Django, Wagtail, django-oscar and django-allauth, from a base
+  model that copies messages of Romance languages.
   Baselines: the Spanish text as it is; the translation of the most similar message of the training rows.
 - summarization: functions of Python's standard library without their docstrings, to the docstrings' first lines.
   Baseline: the words of the function's name.
@@ -67,27 +68,41 @@ def is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] < 26
 
 
-def translations(work: Path) -> Iterator[Row]:
-    """Yield Spanish messages with their Portuguese translations."""
+def messages(work: Path, languages: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """Return for each language its messages by what they translate."""
     from babel.messages.pofile import read_po
 
-    found: dict[str, dict[str, str]] = {"es": {}, "pt_BR": {}}
+    found: dict[str, dict[str, str]] = {language: {} for language in languages}
     for file in fetch(work / "catalogues", CATALOGUES):
         with zipfile.ZipFile(file) as wheel:
             for name in sorted(wheel.namelist()):
-                language = re.search(r"/(es|pt_BR)/LC_MESSAGES/[^/]*\.po$", name)
+                language = re.search(rf"/({'|'.join(languages)})/LC_MESSAGES/[^/]*\.po$", name)
                 if language is None:
                     continue
                 for message in read_po(io.BytesIO(wheel.read(name))):
                     both = isinstance(message.id, str) and isinstance(message.string, str)
                     if both and message.id and message.string and not message.fuzzy:
                         found[language[1]].setdefault(str(message.id), str(message.string))
+    return found
+
+
+def translations(work: Path) -> Iterator[Row]:
+    """Yield Spanish messages with their Portuguese translations."""
+    found = messages(work, ("es", "pt_BR"))
     seen = set()
     for key in sorted(found["es"].keys() & found["pt_BR"].keys()):
         prompt = found["es"][key]
-        if prompt not in seen and len(prompt) < 200:
+        if prompt not in seen and len(prompt) < 100:
             seen.add(prompt)
             yield {"prompt": f"{prompt}\n", "completion": found["pt_BR"][key]}
+
+
+def copies(work: Path, test: list[Row]) -> list[Row]:
+    """Return messages of Romance languages, each written twice: what is asked first of a translator is to copy."""
+    hidden = {text for row in test for text in (row["prompt"].strip(), row["completion"])}
+    found = messages(work, ("es", "pt_BR", "pt", "gl", "ca", "it"))
+    texts = sorted({text for each in found.values() for text in each.values() if len(text) < 100} - hidden)
+    return [{"text": f"{text}\n{text}"} for text in texts]
 
 
 def summaries(work: Path) -> Iterator[Row]:
@@ -205,10 +220,11 @@ def of_sentiment(train: list[Row], test: list[Row]) -> dict[str, Any]:
     }
 
 
-def generative(work: Path, base: int, steps: int, rate: str, tokens: int) -> tuple[dict[str, Any], list[str]]:
+def generative(
+    work: Path, base: int, steps: int, rate: str, tokens: int, vocabulary: list[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Train on prompts with completions, and evaluate generated answers; return figures and notable settings."""
-    words = [*COMMON, *MODEL, "seq_len=128", "global_batch_size=16"]
-    vocabulary = ["model.vocab_size=1024"]
+    words = [*COMMON, *MODEL, "seq_len=256", "global_batch_size=16"]
     seconds = megatrain(
         work, "train", "data.path=texts.jsonl", "run.name=base", f"train.steps={base}", *words, *vocabulary
     )
@@ -264,9 +280,18 @@ def classifying(work: Path, base: int, steps: int, rate: str) -> tuple[dict[str,
 Task = tuple[
     Callable[[Path], Iterator[Row]], Callable[[list[Row], list[Row]], dict[str, Any]], Callable[..., Any]
 ]
+BYTES = ["model.vocab_size=257", "data.tokenizer.kind=bytes"]
 TASKS: dict[str, Task] = {
-    "translation": (translations, of_translation, lambda work: generative(work, 200, 1000, "3e-3", 64)),
-    "summarization": (summaries, of_summaries, lambda work: generative(work, 500, 600, "3e-3", 32)),
+    "translation": (
+        translations,
+        of_translation,
+        lambda work: generative(work, 900, 300, "1e-3", 100, BYTES),
+    ),
+    "summarization": (
+        summaries,
+        of_summaries,
+        lambda work: generative(work, 500, 250, "1e-3", 32, ["model.vocab_size=1024"]),
+    ),
     "sentiment": (opinions, of_sentiment, lambda work: classifying(work, 500, 200, "1e-3")),
 }
 
@@ -283,7 +308,8 @@ def run(name: str, work: Path) -> dict[str, Any]:
     write(folder / "train.jsonl", train)
     write(folder / "test.jsonl", test)
     write(folder / "answers.jsonl", [{"prompt": r[key], "reference": r.get("completion", "")} for r in test])
-    write(folder / "texts.jsonl", [{"text": row[key] + row.get("completion", "")} for row in train])
+    texts = [{"text": row[key] + row.get("completion", "")} for row in train]
+    write(folder / "texts.jsonl", copies(work, test) if name == "translation" else texts)
     ours, settings = train_and_evaluate(folder)
     return {
         "rows": len(train),

@@ -109,6 +109,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (program,) = [text for page, _, title, text in blocks("python") if title == "numbers.py"]
     with chdir(folder):
         exec(program, {})
+    shown = {title: text for language in ("json", "python") for _, _, title, text in blocks(language)}
+    for name in ("tickets.jsonl", "preferences.jsonl", "reward.py"):
+        (folder / name).write_text(shown[name])
     (folder / "books").mkdir()
     (folder / "books" / "one.txt").write_text("\n".join(lines))
     (folder / "prompts.jsonl").write_text('{"prompt": "Line", "seed": 3}\n')
