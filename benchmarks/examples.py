@@ -5,8 +5,8 @@
 Each task fetches packages from the package index (their data is not ours to commit), writes rows, trains a base model
 on the training rows' text, fine-tunes it, and evaluates it, all with the commands that the page shows.
 
-- translation: Spanish to Brazilian Portuguese, messages of Django, Wagtail, django-oscar and django-allauth, from a base
-  model that copies messages of Romance languages.
+- translation: Spanish to Brazilian Portuguese, messages of Django, Wagtail, django-oscar and django-allauth, from a
+  base model that copies messages of Romance languages.
   Baselines: the Spanish text as it is; the translation of the most similar message of the training rows.
 - summarization: functions of Python's standard library without their docstrings, to the docstrings' first lines.
   Baseline: the words of the function's name.
