@@ -29,7 +29,7 @@ from megatrain.train.parity import Trace, merged, relative_errors, trace
 
 CLASSES = ("a", "b", "c", "d", "e")
 SIZES: dict[str, Any] = {
-    "n_layers": 3, "hidden_size": 24, "n_heads": 4, "ffn_size": 40, "image_height": 6, "image_width": 8,
+    "n_layers": 4, "hidden_size": 24, "n_heads": 4, "ffn_size": 40, "image_height": 6, "image_width": 8,
     "image_channels": 3, "patch_size": 2, "init_std": 0.2,
     "classifier": ClassifierConfig(labels=CLASSES, multi_label=False),
 }  # fmt: skip
