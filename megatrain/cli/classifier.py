@@ -4,6 +4,8 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
+from megatrain.data.config import LABELLED
+
 PREFIX = "model.classifier."
 
 
@@ -20,7 +22,7 @@ def of_classifier(parsed: list[Override]) -> tuple[dict[str, Any], list[Override
 
 def with_classifier(data: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the changes of `data`'s model that labelled data makes: a classifier, with the values `given`."""
-    is_labelled = isinstance(data.get("data"), dict) and data["data"].get("kind") == "classify"
+    is_labelled = isinstance(data.get("data"), dict) and data["data"].get("kind") in LABELLED
     if not given and not is_labelled:
         return {}
     return {"classifier": (data["model"].get("classifier") or {}) | given}

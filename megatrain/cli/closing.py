@@ -46,7 +46,9 @@ def _commands(cfg: Config, directory: Path, prompt: str) -> list[str]:
     generate = f"megatrain generate {run} {shlex.quote(_on_one_line(prompt))}"
     others = [f"megatrain report {run}", f"megatrain export {run} {shlex.quote(_new_directory(cfg))}"]
     if cfg.model.classifier is not None:
-        labels = " ".join(["megatrain evaluate", run, "--labels", shlex.quote(str(_first_path(cfg)))])
+        labels = " ".join(
+            ["megatrain evaluate", run, "--labels", shlex.quote(str(_first_path(cfg) or "digits"))]
+        )
         fields = {
             "--text-field": (cfg.data.text_field, "text"),
             "--label-field": (cfg.data.label_field, "label"),

@@ -22,7 +22,7 @@ from megatrain.config.errors import UserError
 from megatrain.data.clean.config import CorpusStep
 from megatrain.data.clean.duplicates import find_duplicates
 from megatrain.data.clean.report import CleaningReport
-from megatrain.data.config import DataConfig
+from megatrain.data.config import LABELLED, DataConfig
 from megatrain.data.labels import LabelSet, label_set
 from megatrain.data.sources.corpus import Corpus, Part
 from megatrain.data.sources.examples import FORMS
@@ -30,7 +30,7 @@ from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.listing import TEXT_HINT
 from megatrain.data.sources.preferences import FORMS as PAIRS
 from megatrain.data.store import UnfinishedError
-from megatrain.data.tokenizer import Tokenizer, train_bpe
+from megatrain.data.tokenizer import PixelTokenizer, Tokenizer, train_bpe
 from megatrain.data.tokenizer_files import load_tokenizer, read_tokenizer
 from megatrain.data.units import Encoding, Spool, cleaner_of, encode_unit, join_splits, open_spool, read_unit
 
@@ -41,6 +41,7 @@ PARALLEL_BYTES = 256 << 20
 FORMS_OF = {
     "chat": FORMS,
     "preferences": PAIRS,
+    "images": "an image is in a folder with the name of its class",
     "classify": "a row has a text (data.text_field or data.template) and a label (data.label_field)",
 }
 """Of each kind of data whose documents are examples, what a row must be."""
@@ -87,7 +88,7 @@ def build(
     left_out = LeftOut(corpus.unlisted)
     cleaning = CleaningReport(cfg.clean)
     encodings, chars = _choose(cfg, corpus, spools, left_out, cleaning)
-    labels = _labels(spools) if cfg.kind == "classify" else None
+    labels = _labels(spools) if cfg.kind in LABELLED else None
     encodings = [replace(each, labels=labels) for each in encodings]
     tokenizer = _tokenizer(cfg, spools, encodings, chars, work / "tokenizer", progress)
     folders = [work / f"tokens-{number:06}" for number in range(len(units))]
@@ -244,6 +245,8 @@ def _tokenizer(
     progress: Progress,
 ) -> Tokenizer:
     """Return the tokenizer: read, trained, or trained by an earlier attempt."""
+    if cfg.kind == "images":
+        return PixelTokenizer()
     if cfg.tokenizer.kind != "bpe":
         return read_tokenizer(cfg.tokenizer)
     if saved.exists():

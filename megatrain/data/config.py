@@ -12,7 +12,7 @@ from megatrain.config.schema import Problem, config
 from megatrain.data.clean.config import CleanStep, order_problems
 from megatrain.data.template import template_parts
 
-EXAMPLES = ("chat", "preferences", "classify")
+EXAMPLES = ("chat", "preferences", "classify", "images")
 """Kinds of data whose documents are examples, which are packed into samples as wholes."""
 
 
@@ -34,12 +34,29 @@ class TokenizerConfig:
             yield Problem("path", self.path, f"kind={self.kind} needs the path of a local file or directory")
 
 
+LABELLED = ("classify", "images")
+"""Kinds of data whose documents have labels."""
+
+
+@config
+class ImagesConfig:
+    height: Size = 8
+    """Height of an image in pixels, as the model takes it."""
+    width: Size = 8
+    """Width of an image in pixels."""
+    channels: Literal[1, 3] = 1
+    """Bytes of a pixel: 1 for grey, 3 for red, green and blue."""
+    resize: bool = True
+    """Scale images of another size; false: leave them out, counted and named."""
+
+
 @config
 class DataConfig:
-    kind: Literal["text", "chat", "preferences", "classify", "synthetic"] = "text"
+    kind: Literal["text", "chat", "preferences", "classify", "images", "synthetic"] = "text"
     """Source of the tokens. text: the documents under `path`; chat: examples in the rows of files under `path`
     (conversations, instructions with outputs, prompts with completions), of which only the answers have a loss;
     preferences: pairs of a chosen and a rejected answer in such rows; classify: texts in such rows, with labels;
+    images: PNG, JPEG and others, with their folders as labels, or scikit-learn's digits where there is no path;
     synthetic: random tokens, for benchmarks."""
     path: PathText | tuple[PathText, ...] | None = None
     """What to read: a file (text, JSON, JSONL, CSV, Parquet, Arrow, also compressed, tar, zip), a directory of such
@@ -54,6 +71,7 @@ class DataConfig:
     """Template of the answer to the prompt that `template` makes, with kind=chat; null: the usual fields."""
     label_field: str = "label"
     """Key or column that contains the label of a text, or a list of its labels, with kind=classify."""
+    images: ImagesConfig = ImagesConfig()
     encoding: str = "auto"
     """Encoding of text files, as Python names it (latin-1, cp1252, shift_jis, ...); auto: UTF-8, or what a byte-order
     mark says."""
@@ -114,7 +132,7 @@ class DataConfig:
             yield Problem(
                 "template", self.template, "is not for pairs of answers (data=preferences)", (None,)
             )
-        if self.path is None:
+        if self.path is None and self.kind != "images":
             yield Problem("path", None, f"must name files with rows of examples (data={self.kind})")
         if self.kind == "chat" and (self.template is None) != (self.answer is None):
             missing = "template" if self.template is None else "answer"

@@ -136,6 +136,7 @@ def _corpus(cfg: DataConfig, conversation: Conversation) -> Corpus:
         answer=cfg.answer,
         label_field=cfg.label_field,
         kind=cfg.kind,
+        images=cfg.images,
     )
 
 
@@ -287,6 +288,7 @@ def _key(cfg: DataConfig, conversation: Conversation, content: object, tokenizer
     ]
     text += ["chat", CHAT_VERSION, cfg.answer] if cfg.kind == "chat" else []
     text += [cfg.kind, CHAT_VERSION, cfg.label_field] if cfg.kind in ("preferences", "classify") else []
+    text += [cfg.kind, CHAT_VERSION, asdict(cfg.images)] if cfg.kind == "images" else []
     parts = [*recipe, *text, tokenizer.kind, bpe_size, content, tokenizer_content]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -123,6 +123,30 @@ class ByteTokenizer(Tokenizer):
         return _digest("bytes")
 
 
+class PixelTokenizer(ByteTokenizer):
+    """A tokenizer of images, whose texts have a character for each byte: ids 0 to 255; 256 ends an image."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("latin-1"), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def encode_places(
+        self, texts: Sequence[str], *, markup: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        places = [np.arange(len(text)) for text in texts]
+        return [
+            (ids, np.stack([n, n + 1], 1)) for ids, n in zip(self.encode_batch(texts), places, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode("latin-1")
+
+    def save(self, directory: Path) -> None:
+        _write_meta(directory, kind="pixels", eos_id=self.eos_id)
+
+    def digest(self) -> str:
+        return _digest("pixels")
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the package `tokenizers`: trained here, or read from a file `tokenizer.json`."""
 

@@ -18,6 +18,7 @@ from megatrain.data.tokenizer import (
     RANKS_FILE,
     ByteTokenizer,
     HuggingFaceTokenizer,
+    PixelTokenizer,
     TiktokenTokenizer,
     Tokenizer,
     tokenizers_package,
@@ -57,6 +58,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{directory} contains no tokenizer ({META_FILE}: {error})") from None
     if meta["kind"] == "bytes":
         return ByteTokenizer()
+    if meta["kind"] == "pixels":
+        return PixelTokenizer()
     if meta["kind"] == "tiktoken":
         return _read_tiktoken(directory / RANKS_FILE, eos_id=meta["eos_id"])
     return HuggingFaceTokenizer(

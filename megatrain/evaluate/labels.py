@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,14 @@ from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.readers import Document
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate.choices import by_label, metrics
+from megatrain.nn.image_config import ImageModelConfig
 from megatrain.train.inference import TrainedModel
 from megatrain.train.scoring import Scorer
+
+DIGITS = "digits"
+"""Name of scikit-learn's digits in place of a path of images."""
+IMAGES = 256
+"""Images that are classified at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,15 @@ def read_labelled(
         raise UserError(
             "evaluate: --labels needs a classifier: megatrain finetune RUN data=classify trains one"
         )
+    images = trained.cfg.data.images if isinstance(trained.cfg.model, ImageModelConfig) else None
     corpus = find_corpus(
-        path,
+        None if images is not None and path == DIGITS else path,
         text_field=text_field,
         template=template,
         conversation=conversation,
         label_field=label_field,
-        kind="classify",
+        kind="classify" if images is None else "images",
+        images=images,
     )
     left_out = LeftOut()
     documents = list(corpus.documents(left_out))
@@ -81,7 +90,29 @@ def classify(
     """Return a classifier's logits for each document, `(documents, classes)` float64."""
     texts = [document_tokens(scorer.trained.tokenizer, each.text, markup=each.markup) for each in documents]
     progress("classifying", 0.0)
+    if isinstance(scorer.trained.cfg.model, ImageModelConfig):
+        found = scorer.copies.share(texts, partial(_image_logits, scorer.trained))
+        return torch.stack(found).double()
     return torch.stack(scorer.last_logits(texts)).double()
+
+
+@torch.no_grad()
+def _image_logits(trained: TrainedModel, images: Sequence[list[int]]) -> list[Tensor]:
+    """Return the logits of each image, `(classes,)` on the CPU.
+
+    Raises:
+        UserError: the model is in a pipeline.
+    """
+    parallel = trained.parallel
+    if parallel.pipeline is not None:
+        raise UserError(
+            "evaluate: --pp: a model of images is loaded whole, or with --tp, or in copies with --dp"
+        )
+    found: list[Tensor] = []
+    for start in range(0, len(images), IMAGES):
+        tokens = torch.tensor(images[start : start + IMAGES], device=parallel.device)
+        found += parallel.models[0](tokens)[:, 0].cpu().unbind()
+    return found
 
 
 def document_tokens(tokenizer: Tokenizer, text: str, *, markup: bool = False) -> list[int]:

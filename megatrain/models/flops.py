@@ -11,6 +11,7 @@ from collections import Counter
 
 from megatrain.nn.config import DecoderConfig
 from megatrain.nn.contract import Role
+from megatrain.nn.image_config import ConvolutionConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain_kernels.flash_attention.reference import Rule
 
@@ -39,11 +40,12 @@ def flops_per_token(cfg: DecoderConfig, seq_len: int, *, causal: bool, frozen: b
     Args:
         frozen: the weights are not trained, so that a product's backward pass has one product in place of two.
     """
-    plan = decoder_plan(cfg)
+    plan, seq_len, tokens = decoder_plan(cfg), cfg.positions_of(seq_len), seq_len
     matrices = plan.head_products + sum(plan.block_products(layer) for layer in range(cfg.n_layers))
     pairs = sum(
-        attention_pairs(seq_len, causal=causal, window=window) * layers
+        attention_pairs(seq_len, causal=causal and cfg.is_causal, window=window) * layers
         for window, layers in Counter(map(cfg.window, range(cfg.n_layers))).items()
     )
-    attention = 2 * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * pairs / seq_len
-    return (2 if frozen else 3) * 2 * matrices + 3 * attention
+    per_pair = cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim)
+    attention = 0.0 if isinstance(cfg, ConvolutionConfig) else 2 * per_pair * pairs / seq_len
+    return ((2 if frozen else 3) * 2 * matrices + 3 * attention) * seq_len / tokens

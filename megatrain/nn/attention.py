@@ -26,21 +26,26 @@ class SequenceInfo(NamedTuple):
 class AttentionCore(nn.Module):
     """The part of attention that mixes tokens. Context parallelism replaces it."""
 
-    def __init__(self, sliding_window: int | None, scale: float | None = None) -> None:
+    def __init__(
+        self, sliding_window: int | None, scale: float | None = None, *, causal: bool = True
+    ) -> None:
         super().__init__()
+        self.causal = causal
         self.sliding_window = sliding_window
         self.scale = scale
         """Factor on the scores; None: head_dim^(-1/2)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
-        """Attend causally; returns `(batch, seq, heads, v_dim)`.
+        """Attend, causally or to all tokens; returns `(batch, seq, heads, v_dim)`.
 
         Args:
             q: `(batch, seq, heads, head_dim)`.
             k, v: as many or fewer heads, each of which serves an equal group of query heads.
             doc_ids: `(batch, seq)`; None: every row is one document.
         """
-        out = attention(q, k, v, scale=self.scale, window=self.sliding_window, doc_ids=doc_ids)
+        out = attention(
+            q, k, v, causal=self.causal, scale=self.scale, window=self.sliding_window, doc_ids=doc_ids
+        )
         assert isinstance(out, Tensor)
         return out
 
@@ -60,7 +65,7 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (Linear(weights[name]) for name in ("wq", "wk", "wv", "wo"))
         self.q_norm = RMSNorm(weights["q_norm"], cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(weights["k_norm"], cfg.norm_eps) if cfg.qk_norm else None
-        self.core: nn.Module = AttentionCore(sliding_window)
+        self.core: nn.Module = AttentionCore(sliding_window, causal=cfg.is_causal)
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
         heads = (-1, self.head_dim)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from megatrain.nn.attention import Attention, SequenceInfo
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.convolution import Convolution
+from megatrain.nn.image_config import ConvolutionConfig
 from megatrain.nn.mla import MultiHeadLatentAttention
 from megatrain.nn.mlp import GatedMLP, PlainMLP, make_mlp
 from megatrain.nn.moe import MoE
@@ -17,6 +19,13 @@ Run = Callable[[Body, Tensor, SequenceInfo], Tensor]
 
 
 Begin = Callable[[SequenceInfo], None]
+
+
+def _mixer(cfg: DecoderConfig, layer: int) -> nn.Module:
+    """Return the part of a block that mixes positions."""
+    if isinstance(cfg, ConvolutionConfig):
+        return Convolution(cfg)
+    return (Attention if cfg.mla is None else MultiHeadLatentAttention)(cfg, cfg.window(layer))
 
 
 def do_nothing(sequence: SequenceInfo) -> None:
@@ -41,7 +50,7 @@ class Block(nn.Module):
         weights = block_weights(cfg, layer)
         self.scale = cfg.residual_scale
         self.attn_norm = make_norm(cfg, weights["attn_norm"])
-        self.attn = (Attention if cfg.mla is None else MultiHeadLatentAttention)(cfg, cfg.window(layer))
+        self.attn = _mixer(cfg, layer)
         self.mlp_norm = make_norm(cfg, weights["mlp_norm"])
         self.mlp: GatedMLP | PlainMLP | None = None
         self.moe: MoE | None = None

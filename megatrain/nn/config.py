@@ -255,6 +255,15 @@ class DecoderConfig:
             self.ffn_size if self.experts is None or self.experts.ffn_size is None else self.experts.ffn_size
         )
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position attends to earlier ones alone."""
+        return True
+
+    def positions_of(self, seq_len: int) -> int:
+        """Return the number of positions that the blocks see of a sample of `seq_len` tokens."""
+        return seq_len
+
     def window(self, layer: int) -> int | None:
         """Return the sliding window of layer `layer` in tokens; None for full attention."""
         every = self.full_attention_every

@@ -1,6 +1,7 @@
 """The decoder Transformer that all families share; a family is a config and a map of names."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,13 @@ class Decoder(nn.Module):
     hidden states instead of tokens, without the last one it returns hidden states.
     """
 
-    SEAMS = ("loss_head",)
+    SEAMS: ClassVar[tuple[str, ...]] = ("loss_head",)
 
     def __init__(self, cfg: DecoderConfig) -> None:
         super().__init__()
         self.cfg = cfg
         ends = decoder_plan(cfg).ends
-        self.embed: Embedding | None = Embedding(ends["embed"])
+        self.embed: Embedding | None = Embedding(ends["embed"]) if "embed" in ends else None
         self.pos_embed = Embedding(ends["pos_embed"]) if "pos_embed" in ends else None
         self.layers = nn.ModuleDict({str(index): Block(cfg, index) for index in range(cfg.n_layers)})
         self.norm: RMSNorm | LayerNorm | None = make_norm(cfg, ends["norm"])

@@ -14,6 +14,7 @@ module hooks; nothing else of a model is ever patched. The seams:
 | `sequence_sum` | `BalancePoint` | sums over a sequence |
 | `run` | `Block` | calls the block's body |
 | `begin` | `Block` | does nothing before the body computes |
+| `own_positions` | `ImageClassifier` | returns all positions |
 | `loss_head` | `Decoder` | logits or loss from hidden states |
 """
 

@@ -4,6 +4,7 @@ from functools import cache
 
 from megatrain.nn.config import GATED, DecoderConfig, ExpertsConfig, MLAConfig
 from megatrain.nn.contract import Attention, Plan, Role, Weight
+from megatrain.nn.image_config import ConvolutionConfig, ImageModelConfig
 
 Weights = dict[str, Weight]
 
@@ -15,7 +16,10 @@ def decoder_plan(cfg: DecoderConfig) -> Plan:
     is_tied = cfg.tie_embeddings and cfg.classifier is None
     table = Role.VOCABULARY | Role.EMBEDDING | (Role.TIED if is_tied else Role.REPLICATED)
     ends = {"embed": Weight((cfg.vocab_size, hidden), table, size_key="model.vocab_size")}
-    if cfg.positions == "learned":
+    if isinstance(cfg, ImageModelConfig):
+        ends = {"patch": Weight((hidden, cfg.patch_size**2 * cfg.image_channels), bias=True)}
+        ends["pos_embed"] = Weight((cfg.n_positions, hidden), Role.EMBEDDING)
+    elif cfg.positions == "learned":
         ends["pos_embed"] = Weight((cfg.max_seq_len, hidden), Role.EMBEDDING)
     ends["norm"] = norm_weight(cfg)
     head = Role.VOCABULARY | Role.HEAD
@@ -25,7 +29,8 @@ def decoder_plan(cfg: DecoderConfig) -> Plan:
     elif not is_tied:
         ends["head"] = Weight((cfg.vocab_size, hidden), head, size_key="model.vocab_size")
     layers = range(cfg.n_layers)
-    pair = cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim)
+    attends = not isinstance(cfg, ConvolutionConfig)
+    pair = cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) if attends else 0
     return Plan(
         tuple(block_weights(cfg, layer) for layer in layers),
         ends,
@@ -49,9 +54,12 @@ def norm_weight(cfg: DecoderConfig) -> Weight:
 
 
 def attention_weights(cfg: DecoderConfig) -> Weights:
-    """Return the weights of one attention layer."""
+    """Return the weights of one attention layer, or of the convolution in its place."""
     if cfg.mla is not None:
         return _mla_weights(cfg, cfg.mla)
+    if isinstance(cfg, ConvolutionConfig):
+        windows = cfg.hidden_size * cfg.kernel_size**2
+        return {"conv": Weight((cfg.hidden_size, windows), Role.BRANCH_OUTPUT, bias=True)}
     hidden, dim = cfg.hidden_size, cfg.qk_head_dim
     q_size, kv_size = cfg.n_heads * dim, cfg.kv_heads * dim
     bias, serves = cfg.attention_bias, cfg.n_heads // cfg.kv_heads

@@ -129,7 +129,8 @@ class Pipeline:
         assert tensors["tokens"] is not None
         rank, group = self.mesh.coordinate("pp"), self.mesh.pp.get_group()
         x = tensors["tokens"]
-        shape = (x.shape[0], x.shape[1] // self.cfg.tp, self._hidden_size)
+        positions = self.models[0].cfg.positions_of(x.shape[1])
+        shape = (x.shape[0], positions // self.cfg.tp, self._hidden_size)
         for stage, model in zip(own_stages(rank, self.cfg), self.models, strict=True):
             if stage > 0 and (source := stage_rank(stage - 1, self.cfg)) != rank:
                 x = torch.empty(shape, dtype=self.compute_dtype, device=x.device)
@@ -175,7 +176,7 @@ class Pipeline:
         tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
         hidden = torch.empty(
             rows,
-            seq // self.cfg.tp,
+            self.models[0].cfg.positions_of(seq) // self.cfg.tp,
             self._hidden_size,
             dtype=self.compute_dtype,
             device="meta",

@@ -16,6 +16,7 @@ from megatrain.nn.block import Block
 from megatrain.nn.contract import Plan, Role, Weight
 from megatrain.nn.decoder import Decoder
 from megatrain.nn.embed import lookup
+from megatrain.nn.image import ImageClassifier
 from megatrain.nn.layer import Layer, ParameterView, replace_seam
 from megatrain.parallel.collectives import Group, gather_from, own_part, scatter_sum
 from megatrain.parallel.config import ParallelConfig
@@ -55,14 +56,18 @@ def tensor_parallel(model: Decoder, plan: Plan, mesh: Mesh, cfg: ParallelConfig)
         for part in _parts_on_full_sequence(block, cfg, group):
             part.register_forward_pre_hook(partial(_gather_sequence, group))
             part.register_forward_hook(partial(_scatter_sequence, group))
-    tokens = plan.ends["embed"].shape[0]
+    if isinstance(model, ImageClassifier):
+        replace_seam(model, "own_positions", partial(own_part, dim=SEQ, group=group))
+    tokens = plan.ends["embed"].shape[0] if "embed" in plan.ends else 0
     if model.embed is not None:
         replace_seam(model.embed, "lookup", partial(_vocabulary_parallel_lookup, group, tokens))
     if model.pos_embed is not None:
         replace_seam(model.pos_embed, "lookup", partial(_sequence_parallel_lookup, group))
-    head: nn.Module = VocabularyParallelLossHead(model.cfg.logit_softcap, group, tokens)
+    head: nn.Module
     if model.cfg.classifier is not None:
         head = ClassParallelHead(model.cfg.classifier, group)
+    else:
+        head = VocabularyParallelLossHead(model.cfg.logit_softcap, group, tokens)
     replace_seam(model, "loss_head", head)
 
 

@@ -11,7 +11,7 @@ from megatrain.config.load import rule_problems
 from megatrain.config.paths import PathText
 from megatrain.config.ranges import Count, DecayRate, NonNegative, Positive, PositiveCount, Size
 from megatrain.config.schema import Problem, config, nearest_divisors
-from megatrain.data.config import DataConfig
+from megatrain.data.config import LABELLED, DataConfig
 from megatrain.engines.config import DeepSpeedConfig, EngineName, engine_problems
 from megatrain.models.config import ModelConfig
 from megatrain.models.qwen3.config import Qwen3Config
@@ -26,6 +26,7 @@ from megatrain.parallel.layout import data_ranks, float8_problems, group_problem
 from megatrain.parallel.layout import problems as layout_problems
 from megatrain.parallel.lora_config import LoRAConfig, lora_problems
 from megatrain.resilience.config import ResilienceConfig
+from megatrain.train.images import image_problems
 from megatrain.train.micro_batch import micro_batch_choices
 from megatrain.train.objective_config import GRPOConfig, LikelihoodConfig, ObjectiveConfig
 from megatrain.train.tasks_config import TasksConfig
@@ -186,6 +187,7 @@ class Config:
         yield from self._native_problems()
         yield from self._lora_problems()
         yield from self._rounding_problems()
+        yield from image_problems(self.model, self.data, self.parallel, self.seq_len)
         yield from self._objective_problems()
         yield from privacy_problems(
             self.privacy,
@@ -201,7 +203,7 @@ class Config:
             rule = f"must not exceed train.steps ({self.train.steps})"
             yield Problem("schedule.warmup_steps", self.schedule.warmup_steps, rule, (self.train.steps,))
         if (
-            self.data.kind != "synthetic"
+            self.data.kind not in ("synthetic", "images")
             and self.data.tokenizer.kind == "bpe"
             and self.model.vocab_size < 257
         ):
@@ -224,7 +226,7 @@ class Config:
     def _trained_vocab_size(self) -> int:
         """Return the vocabulary size of a tokenizer trained on the data; 0 if none is trained or the model decides."""
         size = self.data.tokenizer.vocab_size
-        is_trained = self.data.kind != "synthetic" and self.data.tokenizer.kind == "bpe"
+        is_trained = self.data.kind not in ("synthetic", "images") and self.data.tokenizer.kind == "bpe"
         return size if is_trained and size != "auto" else 0
 
     def _native_problems(self) -> Iterator[Problem]:
@@ -245,7 +247,7 @@ class Config:
         """Yield what the objective, and labels, need of data, model and engine."""
         kind, data = self.objective.kind, self.data.kind
         is_labelled = self.model.classifier is not None
-        if is_labelled != (data == "classify"):
+        if is_labelled != (data in LABELLED):
             rule = "labels need a model with a classifier (data=classify), and a classifier needs labels"
             yield Problem("data.kind", data, rule, ("classify",) if is_labelled else ("chat", "text"))
         if (kind == "dpo") != (data == "preferences"):
@@ -350,7 +352,9 @@ class Config:
             return
         plan = decoder_plan(self.model)
         yield from lora_problems(self.lora, plan)
-        yield from layout_problems(parallel, plan, self.seq_len, self.global_batch_size, micro_batch)
+        yield from layout_problems(
+            parallel, plan, self.model.positions_of(self.seq_len), self.global_batch_size, micro_batch
+        )
         if self.train.precision == "fp8":
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)
         if self.train.qat != "none":

@@ -73,7 +73,7 @@ def activation_bytes(
     With a pipeline, 1F1B and its kin keep as many micro-batches as the pipeline has ranks, so a rank's share of the
     layers cancels.
     """
-    size = {"fp64": 8, "fp32": 4}.get(precision, 2)
+    size, seq_len = {"fp64": 8, "fp32": 4}.get(precision, 2), model.positions_of(seq_len)
     how = parallel.activation_checkpointing
     layers = [_kept_values(model, layer, how, parallel) for layer in range(model.n_layers)]
     if how == "full":  # one block at a time is recomputed

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from megatrain.data.config import EXAMPLES
+from megatrain.data.config import EXAMPLES, LABELLED
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.models.sampling import Sampling
 from megatrain.parallel.layout import FLOAT8_GROUP
@@ -37,7 +37,7 @@ def sample(run: Run, tokens: int = TOKENS) -> tuple[str, str] | None:
     cfg = run.cfg
     wanted = min(cfg.train.sample_tokens, tokens)
     unit = _tokens_together(cfg)
-    if not wanted or cfg.data.kind in ("synthetic", "classify") or cfg.seq_len % unit:
+    if not wanted or cfg.data.kind in ("synthetic", *LABELLED) or cfg.seq_len % unit:
         return None
     if cfg.data.kind in EXAMPLES and "chat_template" in getattr(run.data.tokenizer, "described", ()):
         return None

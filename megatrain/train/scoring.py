@@ -1,6 +1,7 @@
 """Log-likelihoods of texts under a model, many texts in one pass."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,9 +36,13 @@ class Scorer:
         """Prepare for it. `processes` are those that have the model, together or in copies; None: this one has it."""
         self.trained = trained
         self.copies = copies_of(trained, processes or Processes())
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The model with a cache in the place of its attention's keys; models of images are asked without."""
         cache = PagedCache(0)
-        longest = max(TOKENS, trained.context)
-        self.runner = Runner(trained.packed(), PagedCache(cache.blocks_for(longest) + TEXTS))
+        longest = max(TOKENS, self.trained.context)
+        return Runner(self.trained.packed(), PagedCache(cache.blocks_for(longest) + TEXTS))
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a context and of what follows it, cut where they are tokens of the text as a whole.

@@ -17,6 +17,7 @@ OPTIONAL = {
     "accelerate",
     "cryptography",
     "opacus",
+    "PIL",
     "deepspeed",
     "fsspec",
     "jinja2",

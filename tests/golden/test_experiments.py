@@ -79,6 +79,7 @@ WITH = {
     "dpo": ["data=preferences", "data.path=my.jsonl"],
     "grpo": ["data=chat", "data.path=my.jsonl"],
     "distill": ["objective.teacher=runs/large"],
+    "images": ["model=vit"],
 }
 """What an option needs beside it."""
 OPTIONS = [
@@ -94,6 +95,8 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     path = ["data.path=my.txt"] if group == "data" and option not in ("stdlib", "synthetic") else []
     path += WITH.get(option, [])
     model = ["model=llama3_8b"] if group == "recipe" else []  # whose sequences may be as long as any recipe's
+    if group == "recipe" and option in ("vit", "convnet"):
+        model = [f"model={option}"]
     assert isinstance(compose([f"{group}={option}", *path, *model]), Config)
 
 

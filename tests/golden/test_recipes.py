@@ -53,7 +53,7 @@ def test_a_run_of_any_length_and_any_data_degree_is_legal(model: str) -> None:
 def test_large_models_have_large_models_rates() -> None:
     for model in PRESETS:
         cfg = composed(model)
-        if model != "small":
+        if model not in ("small", "vit", "convnet"):
             assert 5e-5 <= cfg.optim.lr <= 1e-3
             assert cfg.seq_len <= cfg.model.max_seq_len
 

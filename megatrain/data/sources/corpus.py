@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from megatrain.config.errors import UserError
+from megatrain.data.config import ImagesConfig
 from megatrain.data.sources.archives import read_tar, read_zip
 from megatrain.data.sources.chat import PARAGRAPHS, Conversation
 from megatrain.data.sources.columnar import read_arrow, read_parquet
@@ -28,6 +29,7 @@ from megatrain.data.sources.formats import (
     is_text,
     suffix_of,
 )
+from megatrain.data.sources.images import ImageRows, digits_file
 from megatrain.data.sources.labelled import RowLabels
 from megatrain.data.sources.left_out import LeftOut
 from megatrain.data.sources.listing import TEXT_HINT, SourceFile, accessible, list_path, list_stdlib
@@ -121,6 +123,9 @@ class Corpus:
     def _read_file(self, file: SourceFile, reader: Reader) -> Iterator[Document]:
         if self.is_stdlib:
             yield from read_python(file, reader.left_out)
+        elif isinstance(self.row_text, ImageRows) and format_of(file.name) not in ("tar", "zip"):
+            with open_bytes(file) as stream, accessible(file.path):
+                yield from self.row_text.read(stream, file, reader.left_out)
         else:
             with open_bytes(file) as stream, accessible(file.path):
                 yield from self._read(stream, file, reader)
@@ -146,6 +151,8 @@ class Corpus:
             reader.left_out.add_file(file.name, "archive in an archive", file.size)
         elif name.name.startswith("."):
             reader.left_out.add_file(file.name, "hidden", file.size)
+        elif isinstance(self.row_text, ImageRows):
+            yield from self.row_text.read(stream, file, reader.left_out)
         elif format_of(file.name) in ("parquet", "arrow"):
             yield from self._read(io.BytesIO(decompressed(stream, file).read()), file, reader)
         else:
@@ -188,6 +195,7 @@ def find_corpus(
     answer: str | None = None,
     label_field: str = "label",
     kind: str = "text",
+    images: ImagesConfig | None = None,
 ) -> Corpus:
     """List the files of `path` (see `DataConfig.path`) without reading them.
 
@@ -195,6 +203,7 @@ def find_corpus(
         answer: template of the answer of examples, if there is one.
         label_field: field that holds the label of a labelled text.
         kind: what rows are, as in `DataConfig.kind`.
+        images: size of the images of kind `images`.
 
     Raises:
         UserError: there is no such file, or it contains no text.
@@ -206,6 +215,9 @@ def find_corpus(
         row_text = RowPairs(text_field, None, None, conversation)
     elif kind == "classify":
         row_text = RowLabels(text_field, template, label_field, conversation)
+    elif kind == "images":
+        row_text = ImageRows(images or ImagesConfig())
+        path = str(digits_file()) if path is None else path
     if path is None:
         return Corpus("the Python standard library", tuple(list_stdlib()), row_text, is_stdlib=True)
     left_out = LeftOut()
