@@ -212,10 +212,6 @@ COMPRESS = Verb(
             "4-bit weights fitted to text that the run has held out",
         ),
         (
-            "megatrain compress runs/mine small.gguf --format gguf --method int4-awq --group 32",
-            "Q4_0 blocks in a GGUF file, for llama.cpp",
-        ),
-        (
             "megatrain compress exported pruned --method prune --ffn 4096 --calibration my.txt --text other.txt",
             "a smaller dense model from a Hugging Face directory; train it on to heal it",
         ),

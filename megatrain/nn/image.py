@@ -54,14 +54,17 @@ class ImageClassifier(Decoder):
         keep: Tensor | None = None,
         factors: Tensor | None = None,
         per_token: bool = False,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """Do as `Decoder.forward`, with one image in each row; logits are `(batch, 1, classes)`.
 
         Losses of each token are `(batch, seq)`, of which all but the last are 0.
 
         Args:
-            tokens: `(batch, image_bytes + 1)` int64, or hidden states `(batch, positions, hidden)`.
+            tokens: `(batch, image_bytes + 1)` int64, or hidden states `(batch, positions, hidden)`. teacher: must be
+                None.
         """
+        assert teacher is None
         hidden = tokens if tokens.is_floating_point() else self.own_positions(self._patches(tokens))
         sequence = SequenceInfo(None, None, None, None)
         for _, block in self.blocks():

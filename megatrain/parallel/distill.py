@@ -1,6 +1,6 @@
 """The loss head of distillation: the divergence from a teacher's probabilities beside the usual loss."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,39 +78,39 @@ class DistillHead(nn.Module):
         divergence: Tensor = _Divergence.apply(
             hidden.flatten(0, 1),
             weight,
-            teacher.flatten(0, 1),
-            teacher_weight,
-            valid,
-            self.temperature,
-            self.group,
+            _Teacher(teacher.flatten(0, 1), teacher_weight, valid, self.temperature, self.group),
         )
         return (1 - self.alpha) * usual + self.alpha * divergence
+
+
+class _Teacher(NamedTuple):
+    """What the model is compared with."""
+
+    states: Tensor
+    """`(tokens, its hidden)`."""
+    weight: Tensor
+    valid: Tensor
+    """`(tokens,)` bool: which have a loss."""
+    temperature: float
+    group: Group | None
 
 
 class _Divergence(torch.autograd.Function):
     """T² KL(teacher || model) at temperature T, summed over valid tokens; gradients are made in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        teacher: Tensor,
-        teacher_weight: Tensor,
-        valid: Tensor,
-        temperature: float,
-        group: Group | None,
-    ) -> Tensor:
-        """Compute the sum over x `(tokens, hidden)` and teacher `(tokens, its hidden)`, and keep the gradients."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, other: _Teacher) -> Tensor:
+        """Compute the sum over x `(tokens, hidden)`, and keep the gradients."""
+        group, temperature = other.group, other.temperature
         compute = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=compute)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=compute)
         for start in range(0, x.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             own = _log_softmax((x[part] @ weight.T).to(compute) / temperature, group)
-            theirs = _log_softmax((teacher[part] @ teacher_weight.T).to(compute) / temperature, group)
+            theirs = _log_softmax((other.states[part] @ other.weight.T).to(compute) / temperature, group)
             likely = theirs.exp()
-            is_valid = valid[part, None]
+            is_valid = other.valid[part, None]
             total += ((likely * (theirs - own)).sum(1, keepdim=True) * is_valid).sum() * temperature**2
             gradient = ((own.exp() - likely) * temperature * is_valid).to(x.dtype)
             grad_x[part] = gradient @ weight
@@ -126,7 +126,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the kept gradients."""
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None, None, None, None, None
+        return grad_x * grad, grad_weight * grad, None
 
 
 def _log_softmax(logits: Tensor, group: Group | None) -> Tensor:

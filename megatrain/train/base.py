@@ -14,6 +14,7 @@ from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.train.adopt import WEIGHTS, adopted, describe_base, names_of, tensors_of
 from megatrain.train.build import build_model
 from megatrain.train.config import Config
+from megatrain.train.distill import Distill
 from megatrain.train.files import read_config, run_directory
 from megatrain.train.grpo import GRPO
 from megatrain.train.import_hf import import_once
@@ -79,6 +80,16 @@ def _base_of(directory: Path, source: Path) -> Path:
 
 def _with_adopt(cfg: Config, source: Path) -> Config:
     return dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, adopt=str(source)))
+
+
+def load_beside(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint | None:
+    """Return the checkpoint of the model that the objective compares with, loaded; None if it compares with none."""
+    if isinstance(state.objective, GRPO) and keeps_base(cfg):
+        return load_reference(cfg, checkpointer, state)
+    if not isinstance(state.objective, Distill) or state.objective.checkpoint is None:
+        return None
+    state.base = describe_base(state.objective.checkpoint)
+    return state.objective.checkpoint
 
 
 def load_reference(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint:

@@ -18,7 +18,7 @@ from megatrain.config.errors import DamagedCheckpointError, StopRequested, UserE
 from megatrain.config.load import digest, dump
 from megatrain.data.background import CacheCheck
 from megatrain.data.prepare import Prepared
-from megatrain.observe.display import make_display
+from megatrain.observe.display import Display, make_display
 from megatrain.observe.report.page import report_at_end
 from megatrain.observe.rundir import NoLog, RunLog
 from megatrain.observe.sinks import Observer
@@ -28,9 +28,9 @@ from megatrain.runtime.device import choose_precision, device_name, memory_bytes
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.adopt import adopted, describe_base, require_same_base
+from megatrain.train.adopt import adopted, require_same_base
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
-from megatrain.train.base import keeps_base, load_base, load_reference, with_base
+from megatrain.train.base import load_base, load_beside, with_base
 from megatrain.train.build import (
     build_eval_batches,
     build_loader,
@@ -40,7 +40,6 @@ from megatrain.train.build import (
     with_layout,
 )
 from megatrain.train.config import Config
-from megatrain.train.distill import Distill
 from megatrain.train.durable import fetch_run
 from megatrain.train.federation import note_round, take_up_round
 from megatrain.train.files import (
@@ -52,7 +51,6 @@ from megatrain.train.files import (
     saved_config,
     write_config,
 )
-from megatrain.train.grpo import GRPO
 from megatrain.train.imported import (
     Progress,
     is_untrained_import,
@@ -91,56 +89,70 @@ def run(
     """
     cfg = with_layout(cfg, processes.size)
     processes.limit_waits(cfg.resilience.timeout_s)
-    directory, device = run_directory(cfg), pick_device(processes.local_rank)
+    directory = run_directory(cfg)
     checkpointer = Checkpointer(directory / "checkpoints", cfg.checkpoint, processes)
     display = make_display(cfg.log.display if processes.is_first else "off")
     try:
-        fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=display.phase))
-        cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device, display.phase))
-        processes.describe(directory=str(directory.absolute()))
-        hosts, notices = check_likeness(processes, cfg.resilience, device)
-        processes.doing("preparing the data")
-        cfg, data = _data(cfg, processes, display.phase)
-        mesh, told = make_checked_mesh(cfg, processes, hosts, device)
-        verifies = cfg.data.verify == "background" and processes.local_rank == 0
-        check = CacheCheck(data.directory, verifies=verifies)
-        loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
-        eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
-        state = build_state(cfg, device, mesh)
-        state.objective = _objective(cfg, state, data, checkpointer)
-        with (
-            contextlib.closing(check),
-            contextlib.closing(state),
-            _owned(directory, checkpointer, state, cfg.run.id) as require_owner,
-        ):
-            return _train(
-                Run(
-                    cfg=cfg,
-                    directory=directory,
-                    processes=processes,
-                    data=data,
-                    cache_check=check,
-                    state=state,
-                    loader=loader,
-                    eval_batches=eval_batches,
-                    checkpointer=checkpointer,
-                    display=display,
-                    log=(RunLog if processes.is_first else NoLog)(directory, cfg.run.id, require_owner),
-                    signals=signals,
-                    notices=(*notices, *told, *left_out_of(loader)),
-                    fetched=fetched,
-                    tasks=tasks,
-                )
-            )
+        return _attempt(cfg, checkpointer, display, signals, tasks=tasks)
     except BaseException as error:
         stop = signals.stop_behind(error)
         if stop is None:
             raise
-        if processes.is_first and is_own(directory):
-            _record_stop(RunLog(directory, cfg.run.id), stop, max(checkpointer.steps(), default=0))
+        if processes.is_first:
+            _record_stop(directory, cfg, stop, checkpointer)
         raise stop from (None if stop is error else error)
     finally:
         display.close()
+
+
+def _attempt(
+    cfg: Config,
+    checkpointer: Checkpointer,
+    display: Display,
+    signals: StopSignals,
+    *,
+    tasks: Callable[[Run], dict[str, Any]] | None,
+) -> Outcome:
+    """Build all parts of the run, and train."""
+    processes, directory = checkpointer.processes, run_directory(cfg)
+    device = pick_device(processes.local_rank)
+    progress = display.phase
+    fetched = processes.from_first(partial(fetch_run, cfg, directory, progress=progress))
+    cfg = processes.from_first(partial(_settle, cfg, directory, checkpointer, device, progress))
+    processes.describe(directory=str(directory.absolute()))
+    hosts, notices = check_likeness(processes, cfg.resilience, device)
+    processes.doing("preparing the data")
+    cfg, data = _data(cfg, processes, display.phase)
+    mesh, told = make_checked_mesh(cfg, processes, hosts, device)
+    check = CacheCheck(data.directory, verifies=cfg.data.verify != "never" and processes.local_rank == 0)
+    loader = build_loader(cfg, data.train, mesh, on_damage=check.note)
+    eval_batches = processes.agree(lambda: check.guard(lambda: build_eval_batches(cfg, data.val)))
+    state = build_state(cfg, device, mesh)
+    state.objective = _objective(cfg, state, data, checkpointer)
+    with (
+        contextlib.closing(check),
+        contextlib.closing(state),
+        _owned(directory, checkpointer, state, cfg.run.id) as require_owner,
+    ):
+        return _train(
+            Run(
+                cfg=cfg,
+                directory=directory,
+                processes=processes,
+                data=data,
+                cache_check=check,
+                state=state,
+                loader=loader,
+                eval_batches=eval_batches,
+                checkpointer=checkpointer,
+                display=display,
+                log=(RunLog if processes.is_first else NoLog)(directory, cfg.run.id, require_owner),
+                signals=signals,
+                notices=(*notices, *told, *left_out_of(loader)),
+                fetched=fetched,
+                tasks=tasks,
+            )
+        )
 
 
 def _data(cfg: Config, processes: Processes, progress: Progress) -> tuple[Config, Prepared]:
@@ -158,18 +170,11 @@ def _objective(
     return checkpointer.processes.agree(lambda: build(checkpointer=checkpointer))
 
 
-def _beside(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> VerifiedCheckpoint | None:
-    """Return the checkpoint of the model that the objective compares with, loaded; None if it compares with none."""
-    if isinstance(state.objective, GRPO) and keeps_base(cfg):
-        return load_reference(cfg, checkpointer, state)
-    if not isinstance(state.objective, Distill) or state.objective.checkpoint is None:
-        return None
-    state.base = describe_base(state.objective.checkpoint)
-    return state.objective.checkpoint
-
-
-def _record_stop(log: RunLog, stop: StopRequested, step: int) -> None:
-    """Record that a signal came before the first step of the attempt; `step` is that of the newest checkpoint."""
+def _record_stop(directory: Path, cfg: Config, stop: StopRequested, checkpointer: Checkpointer) -> None:
+    """Record that a signal came before the first step of the attempt, if the run is this process's own."""
+    if not is_own(directory):
+        return
+    log, step = RunLog(directory, cfg.run.id), max(checkpointer.steps(), default=0)
     log.event("stop", step=step, reason=stop.reason)
     log.status("stopped", step=step, reason=stop.reason, exit_code=stop.exit_code)
 
@@ -335,7 +340,7 @@ def _resume(run: Run) -> tuple[str, ...]:
     source: VerifiedCheckpoint | None = None
     changes: dict[str, Any] = {}
     base = load_base(cfg, run.checkpointer, state) if cfg.lora.rank else None
-    beside = base or _beside(cfg, run.checkpointer, state)
+    beside = base or load_beside(cfg, run.checkpointer, state)
     if run.processes.from_first(lambda: is_untrained_import(run.directory, run.checkpointer)):
         source = take_up_weights(run.checkpointer, state, moments=True)
         require_own_checkpoint(source.manifest.info, source.path, cfg.run.id)

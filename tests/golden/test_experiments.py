@@ -77,7 +77,7 @@ def test_the_bare_command_is_as_it_was() -> None:
 WITH = {
     "preferences": ["objective=dpo"],
     "dpo": ["data=preferences", "data.path=my.jsonl"],
-    "grpo": ["data=chat", "data.path=my.jsonl"],
+    "grpo": ["data=chat", "data.path=my.jsonl", "objective.group_size=4"],
     "distill": ["objective.teacher=runs/large"],
     "images": ["model=vit"],
 }
