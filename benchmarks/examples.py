@@ -285,7 +285,7 @@ TASKS: dict[str, Task] = {
     "translation": (
         translations,
         of_translation,
-        lambda work: generative(work, 900, 300, "1e-3", 100, BYTES),
+        lambda work: generative(work, 1800, 500, "1e-3", 100, BYTES),
     ),
     "summarization": (
         summaries,

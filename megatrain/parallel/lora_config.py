@@ -1,7 +1,7 @@
 """Config of low-rank adapters."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatrain.config.nearest import nearest
 from megatrain.config.ranges import Count, Positive, Range
@@ -21,6 +21,11 @@ class LoRAConfig:
     dropout: Annotated[float, Range(at_least=0, below=1)] = 0.0
     """Share of an adapter's inputs that is zeroed in training; the others are scaled up. Drawn by seed, layer, token of
     the run and element, and so the same in every layout."""
+    base: Literal["full", "int4"] = "full"
+    """How the weights beside adapters are kept while training. int4: in four bits (QLoRA, arXiv 2305.14314), on one
+    process, or whole on each data-parallel rank; adapters then fit the rounded weights."""
+    base_group: Annotated[int, Range(at_least=2, at_most=1 << 20)] = 64
+    """Inputs of a layer that share a scale with base=int4."""
     targets: tuple[str, ...] = ()
     """Linear layers that get an adapter, by their names in a block: wq, wk, wv, wo, gate, up, down; empty: all."""
 
@@ -41,6 +46,15 @@ def lora_problems(cfg: LoRAConfig, plan: Plan) -> Iterator[Problem]:
     """Yield the problems of adapters for the model of `plan`."""
     if not cfg.rank:
         return
+    if cfg.base == "int4":
+        odd = [
+            name
+            for block in plan.blocks
+            for name in adapted_names(block, cfg.targets)
+            if block[name].shape[1] % 2
+        ]
+        if odd:
+            yield Problem("lora.base", cfg.base, f"{odd[0]} has an odd number of inputs", ("full",))
     names = {name.rpartition(".")[2] for block in plan.blocks for name in adapted_names(block, ())}
     for target in cfg.targets:
         if target not in names:

@@ -11,6 +11,7 @@ from megatrain.checkpoint.retention import step_name
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
 from megatrain.parallel.lora_config import LoRAConfig
+from megatrain.parallel.packed_base import pack_base
 from megatrain.train.adopt import WEIGHTS, adopted, describe_base, names_of, tensors_of
 from megatrain.train.build import build_model
 from megatrain.train.config import Config
@@ -127,5 +128,6 @@ def load_base(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> Ver
     found = other.load(frozen, only=names_of(frozen, state.parallel.plan, other.processes), step=step)
     assert found is not None
     state.sync_model_weights()
+    pack_base(state.model, state.weights.parameters, cfg.lora)
     state.base = describe_base(found)
     return found

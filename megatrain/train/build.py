@@ -98,7 +98,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         master_dtype=master_dtype,
         float8=float8,
         rounding=None if cfg.train.qat == "none" else (cfg.train.qat, cfg.train.qat_group),
-        shards_data=not cfg.privacy.is_on,
+        shards_data=not is_whole(cfg),
     )
     plan = parallel.plan
     for model in parallel.models:
@@ -108,7 +108,7 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     if cfg.engine != "native":
         return _state_of_engine(cfg, dataclasses.replace(parallel, mesh=mesh), plan)
     # Where FSDP is applied, it makes the copies in the compute dtype.
-    is_copied = mesh is None or cfg.privacy.is_on
+    is_copied = mesh is None or is_whole(cfg)
     weights = MasterWeights(parallel.parameters(), compute_dtype if is_copied else master_dtype)
     optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
     decay = cfg.train.ema_decay
@@ -117,6 +117,11 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     return TrainState(
         parallel=parallel, weights=weights, optimizer=optimizer, average=average, privacy=privacy
     )
+
+
+def is_whole(cfg: Config) -> bool:
+    """Return whether each data-parallel rank trains the whole model, without FSDP."""
+    return cfg.privacy.is_on or (cfg.lora.rank > 0 and cfg.lora.base != "full")
 
 
 def build_model(

@@ -302,6 +302,8 @@ class Config:
         if self.checkpoint.adopt is None:
             rule = "adapters need the weights of another run: checkpoint.adopt, which `megatrain finetune SOURCE` gives"
             yield Problem("lora.rank", self.lora.rank, rule, (0,))
+        if self.lora.base == "int4":
+            yield from self._packed_problems()
         if self.lora.dropout and self.parallel.compile:
             yield Problem("parallel.compile", True, "is not supported with lora.dropout", (False,))
         if self.train.precision == "fp8":
@@ -319,6 +321,18 @@ class Config:
         ):
             if not fits:
                 yield Problem(key, value, f"is not supported with train.qat={self.train.qat}", (off,))
+
+    def _packed_problems(self) -> Iterator[Problem]:
+        """Yield what a base of four bits does not support: it is whole on each rank."""
+        for axis in ("pp", "tp", "cp", "ep"):
+            if getattr(self.parallel, axis) > 1:
+                rule = "must be 1 with lora.base=int4, which data parallelism alone supports"
+                yield Problem(f"parallel.{axis}", getattr(self.parallel, axis), rule, (1,))
+        if self.parallel.dp_shard != 1 and self.parallel.zero_stage:
+            rule = "must be 0 with lora.base=int4: each rank holds the whole base"
+            yield Problem("parallel.zero_stage", self.parallel.zero_stage, rule, (0,))
+        if self.parallel.compile or self.privacy.is_on or self.train.qat != "none":
+            yield Problem("lora.base", "int4", "is not supported with compile, privacy or qat", ("full",))
 
     def _layout_problems(self) -> Iterator[Problem]:
         parallel = self.parallel

@@ -15,6 +15,7 @@ from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
 from megatrain.models.foreign import hf_config, weight_map
 from megatrain.models.spec import WeightMap
+from megatrain.parallel.packed_base import rounded
 from megatrain.train.files import read_config, require_unchanged
 from megatrain.train.hf_files import Exported, new_directory, require_new, write_json, write_tokenizer
 from megatrain.train.peft import Adapters, export_adapters, open_base, read_adapters
@@ -66,7 +67,8 @@ def export(
         source = _Source(checkpointer.open(found.step), prefix, DTYPES[dtype])
         if cfg.lora.rank:
             adapters = read_adapters(source.reader, prefix, cfg.lora)
-            source = _Source(open_base(cfg, found), WEIGHTS, DTYPES[dtype], adapters)
+            group = 0 if cfg.lora.base == "full" else cfg.lora.base_group
+            source = _Source(open_base(cfg, found), WEIGHTS, DTYPES[dtype], adapters, group)
         parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
         parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
         specs = {name: spec for part in parts for name, spec in source.outline(part).items()}
@@ -86,6 +88,8 @@ class _Source:
     dtype: torch.dtype
     adapters: Mapping[str, Adapters] = field(default_factory=dict)
     """Adapters to add, by the name of the weight."""
+    group: int = 0
+    """Inputs that share a scale where the weights beside adapters are of four bits; 0: they are not."""
 
     def outline(self, part: WeightMap) -> dict[str, TensorSpec]:
         """Return what `read` will return for a part of the map, without reading it."""
@@ -113,7 +117,10 @@ class _Source:
         ours = {key: torch.empty(spec.size, dtype=spec.dtype) for key, spec in stored.values()}
         read_tensors(self.reader, ours)
         for name in adapted:
-            ours[stored[name][0]] += self.adapters[name].product()
+            weight = ours[stored[name][0]]
+            if self.group:
+                weight.copy_(rounded(weight, self.group))
+            weight += self.adapters[name].product()
         yield from part.export({name: ours[key] for name, (key, _) in stored.items()}).items()
 
     def _stored(self, part: WeightMap) -> dict[str, tuple[str, TensorSpec]]:

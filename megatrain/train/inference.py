@@ -18,6 +18,7 @@ from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import problems, require_processes, world_size
 from megatrain.parallel.mesh import make_mesh
+from megatrain.parallel.packed_base import round_base
 from megatrain.parallel.packed_logits import PackedLogits
 from megatrain.parallel.quantized_inputs import quantize_inputs
 from megatrain.parallel.shards import shard_of, tell_place
@@ -168,6 +169,13 @@ def _from_run(
         base, step = adopted(cfg, checkpointer)
         only = names_of(frozen, parallel.plan, processes)
         require_same_base(found.manifest.info, base.load(frozen, only=only, step=step), found.path)
+        if cfg.lora.base != "full" and cfg.parallel.tp > 1:
+            raise UserError(
+                f"{directory}: its adapters fit a base of four bits, whose groups tensor parallelism would cut: use "
+                "one process, or pp, or `megatrain export --merge`"
+            )
+        for model in parallel.models:
+            round_base(model, cfg.lora)
     _sync_copies(parallel)
     return TrainedModel(parallel, load_tokenizer(directory / "tokenizer"), cfg, found.step)
 

@@ -15,6 +15,7 @@ from megatrain.data.store import TokenSource
 from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.parallel.layout import world_size
 from megatrain.parallel.mesh import Mesh, make_mesh
+from megatrain.parallel.packed_base import pack_base
 from megatrain.parallel.sharding import Split
 from megatrain.parallel.shards import full_tensor
 from megatrain.train.build import build_loader, build_state, packed
@@ -77,6 +78,7 @@ def _trace(cfg: Config, store: TokenSource, steps: int, mesh: Mesh | None) -> Tr
     splits = state.parallel.splits
     initial = full_arrays(state.weights.parameters, splits)
     loader = build_loader(cfg, store, mesh)
+    pack_base(state.model, state.weights.parameters, cfg.lora)  # which loading the base does otherwise
     state.objective = build_objective(cfg, state.parallel, ByteTokenizer(), train=store, val=store)
     begin_objective(state, loader, _validation(cfg, store))
     accumulate_gradients(state, loader.step_batch(0), cfg)

@@ -11,6 +11,7 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizer_files import load_tokenizer
 from megatrain.models.registry import get_spec
 from megatrain.parallel.lora import add_adapters, with_adapters
+from megatrain.parallel.packed_base import round_base
 from megatrain.train.adopt import WEIGHTS, adopted, names_of, require_same_base
 from megatrain.train.config import Config
 from megatrain.train.files import read_config, require_unchanged
@@ -65,4 +66,5 @@ def restore_model(
         base, step = adopted(cfg)
         only = names_of(frozen, spec.plan(cfg.model), base.processes)
         require_same_base(found.manifest.info, base.load(frozen, only=only, step=step), found.path)
+        round_base(model, cfg.lora)
     return model, load_tokenizer(directory / "tokenizer"), cfg, found.step

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.profiler import record_function
 
 from megatrain.data.loader import Batch, StepBatch
@@ -163,6 +164,9 @@ def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config, *, ro
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
     loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
     parallel.sum_replicated_gradients()
+    if cfg.lora.base != "full" and parallel.mesh is not None:
+        for parameter in state.weights.trained.values():  # whole on each rank: no FSDP sums them
+            dist.all_reduce(parameter.grad)
     if weighed is not None and weighed.sums is not None:
         return weighed.sums
     return (loss if parallel.owns_loss() else torch.zeros_like(loss))[None]

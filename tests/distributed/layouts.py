@@ -115,6 +115,9 @@ RUNS = {
     "classes": classifying(TIED, ("a", "b", "c"), weights=(0.5, 1.0, 2.5)),
     "labels": classifying(GPT2, ("a", "b", "c", "d", "e"), weights=(0.5, 1.0, 2.0, 1.0, 1.5), is_multi=True),
     "lora": replace(CFG, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
+    "lora_int4": replace(
+        CFG, lora=replace(LORA, base="int4", base_group=16), checkpoint=CheckpointConfig(adopt="base")
+    ),
     "lora_gpt2": replace(GPT2, lora=replace(LORA, targets=()), checkpoint=CheckpointConfig(adopt="base")),
     "lora_uneven": replace(UNEVEN, lora=LORA, checkpoint=CheckpointConfig(adopt="base")),
     "gpt2_vocabulary": replace(

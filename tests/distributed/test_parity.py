@@ -92,6 +92,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     # adapters beside frozen weights
     *[("lora", {"dp_shard": 2, "zero_stage": stage}) for stage in (1, 3)],
     ("lora", {"tp": 2}),
+    ("lora_int4", {"dp_shard": 2, "zero_stage": 0}),
     ("lora_uneven", {"tp": 4}),
     ("lora", {"pp": 2}),
     ("lora_gpt2", {"pp": 2, "pp_schedule": "zbv", "dp_shard": 2}),

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from layouts import RUNS, STORE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -17,9 +19,12 @@ from megatrain.data.tokenizer import train_bpe
 from megatrain.models.registry import get_spec
 from megatrain.parallel.lora import with_adapters
 from megatrain.parallel.lora_config import LoRAConfig
+from megatrain.parallel.packed_base import PackedProduct, adapted_layers, pack_base, round_base
 from megatrain.runtime.processes import Processes
+from megatrain.train.build import build_loader, build_state
 from megatrain.train.inference import load_trained
 from megatrain.train.restore import restore_model
+from megatrain.train.step import train_step
 
 SIZES = {"vocab_size": 270, "bos_token_id": None, "eos_token_id": None}
 CONFIGS = {
@@ -126,3 +131,45 @@ def test_what_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(Exception, match=said):
         compose(words)
     assert not list(rule_problems(compose([])))
+
+
+def test_a_base_of_four_bits_is_the_rounded_base() -> None:
+    """Training beside codes is, to the last bits of float64, training beside the numbers that they stand for."""
+    cfg = RUNS["lora_int4"]
+    assert cfg.lora.base == "int4"
+    whole = replace(cfg, lora=replace(cfg.lora, base="full"))
+    packed, plain = (build_state(each, torch.device("cpu")) for each in (cfg, whole))
+    first = next(iter(adapted_layers(packed.model).values()))
+    size = first.weight.numel()
+    pack_base(packed.model, packed.weights.parameters, cfg.lora)
+    round_base(plain.model, cfg.lora)
+    assert first.weight.numel() == 0
+    assert isinstance(first.product, PackedProduct)
+    assert first.product.nbytes == size / 2 + size / 16 * 4  # codes, and a float32 for each group
+    for step in range(3):
+        both = [
+            train_step(state, build_loader(each, STORE, None).step_batch(step), each, lr=1e-2).read()
+            for state, each in ((packed, cfg), (plain, whole))
+        ]
+        assert both[0] == pytest.approx(both[1], rel=1e-12)
+    for name, parameter in packed.weights.trained.items():
+        torch.testing.assert_close(parameter, plain.weights.trained[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_base_of_four_bits_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It learns, goes on, is used and merged with the rounded base, and refuses layouts that would cut it."""
+    words = [*WORDS, "lora.base=int4", "lora.base_group=16", "run.name=qlora", "train.steps=6"]
+    assert main(["finetune", "llama", *words, "train.stop_at=3"]) == 0
+    assert main(["finetune", "llama", *words]) == 0
+    ours = logits_of(restore_model(Path("runs/qlora"), torch.device("cpu"))[0])
+    assert torch.equal(logits_of(load_trained(Path("runs/qlora"), Processes()).parallel.models[0]), ours)
+    assert main(["export", "runs/qlora", "qlora-merged", "--merge", "--check"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained("qlora-merged", dtype=torch.float32)
+    assert (logits_of(merged) - ours).abs().max() < 1e-5 * ours.abs().max()
+    plain = [*WORDS, "run.name=not-rounded", "train.steps=6"]
+    assert main(["finetune", "llama", *plain]) == 0
+    other = logits_of(restore_model(Path("runs/not-rounded"), torch.device("cpu"))[0])
+    assert (other - ours).abs().max() > 1e-3 * ours.abs().max()
+    capsys.readouterr()
+    assert main(["finetune", "llama", *words, "parallel.tp=2", "run.name=cut"]) == 2
+    assert "must be 1 with lora.base=int4" in capsys.readouterr().err
