@@ -83,6 +83,9 @@ def _evaluate(options: Namespace, processes: Processes) -> int:
         from megatrain.train.scoring import Scorer
 
     # A mistake in a file comes to light before the model is loaded.
+    for flag, file in (("--json", options.json), ("--predictions", options.predictions)):
+        if file not in (None, "-") and not Path(expanded(file)).absolute().parent.is_dir():
+            raise UserError(f"evaluate: {flag} {file}: there is no directory {Path(expanded(file)).parent}")
     questions = read_questions(Path(expanded(options.choices))) if options.choices else []
     tasks = read_tasks(Path(expanded(options.answers))) if options.answers else []
     trained = load_model(options, processes)

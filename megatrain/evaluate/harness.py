@@ -88,6 +88,19 @@ def _request(context: str, options: dict[str, Any]) -> TextRequest:
     )
 
 
+def known_tasks(tasks: Sequence[str], folder: Path | None) -> TaskManager:
+    """Return what knows `tasks`, with the task files in `folder` if there is one.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    missing = [each for each in tasks if each not in manager.all_tasks]
+    if missing:
+        raise UserError(f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists what it has")
+    return manager
+
+
 def run_tasks(
     scorer: Scorer,
     tasks: Sequence[str],
@@ -106,10 +119,7 @@ def run_tasks(
     Raises:
         UserError: there is no such task.
     """
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    missing = [each for each in tasks if each not in manager.all_tasks]
-    if missing:
-        raise UserError(f"lm-eval has no task {', '.join(missing)}; `lm_eval ls tasks` lists what it has")
+    manager = known_tasks(tasks, folder)
     found = lm_eval.simple_evaluate(
         model=HarnessModel(scorer, max_batch=max_batch),
         tasks=list(tasks),

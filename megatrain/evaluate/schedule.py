@@ -45,6 +45,10 @@ class ScheduledTasks:
         self.folder = None if cfg.harness_dir is None else Path(expanded(cfg.harness_dir))
         if self.folder is not None and not self.folder.is_dir():
             raise UserError(f"tasks.harness_dir={cfg.harness_dir}: there is no such directory")
+        if cfg.harness:
+            from megatrain.evaluate.harness import known_tasks
+
+            known_tasks(cfg.harness, self.folder)
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """Return the results of the model as it is now; all processes call this together."""

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatrain.checkpoint.errors import CorruptCheckpointError, UnknownFormatError
 from megatrain.checkpoint.retention import STEP_NAME
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
@@ -39,6 +41,18 @@ def adopted(cfg: Config, checkpointer: Checkpointer | None = None) -> tuple[Chec
             "its checkpoints/step-..."
         )
     return found, step
+
+
+def require_readable(found: Checkpointer, step: int | None) -> None:
+    """Refuse a checkpoint that can't be read although it is whole, such as one that is encrypted with another key.
+
+    Raises:
+        UserError: it is so.
+    """
+    with suppress(
+        CorruptCheckpointError, UnknownFormatError, OSError
+    ):  # loading says so, or takes an older one
+        found.open(found.steps()[-1] if step is None else step).tensor_specs()
 
 
 def names_of(tensors: Mapping[str, Tensor], plan: Plan, processes: Processes) -> tuple[str, ...]:

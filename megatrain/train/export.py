@@ -15,6 +15,7 @@ from megatrain.checkpoint.store import Checkpointer
 from megatrain.config.errors import UserError
 from megatrain.models.foreign import hf_config, weight_map
 from megatrain.models.spec import WeightMap
+from megatrain.nn.contract import CLASSIFIER
 from megatrain.parallel.packed_base import rounded
 from megatrain.train.files import read_config, require_unchanged
 from megatrain.train.hf_files import Exported, new_directory, require_new, write_json, write_tokenizer
@@ -64,15 +65,17 @@ def export(
     with new_directory(target) as partial:
         tokenizer = write_tokenizer(run / "tokenizer", partial)
         write_json(partial / CONFIG, config | tokenizer | {"dtype": HF_DTYPES[dtype]})
-        source = _Source(checkpointer.open(found.step), prefix, DTYPES[dtype])
+        own = source = _Source(checkpointer.open(found.step), prefix, DTYPES[dtype])
         if cfg.lora.rank:
             adapters = read_adapters(source.reader, prefix, cfg.lora)
             group = 0 if cfg.lora.base == "full" else cfg.lora.base_group
             source = _Source(open_base(cfg, found), WEIGHTS, DTYPES[dtype], adapters, group)
         parts = [replace(mapping, rules=(rule,), stacks=()) for rule in mapping.rules]
         parts += [replace(mapping, rules=(), stacks=(stack,)) for stack in mapping.stacks]
-        specs = {name: spec for part in parts for name, spec in source.outline(part).items()}
-        tensors = _tensors(source, parts, progress)
+        # A classifier's head is trained beside adapters, and not in what they were trained on.
+        pairs = [(own if _is_of_head(part) else source, part) for part in parts]
+        specs = {name: spec for each, part in pairs for name, spec in each.outline(part).items()}
+        tensors = _tensors(pairs, progress)
         files = write_shards(
             partial, specs, tensors, shard_bytes=shard_bytes, metadata={"format": "pt"}, cipher=cipher
         )
@@ -135,11 +138,15 @@ class _Source:
         return found
 
 
+def _is_of_head(part: WeightMap) -> bool:
+    return any(rule.ours == (f"{CLASSIFIER}.weight",) for rule in part.rules)
+
+
 def _tensors(
-    source: _Source, parts: list[WeightMap], progress: Callable[[str, float], None]
+    pairs: list[tuple[_Source, WeightMap]], progress: Callable[[str, float], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor in turn, or its rows; no more than one part of the map is in memory."""
-    for done, part in enumerate(parts):
-        progress("exporting", done / len(parts))
+    for done, (source, part) in enumerate(pairs):
+        progress("exporting", done / len(pairs))
         for name, tensor in source.read(part):
             yield name, tensor.to(source.dtype)

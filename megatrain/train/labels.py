@@ -37,6 +37,11 @@ def settle_labels(cfg: Config, data: Prepared) -> tuple[Config, Prepared]:
             f"The data has {len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}), and a "
             "classifier needs two at least. data.label_field names the field that holds them."
         )
+    if isinstance(classifier.class_weights, tuple) and len(classifier.class_weights) != len(names):
+        raise UserError(
+            f"model.classifier.class_weights has {len(classifier.class_weights)} numbers, and there are {len(names)} "
+            f"labels: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        )
     train = _in_order(store, names)
     settled = dataclasses.replace(classifier, labels=names, multi_label=is_multi)
     if classifier.class_weights == "balanced":
@@ -54,7 +59,9 @@ def known_labels(
         return classifier
     automatic = {"labels": "auto", "multi_label": "auto", "class_weights": "balanced"}
     known = {
-        name: getattr(before, name) for name, value in automatic.items() if getattr(classifier, name) == value
+        name: getattr(before, name)
+        for name, value in automatic.items()
+        if getattr(classifier, name) == value and getattr(before, name) is not None
     }
     return dataclasses.replace(classifier, **known)
 

@@ -28,7 +28,7 @@ from megatrain.runtime.device import choose_precision, device_name, memory_bytes
 from megatrain.runtime.launch import SAVED_BY_SIGNAL
 from megatrain.runtime.ownership import Ownership, StaleOwnerError, is_own, take
 from megatrain.runtime.processes import Processes, redirect_output
-from megatrain.train.adopt import adopted, require_same_base
+from megatrain.train.adopt import adopted, require_readable, require_same_base
 from megatrain.train.auto import require_memory, resolve_auto, with_precision
 from megatrain.train.base import load_base, load_beside, with_base
 from megatrain.train.build import (
@@ -206,7 +206,7 @@ def _settle(
         )
     require_imported_weights(directory, checkpointer)
     if cfg.checkpoint.adopt is not None and frozen is None:
-        adopted(cfg, checkpointer)
+        require_readable(*adopted(cfg, checkpointer))
     cfg = _with_id(cfg, directory)
     if is_untrained_import(directory, checkpointer):
         frozen = None  # its config names the model only; the recipe and the data are free

@@ -21,6 +21,7 @@ from megatrain.config.errors import UserError
 from megatrain.models.foreign import weight_map
 from megatrain.models.registry import get_spec
 from megatrain.models.spec import Rule, WeightMap
+from megatrain.nn.contract import CLASSIFIER
 from megatrain.parallel.lora import DOWN, UP
 from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.train.adopt import adopted, require_same_base
@@ -96,7 +97,8 @@ def export_adapters(
     if found is None:
         raise UserError(f"{run} has no checkpoint yet")
     require_unchanged(run, cfg, found.manifest.info, found.path)
-    adapters = read_adapters(checkpointer.open(found.step), prefix, cfg.lora)
+    reader = checkpointer.open(found.step)
+    adapters = read_adapters(reader, prefix, cfg.lora)
     shapes = get_spec(cfg.model.kind).plan(cfg.model).shapes
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -106,6 +108,11 @@ def export_adapters(
             down, up = _fused(rule, adapters, shapes)
             ranks[".".join(module.split(".")[-2:])] = len(down)
             tensors |= {f"{PREFIX}{module}.lora_A.weight": down, f"{PREFIX}{module}.lora_B.weight": up}
+    if cfg.model.classifier is not None:  # trained in full beside them
+        key = f"{prefix}{CLASSIFIER}.weight"
+        head = torch.empty(reader.tensor_specs()[key].size, dtype=reader.tensor_specs()[key].dtype)
+        read_tensors(reader, {key: head})
+        tensors[f"{PREFIX}score.weight"] = head
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     fans = {rule.transpose for rule in mapping.rules if any(name in adapters for name in rule.ours)}
     with new_directory(target) as partial:
@@ -139,7 +146,8 @@ def _config(cfg: Config, ranks: dict[str, int], *, transposed: bool) -> dict[str
     others = {name: rank for name, rank in ranks.items() if rank != cfg.lora.rank}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if cfg.model.classifier is None else "SEQ_CLS",
+        "modules_to_save": None if cfg.model.classifier is None else ["score"],
         "base_model_name_or_path": _base_name(cfg),
         "r": cfg.lora.rank,
         "lora_alpha": cfg.lora.alpha,

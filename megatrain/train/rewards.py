@@ -62,11 +62,15 @@ def checked(function: Callable[..., object], name: str) -> Reward:
     """Return `function` with its results checked: finite numbers.
 
     Raises (when it is called):
-        UserError: it returns something else.
+        UserError: it fails, or returns something else.
     """
 
     def reward(prompt: str, answer: str, reference: str) -> float:
-        found = function(prompt, answer, reference)
+        try:
+            found = function(prompt, answer, reference)
+        except Exception as error:
+            place = f"{type(error).__name__}: {error}"
+            raise UserError(f"objective.reward={name}: fails for the answer {answer!r}: {place}") from error
         if not isinstance(found, int | float) or not math.isfinite(found):
             raise UserError(
                 f"objective.reward={name}: returned {found!r} for {answer!r}, and must return a number"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from served import Served
 from transformers import AutoModelForSequenceClassification
 
@@ -133,6 +134,8 @@ def test_a_classifier_is_served(folder: Path) -> None:
     assert "is a classifier" in generated["message"]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
+@pytest.mark.filterwarnings("ignore:.*newly initialized.*")
 def test_several_labels_and_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data.path=tags.jsonl", "run.name=tags", "train.steps=40", "lora.rank=4", "lora.alpha=32"]
     assert main(["finetune", "runs/base", *TUNE, *words]) == 0
@@ -140,6 +143,17 @@ def test_several_labels_and_adapters(folder: Path, capsys: pytest.CaptureFixture
     assert rows[-1]["eval/loss"] < 0.8 * rows[0]["eval/loss"]
     assert main(["evaluate", "runs/tags", "--labels", "tags.jsonl", "--json", "t.json"]) == 0
     assert json.loads(Path("t.json").read_text())["labels"]["micro_f1"] > 0.6
+    assert main(["export", "runs/tags", "merged", "--merge", "--check"]) == 0
+    assert main(["export", "runs/tags", "adapters"]) == 0
+    assert main(["export", "runs/base", "language-model"]) == 0
+    ids = torch.tensor([[*b"the film was good", 256]])
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        "language-model", num_labels=4, dtype=torch.float32
+    )
+    merged = AutoModelForSequenceClassification.from_pretrained("merged", dtype=torch.float32)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(plain, "adapters").eval()(ids).logits
+        torch.testing.assert_close(adapted, merged.eval()(ids).logits, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
     assert main(["evaluate", "runs/tags", "--labels", "reviews.jsonl"]) == 2
     assert "gives each text a list of labels" in capsys.readouterr().err
@@ -153,6 +167,7 @@ def test_several_labels_and_adapters(folder: Path, capsys: pytest.CaptureFixture
         (["data.path=reviews.jsonl", "model.classifier.multi_label=true"], "the rows of the data have one label"),
         (["data.path=reviews.jsonl", "model.classifier.lables=[a]"], "model.classifier.lables"),
         (["data.path=reviews.jsonl", "data=chat"], "examples"),
+        (["data.path=reviews.jsonl", "model.classifier.class_weights=[1,2]"], "has 2 numbers, and there are 3 labels"),
     ],
 )  # fmt: skip
 def test_what_is_refused(
