@@ -51,7 +51,10 @@ class ScheduledTasks:
             known_tasks(cfg.harness, self.folder)
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """Return the results of the model as it is now; all processes call this together."""
+        """Return the results of the model as it is now; all processes call this together.
+
+        A signal calls the parts off that have not begun.
+        """
         trained = TrainedModel(
             run.state.parallel, run.data.tokenizer, run.cfg, run.state.step, in_training=True
         )
@@ -64,11 +67,11 @@ class ScheduledTasks:
             if self.questions:
                 found["choices"] = choose(scorer, self.questions)
                 run.processes.report()
-            if self.answers:
+            if self.answers and not run.any_wants(bool(run.signals.received)):
                 texts = answer(trained, self.answers, tokens=self.cfg.answer_tokens, stop=(), max_batch=64)
                 found["answers"] = compare(texts, self.answers)
                 run.processes.report()
-            if self.cfg.harness:
+            if self.cfg.harness and not run.any_wants(bool(run.signals.received)):
                 found |= self._on_harness(scorer)
         return found
 

@@ -88,8 +88,10 @@ def require_same_base(info: dict[str, Any], base: VerifiedCheckpoint | None, che
     Raises:
         UserError: they were.
     """
-    if base is not None and info.get("base") != describe_base(base):
+    known = info.get("base") or {}
+    if base is not None and known != describe_base(base):
+        step, run_id = known.get("step", "?"), known.get("run_id", "?")
         raise UserError(
-            f"{checkpoint} was trained beside other weights than {base.path} has now ({info.get('base')}). Restore "
-            "that checkpoint."
+            f"{checkpoint} was trained beside other weights than those of {base.path}: beside step {step} of the run "
+            f"{run_id}. Restore that checkpoint as the newest one, or start another run with run.name=..."
         )

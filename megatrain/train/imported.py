@@ -23,11 +23,12 @@ from megatrain.data.config import DataConfig, TokenizerConfig
 from megatrain.data.tokenizer import HuggingFaceTokenizer
 from megatrain.data.tokenizer_files import read_tokenizer
 from megatrain.models.config import ModelConfig
+from megatrain.nn.config import ClassifierConfig
 from megatrain.nn.contract import CLASSIFIER
 from megatrain.observe.rundir import RunLog
 from megatrain.train.adopt import names_of
 from megatrain.train.config import Config, RunConfig
-from megatrain.train.files import IMPORT_FILE, new_run_id, tokenizer_digest, write_config
+from megatrain.train.files import IMPORT_FILE, new_run_id, read_config, tokenizer_digest, write_config
 from megatrain.train.restore import WEIGHTS
 from megatrain.train.state import TrainState
 
@@ -92,9 +93,10 @@ def write_run(
     directory = free_directory(run)
     _give_blocks_back()
     described = TokenizerConfig(kind="huggingface", path=str(directory / "tokenizer"))
-    plain = Config(
-        run=run, model=model, data=DataConfig(tokenizer=described), seq_len=min(SEQ_LEN, model.max_seq_len)
-    )
+    data = DataConfig(tokenizer=described)
+    if model.classifier is not None:  # which needs labelled rows; those that are trained on are named later
+        data = replace(data, kind="classify", path=str(directory))
+    plain = Config(run=run, model=model, data=data, seq_len=min(SEQ_LEN, model.max_seq_len))
     cfg = load(Config, dump(plain))
     cfg = replace(cfg, run=replace(cfg.run, id=new_run_id()))
     partial = directory.parent / f".{directory.name}-{uuid.uuid4().hex[:12]}"
@@ -206,28 +208,33 @@ def take_up_weights(
     takes = moments and checkpointer.processes.from_first(lambda: _has_state(checkpointer, every))
     prefixes: tuple[str, ...] = (WEIGHTS, OPTIMIZER) if takes else (WEIGHTS,)
     tensors = {name: tensor for name, tensor in everything.items() if name.startswith(prefixes)}
-    if state.parallel.plan.has_classifier and not checkpointer.processes.from_first(
-        lambda: _has_classifier(checkpointer, step)
-    ):
+    keeps_head = True
+    if state.parallel.plan.has_classifier:
+        own = state.parallel.models[-1].cfg.classifier
+        keeps_head = checkpointer.processes.from_first(lambda: _has_labels(checkpointer, own))
+    if not keeps_head:
         tensors.pop(f"{WEIGHTS}{CLASSIFIER}.weight", None)  # stays as it was initialized
         prefixes = names_of(tensors, state.parallel.plan, checkpointer.processes)
     found = checkpointer.load(tensors, only=prefixes, step=step)
     if found is None:
         raise UserError(f"{checkpointer.directory} has no checkpoint")
     state.take_up(tensors)
+    if not keeps_head:
+        place = checkpointer.directory.parent
+        told = f"The classifier's head begins anew: {place} has none, or one for other labels."
+        found = replace(found, warnings=(*found.warnings, told))
     if state.average is not None:
         for name, average in state.average.averages.items():
             average.copy_(state.weights.parameters[name].detach())
     return found
 
 
-def _has_classifier(checkpointer: Checkpointer, step: int | None) -> bool:
-    """Return whether a checkpoint, the newest if `step` is None, is that of a classifier."""
-    try:
-        stored = checkpointer.open(checkpointer.steps()[-1] if step is None else step).tensor_specs()
-    except (CorruptCheckpointError, UnknownFormatError, OSError, IndexError):  # loading says what is wrong
+def _has_labels(checkpointer: Checkpointer, own: ClassifierConfig | None) -> bool:
+    """Return whether the run of the checkpoints classifies with the labels of `own`, in their order."""
+    theirs = read_config(checkpointer.directory.parent).model.classifier
+    if theirs is None or own is None:
         return False
-    return f"{WEIGHTS}{CLASSIFIER}.weight" in stored
+    return (theirs.labels, theirs.multi_label) == (own.labels, own.multi_label)
 
 
 def _has_state(checkpointer: Checkpointer, wanted: set[str]) -> bool:

@@ -256,8 +256,9 @@ class _Attempt:
             row |= found
             stop = stop or ("" if _patience_left(run) else "early stop")
             stop = stop or ("signal" if run.any_wants(bool(run.signals.received)) else "")
-        if requests.tasks and not run.state.owed:
+        if requests.tasks and stop != "signal":
             row |= _on_tasks(run)
+            stop = stop or ("signal" if run.any_wants(bool(run.signals.received)) else "")
         observer.step(row)
         if _is_due(run.state.step, cfg.resilience.compare_replicas_every):
             require_equal_replicas(run)

@@ -190,3 +190,18 @@ def test_what_a_classifier_cannot_do(folder: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert said.count("is a classifier, which predicts labels") == 2
     assert "--labels needs a classifier" in said
+
+
+def test_a_head_is_kept_for_the_same_labels_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of a head stand for labels by their order: those of others would be wrong without a word."""
+    words = ["data.path=reviews.jsonl", "train.steps=30"]
+    assert main(["finetune", "runs/base", *TUNE, *words, "run.name=source"]) == 0
+    further = [*words, "train.steps=1", "optim.lr=1e-9"]
+    assert main(["finetune", "runs/source", *TUNE, *further, "run.name=further"]) == 0
+    assert rows_of("further")[0]["eval/loss"] == pytest.approx(rows_of("source")[-1]["eval/loss"], rel=1e-5)
+    other = "model.classifier.labels=[positive,neutral,negative]"
+    assert main(["finetune", "runs/source", *TUNE, *further, other, "run.name=other"]) == 0
+    assert rows_of("other")[0]["eval/loss"] > 0.5  # a random head
+    events = Path("runs/other/events.jsonl").read_text()
+    assert "The classifier's head begins anew" in events
+    assert "begins anew" not in Path("runs/further/events.jsonl").read_text()

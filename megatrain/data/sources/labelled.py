@@ -1,6 +1,7 @@
 """Examples for classification: a row as a text with its label, or its labels."""
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,9 @@ from megatrain.data.labels import Label
 from megatrain.data.sources.chat import Conversation
 from megatrain.data.sources.examples import Example, RowExamples, UnusableRowError
 from megatrain.data.sources.rows import RowText
+
+WHOLE = re.compile(r"-?\d+\.0+")
+"""A whole number as a table of text may have it."""
 
 
 class RowLabels(RowExamples):
@@ -66,6 +70,8 @@ def _name(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
-    if isinstance(value, str) and value.strip():
-        return value.strip()
+    if isinstance(value, str) and (name := value.strip()):
+        if name in ("True", "False"):  # as a table of text has what JSON calls true
+            return name.lower()
+        return name.partition(".")[0] if WHOLE.fullmatch(name) else name
     raise UnusableRowError("no label" if value in (None, "") or value != value else "a label that is no name")

@@ -69,4 +69,6 @@ class RowPairs(RowExamples):
         alike = 0  # a prompt without a field of its own: what both conversations begin with
         while alike < min(map(len, both)) and both[0][alike] == both[1][alike]:
             alike += 1
+        if not alike:
+            raise UnusableRowError("conversations that do not begin alike")
         return [self._rendered(each, row, where, first=max(alike, len(asked)))[-1] for each in both]
