@@ -81,10 +81,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     # examples, of which the answers alone have a loss, in packed samples
     *[("chat", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"dp_shard": 2, "cp": 2})],
     # documents with a label, and with several, whose head's rows the axes do not divide
-    *[("classes", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2}, {"pp": 2, "tp": 2})],
-    *[("labels", layout) for layout in ({"dp_shard": 2, "zero_stage": 1}, {"tp": 4}, {"pp": 2})],
+    *[("classes", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"pp": 2, "tp": 2})],
+    *[("labels", layout) for layout in ({"tp": 4}, {"pp": 2})],
     # pairs of answers, whose log-probabilities under the first weights are computed in the layout, too
-    *[("pairs", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2}, {"pp": 2, "dp_shard": 2})],
+    *[("pairs", layout) for layout in ({"cp": 2, "tp": 2}, {"pp": 2, "dp_shard": 2})],
     # answers that are sampled in the layout, and two updates on those of each step
     *[("answers", layout) for layout in ({"dp_shard": 2, "tp": 2}, {"pp": 2, "cp": 2})],
     # a teacher that computes beside the model
@@ -104,6 +104,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("untied", {"dp_replicate": 2, "dp_shard": 2, "pp": 2, "zero_stage": 2}),
 ]
 MORE_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("classes", {"tp": 2}),
+    ("labels", {"dp_shard": 2, "zero_stage": 1}),
+    *[("pairs", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"tp": 2})],
     *[("labels", layout) for layout in ({"dp_shard": 2, "cp": 2}, {"pp": 2, "tp": 2, "pp_schedule": "zbv"})],
     ("untied", {"dp_replicate": 2, "tp": 2}),
     ("gpt2", {"dp_replicate": 2, "pp": 2}),

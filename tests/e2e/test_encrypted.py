@@ -125,6 +125,7 @@ def test_an_encrypted_export_is_decrypted_to_the_plain_one(
     assert not (place / "exchanged").exists()
 
 
+@pytest.mark.slow
 def test_other_layouts_go_on_from_it(workplace: Workplace) -> None:
     """Saved by two processes with ZeRO 3, resumed with tensor parallelism: as the plain run of one process."""
     key = {"MEGATRAIN_KEY": SECRET}

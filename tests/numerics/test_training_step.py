@@ -127,6 +127,7 @@ def test_recomputation_changes_nothing(recompute: str) -> None:
     assert ours(changed)[0] == ours(CFG)[0]
 
 
+@pytest.mark.slow  # compiling takes a minute
 @pytest.mark.filterwarnings("ignore")  # of the tracer, about its own internals
 def test_compiled_blocks_train_alike() -> None:
     changed = replace(CFG, parallel=ParallelConfig(compile=True))
