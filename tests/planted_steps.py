@@ -18,8 +18,8 @@ from megatrain.train.state import TrainState
 real, compare = step.accumulate_gradients, failures.compare_replicas
 
 
-def planted(state: TrainState, batch: Any, cfg: Config) -> Any:
-    loss = real(state, batch, cfg)
+def planted(state: TrainState, batch: Any, cfg: Config, **options: Any) -> Any:
+    loss = real(state, batch, cfg, **options)
     if os.environ.get("RANK", "0") == os.environ.get("PLANT_RANK", "0"):
         if str(batch.step) in os.environ.get("PLANT_NAN", "").split(","):
             gradient: Any = next(iter(state.weights.parameters.values())).grad

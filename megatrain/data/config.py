@@ -44,10 +44,14 @@ class ImagesConfig:
     """Height of an image in pixels, as the model takes it."""
     width: Size = 8
     """Width of an image in pixels."""
-    channels: Literal[1, 3] = 1
+    channels: Annotated[int, Range(at_least=1, at_most=3)] = 1
     """Bytes of a pixel: 1 for grey, 3 for red, green and blue."""
     resize: bool = True
     """Scale images of another size; false: leave them out, counted and named."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.channels == 2:
+            yield Problem("channels", self.channels, "must be 1 or 3", (1, 3))
 
 
 @config

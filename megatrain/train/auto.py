@@ -6,9 +6,9 @@ from typing import Any
 from megatrain.config.errors import UserError
 from megatrain.data.config import DataConfig
 from megatrain.engines.config import legal_precisions
+from megatrain.nn.config import ClassifierConfig
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
-from megatrain.train.labels import known_labels
 from megatrain.train.micro_batch import largest_fitting, micro_batch_choices, state_bytes
 
 GIB = 2**30
@@ -25,7 +25,7 @@ def resolve_auto(cfg: Config, *, memory: int, before: Config | None = None) -> C
     steps = cfg.schedule.resolved_warmup(cfg.train.steps)
     if before is not None:
         model: Any = dataclasses.replace(
-            cfg.model, classifier=known_labels(cfg.model.classifier, before.model.classifier)
+            cfg.model, classifier=_known_labels(cfg.model.classifier, before.model.classifier)
         )
         cfg = dataclasses.replace(cfg, model=model)
     resolved = dataclasses.replace(
@@ -85,3 +85,18 @@ def _micro_batch(cfg: Config, memory: int, before: Config | None) -> int:
         if before.micro_batch_size in choices and before.micro_batch_size <= largest
         else largest
     )
+
+
+def _known_labels(
+    classifier: ClassifierConfig | None, before: ClassifierConfig | None
+) -> ClassifierConfig | None:
+    """Return `classifier` with what the run `before` it has found in place of auto and balanced."""
+    if classifier is None or before is None:
+        return classifier
+    automatic = {"labels": "auto", "multi_label": "auto", "class_weights": "balanced"}
+    known = {
+        name: getattr(before, name)
+        for name, value in automatic.items()
+        if getattr(classifier, name) == value and getattr(before, name) is not None
+    }
+    return dataclasses.replace(classifier, **known)

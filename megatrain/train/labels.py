@@ -8,7 +8,6 @@ import numpy as np
 from megatrain.config.errors import UserError
 from megatrain.data.prepare import Prepared
 from megatrain.data.store import TokenStore
-from megatrain.nn.config import ClassifierConfig
 from megatrain.train.config import Config
 
 
@@ -49,21 +48,6 @@ def settle_labels(cfg: Config, data: Prepared) -> tuple[Config, Prepared]:
     model: Any = dataclasses.replace(cfg.model, classifier=settled)
     val = _in_order(data.val, names) if isinstance(data.val, TokenStore) else data.val
     return dataclasses.replace(cfg, model=model), dataclasses.replace(data, train=train, val=val)
-
-
-def known_labels(
-    classifier: ClassifierConfig | None, before: ClassifierConfig | None
-) -> ClassifierConfig | None:
-    """Return `classifier` with what the run `before` it has found in place of auto and balanced."""
-    if classifier is None or before is None:
-        return classifier
-    automatic = {"labels": "auto", "multi_label": "auto", "class_weights": "balanced"}
-    known = {
-        name: getattr(before, name)
-        for name, value in automatic.items()
-        if getattr(classifier, name) == value and getattr(before, name) is not None
-    }
-    return dataclasses.replace(classifier, **known)
 
 
 def _in_order(store: TokenStore, names: tuple[str, ...]) -> TokenStore:

@@ -16,7 +16,12 @@ def by_path() -> dict[str, Key]:
 
 def test_every_leaf_of_the_default_config_is_described() -> None:
     described = by_path()
-    assert set(flatten(Config())) - {"model.rope_scaling", "model.experts", "model.mla"} <= set(described)
+    assert set(flatten(Config())) - {
+        "model.rope_scaling",
+        "model.experts",
+        "model.mla",
+        "model.classifier",
+    } <= set(described)
     assert "optim.momentum" in described
     assert "model.rope_scaling.factor" in described
 

@@ -78,7 +78,7 @@ def leaf_hints() -> dict[str, Any]:
     return {path: hint_at(Config, path) for path in leaves}
 
 
-OPTIONAL_CONFIGS = ("model.rope_scaling", "model.experts", "model.mla")
+OPTIONAL_CONFIGS = ("model.rope_scaling", "model.experts", "model.mla", "model.classifier")
 
 
 @pytest.mark.parametrize("path", [path for path in leaf_hints() if path not in OPTIONAL_CONFIGS])
