@@ -58,8 +58,8 @@ def saves(folder: Path, failures_of_rank_1: int) -> tuple[list[tuple[str, int]],
     left = [failures_of_rank_1 if processes.rank == 1 else 0]
     write = store.write_tensors
 
-    def write_or_fail(directory: Path, tensors: dict[str, Tensor], group: object = None) -> object:
-        found = write(directory, tensors, group)
+    def write_or_fail(directory: Path, tensors: dict[str, Tensor], *options: object) -> object:
+        found = write(directory, tensors, *options)
         if left[0]:
             left[0] -= 1
             raise OSError(28, "No space left on device")
