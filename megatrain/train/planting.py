@@ -145,9 +145,9 @@ def _keep_old_shard(cfg: Config, mesh: Mesh) -> Iterator[None]:
     old: dict[str, Tensor] = {}
 
     def before_update(original: Any) -> Any:
-        def accumulate_gradients(state: TrainState, *args: Any) -> Tensor:
+        def accumulate_gradients(state: TrainState, *args: Any, **options: Any) -> Tensor:
             old.update({name: p.detach().clone() for name, p in state.weights.parameters.items()})
-            loss: Tensor = original(state, *args)
+            loss: Tensor = original(state, *args, **options)
             return loss
 
         return accumulate_gradients
@@ -170,8 +170,8 @@ def _keep_old_shard(cfg: Config, mesh: Mesh) -> Iterator[None]:
 
 def _keep_old_gather(cfg: Config, mesh: Mesh) -> AbstractContextManager[None]:
     def then_gather(original: Any) -> Any:
-        def accumulate_gradients(state: TrainState, *args: Any) -> Tensor:
-            loss: Tensor = original(state, *args)
+        def accumulate_gradients(state: TrainState, *args: Any, **options: Any) -> Tensor:
+            loss: Tensor = original(state, *args, **options)
             for model in state.parallel.models:
                 fsdp.unshard(model)  # before the update, and nothing frees it until it is used
             return loss

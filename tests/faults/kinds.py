@@ -179,8 +179,8 @@ def _plant_nan(step: int, victim: int, rank: int) -> None:
 
     real = module.accumulate_gradients
 
-    def planted(state: Any, batch: Any, cfg: Any) -> Any:
-        loss = real(state, batch, cfg)
+    def planted(state: Any, batch: Any, cfg: Any, **options: Any) -> Any:
+        loss = real(state, batch, cfg, **options)
         if rank == victim and batch.step == step:
             gradient = next(p.grad for p in state.weights.parameters.values() if p.grad is not None)
             getattr(gradient, "_local_tensor", gradient).view(-1)[:1] = float("nan")
