@@ -1,6 +1,6 @@
 """A compressed model as a Hugging Face directory; quantized weights are in the format of compressed-tensors.
 
-Transformers (with the package compressed-tensors) and vLLM read it, and so do the verbs of MegaTrain.
+Transformers reads it (with the package compressed-tensors), and so do the verbs of MegaTrain.
 """
 
 from collections.abc import Iterator, Mapping

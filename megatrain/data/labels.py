@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatrain.config.errors import UserError
+from megatrain.nn.config import MOST_LABELS
 
 Label = str | tuple[str, ...]
 """What a document is labelled with: one name, or any number of them."""
-MOST_BITS = 62
-"""Names of a data set whose documents have several: each is a bit of an int64 that is never negative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +51,9 @@ def label_set(labels: Iterable[Label]) -> LabelSet:
         )
     is_multi = kinds == {True}
     found = {name for label in given for name in (label if isinstance(label, tuple) else (label,))}
-    if is_multi and len(found) > MOST_BITS:
+    if is_multi and len(found) > MOST_LABELS:
         raise UserError(
-            f"The rows have {len(found)} different labels in their lists, and at most {MOST_BITS} can be told."
+            f"The rows have {len(found)} different labels in their lists, and at most {MOST_LABELS} can be told."
         )
     return LabelSet(tuple(sorted(found, key=_natural)), is_multi)
 

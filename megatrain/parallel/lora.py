@@ -87,7 +87,7 @@ def add_adapters(model: Decoder, plan: Plan, cfg: LoRAConfig, *, seed: int = 0) 
     if not cfg.rank:
         return
     model.requires_grad_(False)
-    if model.classifier is not None:  # nothing to adapt: the source has none
+    if model.classifier is not None:  # in full: the source may have none, or one for other labels
         model.classifier.requires_grad_(True)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear) and f"{name}.{DOWN}" in plan.weights:

@@ -10,6 +10,7 @@ import torch
 from megatrain.checkpoint.retention import step_name
 from megatrain.checkpoint.store import Checkpointer, VerifiedCheckpoint
 from megatrain.config.errors import UserError
+from megatrain.nn.contract import CLASSIFIER
 from megatrain.parallel.lora_config import LoRAConfig
 from megatrain.parallel.packed_base import pack_base
 from megatrain.train.adopt import WEIGHTS, adopted, describe_base, names_of, tensors_of
@@ -19,7 +20,7 @@ from megatrain.train.distill import Distill
 from megatrain.train.files import read_config, run_directory
 from megatrain.train.grpo import GRPO
 from megatrain.train.import_hf import import_once
-from megatrain.train.imported import Progress
+from megatrain.train.imported import Progress, has_labels
 from megatrain.train.objective_config import GRPOConfig
 from megatrain.train.state import TrainState
 
@@ -125,6 +126,10 @@ def load_base(cfg: Config, checkpointer: Checkpointer, state: TrainState) -> Ver
     """
     other, step = adopted(cfg, checkpointer)
     frozen = state.frozen()
+    own = state.parallel.models[-1].cfg.classifier
+    if own is not None and other.processes.from_first(lambda: has_labels(other, own)):
+        # Trained beside adapters, from what the source has of it; a run that goes on has its own.
+        frozen |= {key: t for key, t in state.tensors().items() if key == f"{WEIGHTS}{CLASSIFIER}.weight"}
     found = other.load(frozen, only=names_of(frozen, state.parallel.plan, other.processes), step=step)
     assert found is not None
     state.sync_model_weights()

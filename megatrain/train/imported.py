@@ -211,7 +211,7 @@ def take_up_weights(
     keeps_head = True
     if state.parallel.plan.has_classifier:
         own = state.parallel.models[-1].cfg.classifier
-        keeps_head = checkpointer.processes.from_first(lambda: _has_labels(checkpointer, own))
+        keeps_head = checkpointer.processes.from_first(lambda: has_labels(checkpointer, own))
     if not keeps_head:
         tensors.pop(f"{WEIGHTS}{CLASSIFIER}.weight", None)  # stays as it was initialized
         prefixes = names_of(tensors, state.parallel.plan, checkpointer.processes)
@@ -229,7 +229,7 @@ def take_up_weights(
     return found
 
 
-def _has_labels(checkpointer: Checkpointer, own: ClassifierConfig | None) -> bool:
+def has_labels(checkpointer: Checkpointer, own: ClassifierConfig | None) -> bool:
     """Return whether the run of the checkpoints classifies with the labels of `own`, in their order."""
     theirs = read_config(checkpointer.directory.parent).model.classifier
     if theirs is None or own is None:

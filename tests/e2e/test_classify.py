@@ -14,6 +14,7 @@ from served import Served
 from transformers import AutoModelForSequenceClassification
 
 from megatrain.cli.main import main
+from megatrain.data.tokenizer import train_bpe
 from megatrain.runtime.processes import Processes
 from megatrain.train.files import read_config
 from megatrain.train.inference import load_trained
@@ -115,6 +116,12 @@ def test_transformers_computes_the_same(folder: Path) -> None:
     with torch.no_grad():
         ours = trained.parallel.models[0](ids)[0, -1]
         torch.testing.assert_close(ours, theirs(ids).logits[0], rtol=1e-5, atol=1e-5)
+    train_bpe(iter(["the film"]), vocab_size=257).save_pretrained(Path("theirs"))
+    again = ["data.path=reviews.jsonl", "run.name=again", "train.steps=1", "train.eval_every=0"]
+    assert main(["finetune", "theirs", *TUNE, *again]) == 0
+    classifier = read_config(Path("runs/again")).model.classifier
+    assert classifier is not None
+    assert classifier.labels == ("negative", "neutral", "positive")
 
 
 def test_a_classifier_is_served(folder: Path) -> None:
@@ -199,6 +206,9 @@ def test_a_head_is_kept_for_the_same_labels_alone(folder: Path, capsys: pytest.C
     further = [*words, "train.steps=1", "optim.lr=1e-9"]
     assert main(["finetune", "runs/source", *TUNE, *further, "run.name=further"]) == 0
     assert rows_of("further")[0]["eval/loss"] == pytest.approx(rows_of("source")[-1]["eval/loss"], rel=1e-5)
+    adapters = [*further, "run.name=adapted", "lora.rank=2"]
+    assert main(["finetune", "runs/source", *TUNE, *adapters]) == 0
+    assert rows_of("adapted")[0]["eval/loss"] == pytest.approx(rows_of("source")[-1]["eval/loss"], rel=1e-5)
     other = "model.classifier.labels=[positive,neutral,negative]"
     assert main(["finetune", "runs/source", *TUNE, *further, other, "run.name=other"]) == 0
     assert rows_of("other")[0]["eval/loss"] > 0.5  # a random head
