@@ -26,6 +26,8 @@ INK = """canvas => {
 }"""
 """How many pixels of a chart have a colour, as its lines do and its grid and labels do not."""
 
+FITS = "width => innerWidth === width && document.documentElement.scrollWidth <= width"
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -94,7 +96,7 @@ def test_every_page_is_drawn_at_every_width_in_both_schemes(
         for width, scheme in ((1280, "light"), (390, "light"), (390, "dark"), (1280, "dark")):
             page.set_viewport_size({"width": width, "height": 900})
             page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.wait_for_function(FITS, arg=width, timeout=10_000)  # charts follow the width a frame later
             drawn = page.locator(".chart canvas").evaluate_all(f"all => all.map({INK})")
             assert min(drawn) > 0
             back = page.evaluate("getComputedStyle(document.body).backgroundColor")

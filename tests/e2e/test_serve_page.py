@@ -98,6 +98,7 @@ def test_a_wrong_setting_is_said(opened: Page) -> None:
 def test_it_is_readable_at_every_width_in_both_schemes(opened: Page, width: int, scheme: str) -> None:
     opened.set_viewport_size({"width": width, "height": 800})
     opened.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    opened.wait_for_function("width => innerWidth === width", arg=width, timeout=10_000)
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     for element in opened.locator("button, input, select, textarea").all():
         box = element.bounding_box()
