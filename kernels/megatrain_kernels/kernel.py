@@ -6,7 +6,7 @@ Each operation has one `Kernel` in its folder's `op.py`. `KERNELS` lists them al
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -80,6 +80,10 @@ def _never(*_: Any) -> bool:
     return False
 
 
+def _plain(*_: Any) -> str:
+    return "triton"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """An operation, its implementations, and which calls its Triton kernels support."""
@@ -90,7 +94,7 @@ class Kernel:
     """The definition in plain PyTorch, which `backend="reference"` runs."""
     suite: Suite
     backends: tuple[str, ...] = ("reference", "torch", "triton")
-    """Names that `backend` may have beside "auto"."""
+    """Names that `backend` may have beside "auto". Each that begins with "triton" is a module of the operation."""
     unsupported: Callable[..., str | None] = _supported
     """`unsupported(*call)`: what Triton would need but this call does not have; None: Triton supports the call."""
     runs_on: Callable[[Tensor], bool] = triton_runs_on
@@ -99,6 +103,10 @@ class Kernel:
     """`runs_on` in words."""
     torch_is_faster: Callable[..., bool] = _never
     """`torch_is_faster(*call)`: whether "auto" takes PyTorch's path although Triton supports the call."""
+    variant: Callable[..., str] = _plain
+    """`variant(*call)`: which of the Triton backends "auto" takes."""
+    variant_needs: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
+    """By Triton backend: as `unsupported`, what it needs beyond that."""
 
     @property
     def name(self) -> str:
@@ -142,8 +150,8 @@ def select(kernel: Kernel, backend: str, *call: Any) -> str:
         call: what `kernel.unsupported` and `kernel.torch_is_faster` judge by, a tensor first.
 
     Returns:
-        "reference", "torch", "triton", or "triton_or_torch": "auto" chose Triton, and PyTorch takes over if its kernels
-        do not compile.
+        "reference", "torch", "triton" or another Triton backend, or its name and "_or_torch": "auto" chose it, and
+        PyTorch takes over if its kernels do not compile.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -152,17 +160,17 @@ def select(kernel: Kernel, backend: str, *call: Any) -> str:
     backend = _preferred if backend == "auto" else backend
     if backend == "auto":
         fits = kernel.runs_on(call[0]) and kernel.unsupported(*call) is None
-        return "triton_or_torch" if fits and not kernel.torch_is_faster(*call) else "torch"
+        return f"{kernel.variant(*call)}_or_torch" if fits and not kernel.torch_is_faster(*call) else "torch"
     if backend not in kernel.backends:
         names = ", ".join(("auto", *kernel.backends[:-1]))
         raise ValueError(f"backend={backend!r}: must be {names} or {kernel.backends[-1]} for {kernel.name}")
-    if backend == "triton":
+    if backend.startswith("triton"):
         x: Tensor = call[0]
         if not (kernel.runs_on(x) or (x.device.type == "cpu" and interpreting())):
-            raise UnsupportedError(f"backend='triton' needs {kernel.device_needed}; got {x.device}")
-        reason = kernel.unsupported(*call)
+            raise UnsupportedError(f"backend={backend!r} needs {kernel.device_needed}; got {x.device}")
+        reason = kernel.unsupported(*call) or kernel.variant_needs.get(backend, _supported)(*call)
         if reason is not None:
-            raise UnsupportedError(f"backend='triton' needs {reason}")
+            raise UnsupportedError(f"backend={backend!r} needs {reason}")
     return backend
 
 
@@ -187,22 +195,23 @@ _failed: set[tuple[Any, ...]] = set()
 def run_triton(
     kernel: Kernel, path: str, launch: str, *args: Any, kind: tuple[Any, ...] = (), **options: Any
 ) -> Any:
-    """Return `launch(*args, **options)` of the operation's `triton.py`, or None where PyTorch's path must do the work.
+    """Return `launch(*args, **options)` of the operation's module for `path`; None: PyTorch's path must do the work.
 
     Args:
-        path: as `select` returns it. On "triton", which the caller asked for, every error is raised; so is a lack of
-            memory on "triton_or_torch", where other errors put the call on PyTorch's path with a warning.
+        path: as `select` returns it. On a backend that the caller asked for every error is raised; where "auto" chose
+            it, only a lack of memory is, and other errors put the call on PyTorch's path with a warning.
         kind: what kernels are compiled for; calls of a kind that failed once are not tried again.
     """
-    if path not in ("triton", "triton_or_torch"):
+    if not path.startswith("triton"):
         return None
+    variant = path.removesuffix("_or_torch")
 
     def call() -> Any:
         # Imported by name and late: the module needs triton, which a CPU machine may lack.
-        module = import_module(f"{kernel.function.__module__.rpartition('.')[0]}.triton")
+        module = import_module(f"{kernel.function.__module__.rpartition('.')[0]}.{variant}")
         return getattr(module, launch)(*args, **options)
 
-    return attempt(kernel.name, "Triton", call, kind=(launch, *kind), strict=path == "triton")
+    return attempt(kernel.name, "Triton", call, kind=(variant, launch, *kind), strict=path == variant)
 
 
 def attempt(

@@ -54,15 +54,16 @@ from megatrain_kernels.norm import triton as norm
 from megatrain_kernels.rope import triton as rope
 
 FLOATS = {"eps", "slope", "cubic", "alpha", "beta", "sign", "scale", "factor", "inner"}
-FLOAT32 = {"mean", "inverse", "weight_parts", "bias_parts", "cos", "sin", "lse", "delta", "grad_lse"}
-INTEGERS = {"sizes": "*i64", "docs": "*i64", "doc_lows": "*i32", "doc_highs": "*i32", "lows": "*i32", "highs": "*i32"}
+FLOAT32 = {"mean", "inverse", "weight_parts", "bias_parts", "cos", "sin", "lse", "delta", "grad_lse", "sum_q"}
+RANGES = dict.fromkeys(("doc_lows", "doc_highs", "doc_mixed", "lows", "highs", "mixed"), "*i32")
+INTEGERS = {"sizes": "*i64", "docs": "*i64"} | RANGES
 POINTERS = INTEGERS | {name: "*fp32" for name in FLOAT32} | {name: "*bf16" for name in (
     "x", "residual", "weight", "bias", "out", "total", "grad", "grad_total", "grad_x", "gate", "up", "grad_gate",
     "grad_up", "q", "k", "v", "q_out", "k_out", "w", "a", "b", "grad_out", "grad_q", "grad_k", "grad_v")}
 FLAGS = {"CENTERED": True, "BIASED": True, "ADDED": True, "GELU": True, "Q_HEADS": 8, "K_HEADS": 2, "HALF": 32,
          "GROUPS": 8, "PRECISION": "tf32", "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK": 128, "DEPTH": 32,
-         "GROUP": 4, "CAUSAL": True, "WINDOWED": True, "DOCS": True, "CAPPED": True, "DIM": 48, "V_DIM": 64,
-         "BLOCK_D": 64, "BLOCK_V": 64, "TMA": False, "CHUNK": 512}
+         "GROUP": 4, "CAUSAL": True, "WINDOWED": True, "DOCS": True, "CAPPED": True, "FUSED": True, "DIM": 48,
+         "V_DIM": 64, "BLOCK_D": 64, "BLOCK_V": 64, "TMA": False, "CHUNK": 512}
 
 def build(kernel):
     constants = {name: value for name, value in FLAGS.items() if name in kernel.arg_names}

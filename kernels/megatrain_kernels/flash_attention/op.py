@@ -1,5 +1,6 @@
 """Attention with output and log-sum-exp, both differentiable: the public function and its PyTorch operators."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatrain_kernels.flash_attention.cases import SUITE
+from megatrain_kernels.flash_attention.choices import fastest
 from megatrain_kernels.flash_attention.reference import Rule, attention_reference
 from megatrain_kernels.flash_attention.torch import chunked_backward, chunked_forward, torch_attention
 from megatrain_kernels.kernel import (
@@ -73,7 +75,7 @@ def attention_backward_op(
     q_offset: int,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; the same bits every time."""
+    """Return the gradients of q, k and v; the same bits every time, unless the path is one of `choices.VARYING`."""
     rule = Rule(causal, scale, window, softcap, q_offset)
     args = (q, k, v, out, lse, grad_out, grad_lse, doc_ids, rule)
     made: tuple[Tensor, Tensor, Tensor] | None = run_triton(
@@ -147,7 +149,9 @@ def attention(
         softcap: c: scores become c·tanh(scores / c) (Gemma 2, arXiv 2408.00118).
         q_offset: position of the first query among the keys; with `doc_ids` inside these.
         return_lse: also return the log-sum-exp of the scores, `(batch, heads, q_seq)`, float32 at least.
-        backend: "auto" takes torch's fused attention where it needs no mask, and Triton on a GPU elsewhere.
+        backend: "auto" takes the fastest that was measured on a GPU of this kind (`choices.json`); where nothing was,
+            torch's fused attention if it needs no mask, and "triton" on a GPU elsewhere. "triton": the same bits every
+            time. "triton_fused": five products in the backward pass for seven, and last bits that vary.
 
     Returns:
         `(batch, q_seq, heads, v_dim)` in q's type, [log-sum-exp]. A query that sees no key: 0 and -inf.
@@ -228,8 +232,19 @@ def _unsupported(
 def _torch_is_faster(
     q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule, fusable: bool
 ) -> bool:
-    return fusable and doc_ids is None and not rule.masks(q.shape[1], k.shape[1])
+    if not fusable or doc_ids is not None or rule.masks(q.shape[1], k.shape[1]):
+        return False
+    return fastest(q, k, v, doc_ids, rule)[:1] in ([], ["torch"])
 
+
+def _variant(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule, fusable: bool) -> str:
+    """Return the fastest of the Triton backends that take the call."""
+    call = (q, k, v, doc_ids, rule, fusable)
+    ours = [name for name in fastest(q, k, v, doc_ids, rule) if name.startswith("triton")]
+    return next((name for name in ours if VARIANT_NEEDS.get(name, _unsupported)(*call) is None), "triton")
+
+
+VARIANT_NEEDS: dict[str, Callable[..., str | None]] = {}
 
 ATTENTION = register(
     Kernel(
@@ -237,6 +252,8 @@ ATTENTION = register(
         reference=attention_reference,
         suite=SUITE,
         unsupported=_unsupported,
+        backends=("reference", "torch", "triton", "triton_fused"),
         torch_is_faster=_torch_is_faster,
+        variant=_variant,
     )
 )

@@ -30,7 +30,9 @@ _refused: set[tuple[Any, ...]] = set()
 _Sizes = tuple[int, int, int, int]  # BLOCK_M (queries), BLOCK_N (keys), warps, stages of the load pipeline
 
 # By kernel and width of the head (a power of two), for 16-bit types. Few, since each is compiled and timed once for
-# each kind of call; the last of each line needs so little shared memory that it fits every GPU with tensor cores.
+# each kind of call; the last of each line needs so little shared memory that it fits every GPU with tensor cores. For
+# each kind of mask one of them at least spills no register where no mask is needed (see
+# tests/kernels/test_attention_builds.py).
 _SPACE: dict[str, dict[int, list[_Sizes]]] = {
     "forward": {
         64: [(128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
@@ -44,7 +46,12 @@ _SPACE: dict[str, dict[int, list[_Sizes]]] = {
     },
     "key": {
         64: [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
-        128: [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2)],
+        128: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)],
+        256: [(32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)],
+    },
+    "fused": {  # fewer than 64 queries would put the fifth product on the older tensor core instructions
+        64: [(64, 128, 8, 2), (64, 64, 4, 2)],
+        128: [(64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2)],
         256: [(32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)],
     },
 }
@@ -54,25 +61,36 @@ _KEY = ["GROUP", "CAUSAL", "WINDOWED", "DOCS", "CAPPED", "DIM", "V_DIM", "size_c
 INTERPRETED = {"BLOCK_M": 64, "BLOCK_N": 32, "TMA": False}
 
 
+KINDS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "fused": key_kernel}
+"""The kernels whose blocks are chosen."""
+
+
 def size_class(seq: int) -> int:
     """Return the class of a sequence length; lengths of one class share their tuning."""
     return sum(seq >= edge for edge in (1024, 8192))
 
 
-def configs(kind: str, width: int, itemsize: int, tma: bool) -> list[triton.Config]:
-    """Return the tuning space: `kind` is forward, query or key; `width` the wider head size, a power of two."""
+def configs(kind: str, width: int, itemsize: int, descriptors: bool) -> list[triton.Config]:
+    """Return the tuning space.
+
+    Args:
+        kind: a name in `KINDS`. width: the wider head size, a power of two.
+        descriptors: whether tiles are copied by tensor descriptors (TMA), which take no more registers than plain loads
+            in any build (`benchmarks/results/attention_builds.json`), so the others are not tried beside them.
+    """
     sizes = _FLOAT32 if itemsize == 4 else _SPACE[kind][max(64, width)]
     return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "TMA": each}, num_warps=warps, num_stages=stages)
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "TMA": descriptors}, num_warps=warps, num_stages=stages)
         for m, n, warps, stages in sizes
-        for each in ((False, True) if tma else (False,))
     ]
 
 
 @cache
-def tuned(kernel: Any, kind: str, width: int, itemsize: int, tma: bool) -> Any:
+def tuned(kind: str, width: int, itemsize: int, descriptors: bool) -> Any:
     """Return the kernel with autotuned blocks: timed at the first call of a kind, then kept in Triton's disk cache."""
-    return triton.autotune(configs(kind, width, itemsize, tma), key=_KEY, cache_results=True)(kernel)
+    space = configs(kind, width, itemsize, descriptors)
+    sums = ["sum_q"] if kind == "fused" else None  # timing must not add to what is added to
+    return triton.autotune(space, key=_KEY, reset_to_zero=sums, cache_results=True)(KINDS[kind])
 
 
 class _Call(NamedTuple):
@@ -120,17 +138,15 @@ class _Call(NamedTuple):
         }
 
     def doc_ranges(self, own: tuple[int, int], other: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Return document ids, and for each DOC_BLOCK of `own` (first, count) the range of `other` to visit."""
+        """Return document ids, and for each DOC_BLOCK of `own` (first, count) what `doc_range` reads of `other`."""
         if self.doc_ids is None:
             unused = self.q.new_empty(0, dtype=torch.int32)
-            return unused, unused, unused
+            return unused, unused, unused, unused
         docs, parts = self.doc_ids.contiguous(), triton.cdiv(own[1], DOC_BLOCK.value)
-        lows, highs = (
-            torch.empty(docs.shape[0], parts, dtype=torch.int32, device=docs.device) for _ in range(2)
-        )
+        ranges = tuple(torch.empty(3, docs.shape[0], parts, dtype=torch.int32, device=docs.device))
         grid = (docs.shape[0] * triton.cdiv(parts, DOC_GROUPS),)
-        doc_ranges_kernel[grid](docs, lows, highs, docs.shape[1], *own, *other, DOC_GROUPS, DOC_CHUNK)
-        return docs, lows, highs
+        doc_ranges_kernel[grid](docs, *ranges, docs.shape[1], *own, *other, DOC_GROUPS, DOC_CHUNK)
+        return docs, *ranges
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) -> _Call:
@@ -158,15 +174,17 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _launch(kernel: Any, kind: str, programs: Callable[[Any], int], call: _Call, *args: Any) -> None:
+def _launch(kind: str, programs: Callable[[Any], int], call: _Call, *args: Any) -> None:
     """Run `kernel` in `programs(blocks)` programs, with tensor descriptors where that works."""
     constants = call.constants()
+    if kind in ("key", "fused"):
+        constants["FUSED"] = kind == "fused"
 
     def grid(blocks: Any) -> tuple[int]:
         return (programs(blocks),)
 
     if interpreting():
-        kernel[grid](*args, **constants, **INTERPRETED)
+        KINDS[kind][grid](*args, **constants, **INTERPRETED)
         return
     width, itemsize = max(constants["BLOCK_D"], constants["BLOCK_V"]), call.q.itemsize
     signature = (kind, itemsize, *constants.values())
@@ -176,14 +194,14 @@ def _launch(kernel: Any, kind: str, programs: Callable[[Any], int], call: _Call,
         if wanted and _describable((call.q, call.k, call.v)):
             triton.set_allocator(_scratch)
             try:
-                tuned(kernel, kind, width, itemsize, True)[grid](*args, **constants)
+                tuned(kind, width, itemsize, True)[grid](*args, **constants)
                 return
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 _refused.add(signature)
                 warnings.warn(f"attention: no tensor descriptors here: {error}", stacklevel=2)
-        tuned(kernel, kind, width, itemsize, False)[grid](*args, **constants)
+        tuned(kind, width, itemsize, False)[grid](*args, **constants)
 
 
 def attention_forward(
@@ -198,7 +216,6 @@ def attention_forward(
         docs = call.doc_ranges((rule.q_offset, q_seq), (0, k_seq))
         numbers = (heads, *call.numbers(), *call.factors(), size_class(max(q_seq, k_seq)))
         _launch(
-            forward_kernel,
             "forward",
             lambda blocks: triton.cdiv(q_seq, blocks["BLOCK_M"]) * batch * heads,
             call,
@@ -217,34 +234,57 @@ def attention_backward(
     grad_lse: Tensor,
     doc_ids: Tensor | None,
     rule: Rule,
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `torch.chunked_backward` returns."""
+    """Return what `torch.chunked_backward` returns; `fused`: in five products, whose last bits vary, for seven."""
     dtype, call = q.dtype, _call(q, k, v, doc_ids, rule)
-    q, k, v = call.q, call.k, call.v
-    (batch, q_seq, heads, _), (_, k_seq, kv_heads, _) = q.shape, k.shape
-    grad_out, lse = grad_out.to(q.dtype).contiguous(), lse.contiguous()
-    delta = _delta(out.to(q.dtype).contiguous(), grad_out, grad_lse.contiguous(), call)
-    grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    numbers = (*call.numbers(), rule.scale, *call.factors(), size_class(max(q_seq, k_seq)))
+    grad_out, lse = grad_out.to(call.q.dtype).contiguous(), lse.contiguous()
+    delta = _delta(out.to(call.q.dtype).contiguous(), grad_out, grad_lse.contiguous(), call)
+    known = (grad_out, lse, delta)
+    if fused:
+        sum_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        grad_k, grad_v = _key_gradients(call, known, sum_q)
+        grad_q = torch.empty(q.shape, dtype=dtype, device=q.device)
+        torch.mul(sum_q, rule.scale, out=grad_q)
+    else:
+        grad_q = _query_gradients(call, known)
+        grad_k, grad_v = _key_gradients(call, known, None)
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+
+
+def _query_gradients(call: _Call, known: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    (batch, q_seq, heads, _), k_seq, rule = call.q.shape, call.k.shape[1], call.rule
+    grad_q = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     if grad_q.numel():
         docs = call.doc_ranges((rule.q_offset, q_seq), (0, k_seq))
+        numbers = (heads, *call.numbers(), rule.scale, *call.factors(), size_class(max(q_seq, k_seq)))
         _launch(
-            query_kernel,
             "query",
             lambda blocks: triton.cdiv(q_seq, blocks["BLOCK_M"]) * batch * heads,
             call,
-            *(q, k, v, grad_out, lse, delta, grad_q, *docs, *call.strides(), heads, *numbers),
+            *(call.q, call.k, call.v, *known, grad_q, *docs, *call.strides(), *numbers),
         )
+    return grad_q
+
+
+def _key_gradients(
+    call: _Call, known: tuple[Tensor, Tensor, Tensor], sum_q: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of keys and values, and add those of queries / scale to `sum_q`, if given."""
+    q_seq, (batch, k_seq, kv_heads, _), rule = call.q.shape[1], call.k.shape, call.rule
+    grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.k, call.v))
     if grad_k.numel():
         docs = call.doc_ranges((0, k_seq), (rule.q_offset, q_seq))
+        numbers = (kv_heads, *call.numbers(), rule.scale, *call.factors(), size_class(max(q_seq, k_seq)))
+        sums = grad_k if sum_q is None else sum_q  # read by no one if not fused
         _launch(
-            key_kernel,
-            "key",
+            "key" if sum_q is None else "fused",
             lambda blocks: triton.cdiv(k_seq, blocks["BLOCK_N"]) * batch * kv_heads,
             call,
-            *(q, k, v, grad_out, lse, delta, grad_k, grad_v, *docs, *call.strides(), kv_heads, *numbers),
+            *(call.q, call.k, call.v, *known, grad_k, grad_v, sums, *docs, *call.strides(), *numbers),
         )
-    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+    return grad_k, grad_v
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor, call: _Call) -> Tensor:

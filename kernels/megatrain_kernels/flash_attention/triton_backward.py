@@ -1,22 +1,27 @@
 """Triton kernels of attention's backward pass (FlashAttention-2, arXiv 2307.08691, algorithm 2).
 
-Each gradient element is summed by one program in one order: no atomics, the same bits every time. So the gradients of
-queries and those of keys have a kernel each, and scores are computed twice.
+In seven products: the gradients of queries and those of keys have a kernel each, and scores are computed twice. Each
+element is summed by one program in one order: no atomics, the same bits every time.
+
+In five products (FUSED): the kernel of keys adds what its block contributes to the gradients of queries to a float32
+tensor in memory, in no fixed order, so the last bits differ from call to call.
 """
 
 import triton
 import triton.language as tl
 
 from megatrain_kernels.flash_attention.triton_tiles import (
-    DOC_BLOCK,
     PRECISION,
+    add_rows,
     doc_range,
     key_blocks,
     load_rows,
     query_blocks,
     raw_scores,
+    settled,
     source,
     store_rows,
+    target,
     visible,
 )
 from megatrain_kernels.jit_types import Number, Pointer, Tile, constexpr
@@ -86,13 +91,15 @@ def _push_queries(
             rows = m0 + tl.arange(0, BLOCK_M)
             seen = visible(rows[:, None], columns[None, :], k_seq, q_offset, window, CAUSAL, WINDOWED)
             raw = tl.where(seen, raw, float("-inf"))
-        if DOCS:
+        if DOCS and MASKED:
             k_docs = tl.load(docs + columns, mask=columns < k_seq, other=0)
             raw = tl.where(q_docs[:, None] == k_docs[None, :], raw, float("-inf"))
         p = tl.exp2(raw * factor - lse[:, None])
         grad_p = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         grad_s = p * (grad_p - delta[:, None]) * slope
-        grad_q = tl.dot(grad_s.to(keys.dtype), keys, grad_q, input_precision=PRECISION)
+        grad_q = settled(
+            tl.dot(grad_s.to(keys.dtype), keys, grad_q, input_precision=PRECISION), DOCS and MASKED
+        )
     return grad_q
 
 
@@ -108,11 +115,11 @@ def query_kernel(
     docs: Pointer,  # (batch, k_seq), if DOCS
     doc_lows: Pointer,  # (batch, blocks of DOC_BLOCK queries)
     doc_highs: Pointer,  # as doc_lows
+    doc_mixed: Pointer,  # as doc_lows
     q_row: Number, q_step: Number, q_head: Number,  # strides of batch, sequence and head; that of columns is 1
     k_row: Number, k_step: Number, k_head: Number, v_row: Number, v_step: Number, v_head: Number,
     heads: Number, q_seq: Number, k_seq: Number, q_offset: Number, window: Number, scale: Number, factor: Number,
-    inner: Number,
-    size_class: Number,  # tells autotuning long sequences from short ones
+    inner: Number, size_class: Number,  # the latter tells autotuning long sequences from short ones
     GROUP: constexpr,  # query heads that share a key head
     CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, CAPPED: constexpr,
     DIM: constexpr, V_DIM: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr,
@@ -129,14 +136,13 @@ def query_kernel(
     k += batch * k_row + head // GROUP * k_head
     v += batch * v_row + head // GROUP * v_head
     rows = m0 + tl.arange(0, BLOCK_M)
-    low, high, q_docs = 0, k_seq, rows
+    low, high, mixed, q_docs = 0, k_seq, 0, rows
     if DOCS:
         docs += batch * k_seq
-        ranges = batch * tl.cdiv(q_seq, DOC_BLOCK)
-        low, high = doc_range(doc_lows + ranges, doc_highs + ranges, m0, q_seq, BLOCK_M)
+        low, high, mixed = doc_range(doc_lows, doc_highs, doc_mixed, batch, m0, q_seq, BLOCK_M)
         q_docs = tl.load(docs + q_offset + rows, mask=rows < q_seq, other=0)
     begin, inside, outside, end = key_blocks(
-        m0, low, high, k_seq, q_offset, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N)  # fmt: skip
+        m0, low, high, mixed, k_seq, q_offset, window, CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N)  # fmt: skip
     queries = load_rows(
         q + batch * q_row + head * q_head, m0, q_seq, q_step, BLOCK_M, DIM, BLOCK_D, True, False
     )
@@ -149,7 +155,7 @@ def query_kernel(
     v = source(v, k_seq, v_step, BLOCK_N, V_DIM, BLOCK_V, TMA)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for phase in tl.static_range(3):  # up to inside, up to outside, up to end
-        if WINDOWED or phase != 0:
+        if WINDOWED or DOCS or phase != 0:
             first = begin if phase == 0 else (inside if phase == 1 else outside)
             last = inside if phase == 0 else (outside if phase == 1 else end)
             acc = _push_queries(
@@ -171,13 +177,17 @@ def _push_keys(
     lse: Pointer,  # (q_seq,)
     delta: Pointer,  # (q_seq,)
     docs: Pointer,  # (k_seq,)
+    sum_q: Pointer,  # (q_seq, DIM), float32, if FUSED
     begin: Number, end: Number, n0: Number, q_seq: Number, k_seq: Number, q_step: Number, grad_step: Number,
-    q_offset: Number, window: Number, factor: Number, inner: Number,
-    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, CAPPED: constexpr, MASKED: constexpr,
+    sum_step: Number, q_offset: Number, window: Number, factor: Number, inner: Number,
+    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, CAPPED: constexpr, MASKED: constexpr, FUSED: constexpr,
     DIM: constexpr, V_DIM: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr,
     BLOCK_M: constexpr, BLOCK_N: constexpr, TMA: constexpr,
 ) -> tuple[Tile, Tile]:  # fmt: skip
-    """Add what queries begin to end contribute to grad_k / scale and grad_v; tiles of scores are `(keys, queries)`."""
+    """Add what queries begin to end contribute to grad_k / scale and grad_v, and if FUSED to sum_q.
+
+    Tiles of scores are `(keys, queries)`.
+    """
     for m0 in range(begin, end, BLOCK_M):
         queries = load_rows(q, m0, q_seq, q_step, BLOCK_M, DIM, BLOCK_D, MASKED, TMA)
         grad = load_rows(grad_out, m0, q_seq, grad_step, BLOCK_M, V_DIM, BLOCK_V, MASKED, TMA)
@@ -192,14 +202,17 @@ def _push_keys(
             columns = n0 + tl.arange(0, BLOCK_N)
             seen = visible(rows[None, :], columns[:, None], k_seq, q_offset, window, CAUSAL, WINDOWED)
             raw = tl.where(seen, raw, float("-inf"))
-        if DOCS:
+        if DOCS and MASKED:
             q_docs = tl.load(docs + q_offset + rows, mask=rows < q_seq, other=0)
             raw = tl.where(k_docs[:, None] == q_docs[None, :], raw, float("-inf"))
         p = tl.exp2(raw * factor - row_lse[None, :])
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
         grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        grad_s = p * (grad_p - row_delta[None, :]) * slope
-        grad_k = tl.dot(grad_s.to(queries.dtype), queries, grad_k, input_precision=PRECISION)
+        grad_s = (p * (grad_p - row_delta[None, :]) * slope).to(queries.dtype)
+        grad_k = settled(tl.dot(grad_s, queries, grad_k, input_precision=PRECISION), True)
+        if FUSED:
+            part = tl.dot(tl.trans(grad_s), k, input_precision=PRECISION)
+            add_rows(sum_q, part, m0, q_seq, sum_step, BLOCK_M, DIM, BLOCK_D, TMA)
     return grad_k, grad_v
 
 
@@ -213,16 +226,17 @@ def key_kernel(
     delta: Pointer,  # (batch, heads, q_seq)
     grad_k: Pointer,  # (batch, k_seq, kv_heads, DIM), dense
     grad_v: Pointer,  # (batch, k_seq, kv_heads, V_DIM), dense
+    sum_q: Pointer,  # (batch, q_seq, heads, DIM), float32, if FUSED: gradients of queries / scale are added
     docs: Pointer,  # (batch, k_seq), if DOCS
     doc_lows: Pointer,  # (batch, blocks of DOC_BLOCK keys)
     doc_highs: Pointer,  # as doc_lows
+    doc_mixed: Pointer,  # as doc_lows
     q_row: Number, q_step: Number, q_head: Number,  # strides of batch, sequence and head; that of columns is 1
     k_row: Number, k_step: Number, k_head: Number, v_row: Number, v_step: Number, v_head: Number,
     kv_heads: Number, q_seq: Number, k_seq: Number, q_offset: Number, window: Number, scale: Number, factor: Number,
-    inner: Number,
-    size_class: Number,  # tells autotuning long sequences from short ones
+    inner: Number, size_class: Number,  # the latter tells autotuning long sequences from short ones
     GROUP: constexpr,  # query heads that share a key head
-    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, CAPPED: constexpr,
+    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, CAPPED: constexpr, FUSED: constexpr,
     DIM: constexpr, V_DIM: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr,
     BLOCK_M: constexpr, BLOCK_N: constexpr, TMA: constexpr,
 ) -> None:  # fmt: skip
@@ -231,14 +245,13 @@ def key_kernel(
     which, n0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
     batch, kv_head = tl.cast(which // kv_heads, tl.int64), tl.cast(which % kv_heads, tl.int64)
     columns = n0 + tl.arange(0, BLOCK_N)
-    low, high, k_docs = 0, q_seq, columns
+    low, high, mixed, k_docs = 0, q_seq, 0, columns
     if DOCS:
         docs += batch * k_seq
-        ranges = batch * tl.cdiv(k_seq, DOC_BLOCK)
-        low, high = doc_range(doc_lows + ranges, doc_highs + ranges, n0, k_seq, BLOCK_N)
+        low, high, mixed = doc_range(doc_lows, doc_highs, doc_mixed, batch, n0, k_seq, BLOCK_N)
         k_docs = tl.load(docs + columns, mask=columns < k_seq, other=0)
     begin, inside, outside, end = query_blocks(
-        n0, low, high, q_seq, q_offset, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N)  # fmt: skip
+        n0, low, high, mixed, q_seq, q_offset, window, CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N)  # fmt: skip
     keys = load_rows(
         k + batch * k_row + kv_head * k_head, n0, k_seq, k_step, BLOCK_N, DIM, BLOCK_D, True, False
     )
@@ -253,14 +266,20 @@ def key_kernel(
         mine = source(q + batch * q_row + head * q_head, q_seq, q_step, BLOCK_M, DIM, BLOCK_D, TMA)
         grad = grad_out + (batch * q_seq * heads + head) * V_DIM
         grad = source(grad, q_seq, heads * V_DIM, BLOCK_M, V_DIM, BLOCK_V, TMA)
+        sums = sum_q
+        if FUSED:
+            sums = target(
+                sum_q + (batch * q_seq * heads + head) * DIM, q_seq, heads * DIM, BLOCK_M, DIM, BLOCK_D, TMA
+            )
         for phase in tl.static_range(3):
-            if CAUSAL or phase != 0:
+            if CAUSAL or DOCS or phase != 0:
                 first = begin if phase == 0 else (inside if phase == 1 else outside)
                 last = inside if phase == 0 else (outside if phase == 1 else end)
                 sum_k, sum_v = _push_keys(
-                    sum_k, sum_v, keys, values, k_docs, mine, grad, lse + at, delta + at, docs, first, last, n0,
-                    q_seq, k_seq, q_step, heads * V_DIM, q_offset, window, factor, inner, CAUSAL, WINDOWED, DOCS,
-                    CAPPED, phase != 1, DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TMA)  # fmt: skip
+                    sum_k, sum_v, keys, values, k_docs, mine, grad, lse + at, delta + at, docs, sums, first, last,
+                    n0, q_seq, k_seq, q_step, heads * V_DIM, heads * DIM, q_offset, window, factor, inner, CAUSAL,
+                    WINDOWED, DOCS, CAPPED, phase != 1, FUSED, DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+                    TMA)  # fmt: skip
     place = batch * k_seq * kv_heads + kv_head
     store_rows(grad_k + place * DIM, sum_k * scale, n0, k_seq, kv_heads * DIM, BLOCK_N, DIM, BLOCK_D)
     store_rows(grad_v + place * V_DIM, sum_v, n0, k_seq, kv_heads * V_DIM, BLOCK_N, V_DIM, BLOCK_V)

@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from megatrain_kernels.flash_attention.triton_tiles import (
-    DOC_BLOCK,
     PRECISION,
     doc_range,
     key_blocks,
     load_rows,
     raw_scores,
+    settled,
     source,
     store_rows,
     visible,
@@ -44,19 +44,19 @@ def _attend(
             rows = m0 + tl.arange(0, BLOCK_M)
             seen = visible(rows[:, None], columns[None, :], k_seq, q_offset, window, CAUSAL, WINDOWED)
             raw = tl.where(seen, raw, float("-inf"))
-        if DOCS:
+        if DOCS and MASKED:
             k_docs = tl.load(docs + columns, mask=columns < k_seq, other=0)
             raw = tl.where(q_docs[:, None] == k_docs[None, :], raw, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(raw, 1) * factor)
         pivot = m_new
-        if MASKED or DOCS:  # a row may have seen nothing yet: -inf - (-inf) would not be a number
+        if MASKED:  # a row may have seen nothing yet: -inf - (-inf) would not be a number
             pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(raw * factor - pivot[:, None])
         alpha = tl.exp2(m_i - pivot)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         values = load_rows(v, n0, k_seq, v_step, BLOCK_N, V_DIM, BLOCK_V, MASKED, TMA)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        acc = settled(tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION), DOCS and MASKED)
         m_i = m_new
     return acc, l_i, m_i
 
@@ -71,6 +71,7 @@ def forward_kernel(
     docs: Pointer,  # (batch, k_seq), if DOCS
     doc_lows: Pointer,  # (batch, blocks of DOC_BLOCK queries)
     doc_highs: Pointer,  # as doc_lows
+    doc_mixed: Pointer,  # as doc_lows
     q_row: Number, q_step: Number, q_head: Number,  # strides of batch, sequence and head; that of columns is 1
     k_row: Number, k_step: Number, k_head: Number, v_row: Number, v_step: Number, v_head: Number,
     heads: Number, q_seq: Number, k_seq: Number, q_offset: Number, window: Number, factor: Number, inner: Number,
@@ -91,14 +92,13 @@ def forward_kernel(
     k += batch * k_row + head // GROUP * k_head
     v += batch * v_row + head // GROUP * v_head
     rows = m0 + tl.arange(0, BLOCK_M)
-    low, high, q_docs = 0, k_seq, rows
+    low, high, mixed, q_docs = 0, k_seq, 0, rows
     if DOCS:
         docs += batch * k_seq
-        ranges = batch * tl.cdiv(q_seq, DOC_BLOCK)
-        low, high = doc_range(doc_lows + ranges, doc_highs + ranges, m0, q_seq, BLOCK_M)
+        low, high, mixed = doc_range(doc_lows, doc_highs, doc_mixed, batch, m0, q_seq, BLOCK_M)
         q_docs = tl.load(docs + q_offset + rows, mask=rows < q_seq, other=0)
     begin, inside, outside, end = key_blocks(
-        m0, low, high, k_seq, q_offset, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N)  # fmt: skip
+        m0, low, high, mixed, k_seq, q_offset, window, CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N)  # fmt: skip
     queries = load_rows(
         q + batch * q_row + head * q_head, m0, q_seq, q_step, BLOCK_M, DIM, BLOCK_D, True, False
     )
@@ -108,7 +108,7 @@ def forward_kernel(
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for phase in tl.static_range(3):  # up to inside, up to outside, up to end
-        if WINDOWED or phase != 0:
+        if WINDOWED or DOCS or phase != 0:
             first = begin if phase == 0 else (inside if phase == 1 else outside)
             last = inside if phase == 0 else (outside if phase == 1 else end)
             acc, l_i, m_i = _attend(

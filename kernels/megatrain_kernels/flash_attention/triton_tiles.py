@@ -8,12 +8,31 @@ import torch
 import triton
 import triton.language as tl
 
+from megatrain_kernels.backend import interpreting
 from megatrain_kernels.jit_types import Number, Pointer, Tile, constexpr
 
 # Tokens for which one range of visible partners is kept: divides every block size.
 DOC_BLOCK = tl.constexpr(16)
 # float32 products as three of tf32 each, on tensor cores: nearly exact, with a tenth of the spilled registers.
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+REDUCES = tl.constexpr(not interpreting())  # the interpreter has no additions by tensor descriptor
+# Before Triton 3.9 a loop that leaves its last product in flight is compiled so that every product waits for the one
+# before (ptxas' warning C7515). An instruction that reads the sum inside the loop makes Triton wait there instead.
+SETTLES = tl.constexpr(
+    not interpreting()
+    and torch.version.hip is None
+    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+)
+
+
+@triton.jit
+def settled(total: Tile, NEEDED: constexpr) -> Tile:
+    """Return `total`, float32, once the product that it comes from has ended, where that is NEEDED."""
+    if SETTLES and NEEDED:
+        total = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return total
 
 
 @triton.jit
@@ -72,6 +91,33 @@ def store_rows(
 
 
 @triton.jit
+def target(
+    base: Pointer,  # (limit, SIZE), float32
+    limit: Number, step: Number, COUNT: constexpr, SIZE: constexpr, WIDTH: constexpr, TMA: constexpr,
+) -> Pointer:  # fmt: skip
+    """Return what `add_rows` adds to, as `source` does."""
+    return source(base, limit, step, COUNT, SIZE, WIDTH, TMA and REDUCES)
+
+
+@triton.jit
+def add_rows(
+    base: Pointer,  # (limit, SIZE), as `target` returns it
+    tile: Tile,  # (COUNT, WIDTH), float32
+    first: Number, limit: Number,
+    step: Number,  # stride of rows
+    COUNT: constexpr, SIZE: constexpr, WIDTH: constexpr, TMA: constexpr,
+) -> None:  # fmt: skip
+    """Add a tile to memory from row `first` on, beside other programs; what lies beyond the matrix is dropped."""
+    if TMA and REDUCES:
+        base.atomic_add([first, 0], tile)
+    else:
+        rows, columns = tl.arange(0, COUNT), tl.arange(0, WIDTH)
+        at = base + tl.cast(first, tl.int64) * step + rows[:, None] * step + columns[None, :]
+        inside = (first + rows < limit)[:, None] & (columns < SIZE)[None, :]
+        tl.atomic_add(at, tile, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def raw_scores(
     a: Tile,  # (rows, BLOCK_D)
     b: Tile,  # (columns, BLOCK_D)
@@ -103,30 +149,44 @@ def visible(
 
 @triton.jit
 def doc_range(
-    lows: Pointer,  # (blocks of DOC_BLOCK tokens,)
+    lows: Pointer,  # (batch, blocks of DOC_BLOCK tokens)
     highs: Pointer,  # as lows
-    first: Number, count: Number, BLOCK: constexpr,
-) -> tuple[Number, Number]:  # fmt: skip
-    """Return the range of the partners that share a document with tokens `first` to `first + BLOCK`."""
+    mixed: Pointer,  # as lows
+    batch: Number, first: Number, count: Number, BLOCK: constexpr,
+) -> tuple[Number, Number, Number]:  # fmt: skip
+    """Return what tokens `first` to `first + BLOCK` may see of others by their documents: a range, and whether not all.
+
+    The range has every partner that shares a document with one of the tokens. Where the third is 0, each of the tokens
+    shares it with every partner in the range.
+    """
     at = first // DOC_BLOCK + tl.arange(0, BLOCK // DOC_BLOCK)
-    known = at < tl.cdiv(count, DOC_BLOCK)
+    blocks = tl.cdiv(count, DOC_BLOCK)
+    known = at < blocks
+    at += batch * blocks
     low = tl.min(tl.load(lows + at, mask=known, other=2147483647))
     high = tl.max(tl.load(highs + at, mask=known, other=0))
-    return low, high
+    # One document has one range.
+    several = (low != tl.max(tl.load(lows + at, mask=known, other=0))) | (
+        high != tl.min(tl.load(highs + at, mask=known, other=2147483647))
+    )
+    return low, high, tl.max(tl.load(mixed + at, mask=known, other=0)) + several.to(tl.int32)
 
 
 @triton.jit
 def key_blocks(
-    m0: Number, low: Number, high: Number, k_seq: Number, q_offset: Number, window: Number,
-    CAUSAL: constexpr, WINDOWED: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
+    m0: Number, low: Number, high: Number, mixed: Number, k_seq: Number, q_offset: Number, window: Number,
+    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
 ) -> tuple[Number, Number, Number, Number]:  # fmt: skip
     """Return which keys queries m0 to m0 + BLOCK_M visit: begin, inner, outer, end.
 
     Masks matter outside inner to outer.
 
-    `low` and `high` bound them already (documents). All but the end are multiples of BLOCK_N, or the end itself.
+    `low`, `high` and `mixed` are what `doc_range` returns: documents bound them already.
+    All but the end are multiples of BLOCK_N, or the end itself.
     """
     inner, outer = 0, k_seq
+    if DOCS:
+        inner, outer = tl.where(mixed != 0, high, low), tl.minimum(outer, high)
     if CAUSAL:
         high = tl.minimum(high, m0 + BLOCK_M + q_offset)
         outer = tl.minimum(outer, m0 + q_offset + 1)
@@ -142,11 +202,13 @@ def key_blocks(
 
 @triton.jit
 def query_blocks(
-    n0: Number, low: Number, high: Number, q_seq: Number, q_offset: Number, window: Number,
-    CAUSAL: constexpr, WINDOWED: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
+    n0: Number, low: Number, high: Number, mixed: Number, q_seq: Number, q_offset: Number, window: Number,
+    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
 ) -> tuple[Number, Number, Number, Number]:  # fmt: skip
     """Return which queries see keys n0 to n0 + BLOCK_N, as `key_blocks` does, in multiples of BLOCK_M."""
     inner, outer = 0, q_seq
+    if DOCS:
+        inner, outer = tl.where(mixed != 0, high, low), tl.minimum(outer, high)
     if CAUSAL:
         low = tl.maximum(low, n0 - q_offset)
         inner = tl.maximum(inner, n0 + BLOCK_N - 1 - q_offset)
@@ -165,12 +227,14 @@ def doc_ranges_kernel(
     docs: Pointer,  # (batch, row)
     lows: Pointer,  # (batch, blocks of DOC_BLOCK own tokens)
     highs: Pointer,  # as lows
+    mixed: Pointer,  # as lows
     row: Number, own_first: Number, own_count: Number, other_first: Number, other_count: Number,
     GROUPS: constexpr, CHUNK: constexpr,
 ) -> None:  # fmt: skip
     """Find for each DOC_BLOCK of own tokens the range of others whose id lies between its least and greatest id.
 
-    Own and other tokens are slices of a row. Correct for ids in any order; tight for packed rows.
+    And whether some id there differs from some id of the block (1) or all are one (0). Own and other tokens are slices
+    of a row. Correct for ids in any order; tight for packed rows.
     """
     per_row = tl.cdiv(own_count, DOC_BLOCK * GROUPS)
     batch, part = tl.program_id(0) // per_row, tl.program_id(0) % per_row
@@ -182,13 +246,17 @@ def doc_ranges_kernel(
     least, greatest = tl.min(ids, 1), tl.max(ids, 1)
     low = tl.full((GROUPS,), 2147483647, tl.int32)
     high = tl.full((GROUPS,), 0, tl.int32)
+    found = tl.full((GROUPS,), 0, tl.int32)
     for start in range(0, other_count, CHUNK):
         other = start + tl.arange(0, CHUNK)
         there = tl.load(base + other_first + tl.minimum(other, other_count - 1))[None, :]
         hit = (there >= least[:, None]) & (there <= greatest[:, None]) & (other < other_count)[None, :]
         low = tl.minimum(low, tl.min(tl.where(hit, other[None, :], 2147483647), 1))
         high = tl.maximum(high, tl.max(tl.where(hit, other[None, :] + 1, 0), 1))
+        found += tl.sum(hit.to(tl.int32), 1)
     groups = tl.cdiv(own_count, DOC_BLOCK)
     at = tl.cast(batch, tl.int64) * groups + group
     tl.store(lows + at, low, mask=group < groups)
     tl.store(highs + at, high, mask=group < groups)
+    differs = (least != greatest) | (found != high - low)
+    tl.store(mixed + at, differs.to(tl.int32), mask=group < groups)

@@ -14,6 +14,14 @@ from torch import Tensor
 from megatrain_kernels import attention
 from megatrain_kernels.flash_attention.reference import attention_reference
 
+DESCRIBED = (
+    "causal",
+    "groups of three",
+    "window",
+    "documents, full",
+    "head 192, values 128",
+    "prefill in parts",
+)
 HALF = ("causal", "window, later keys too", "documents and window", "soft-cap", "head 192, values 128")
 
 
@@ -21,6 +29,31 @@ HALF = ("causal", "window, later keys too", "documents and window", "soft-cap", 
 def test_case(problem: Problem) -> None:
     found = errors(problem, "triton")
     assert right(found), found
+
+
+@pytest.mark.parametrize("problem", CASES.values(), ids=CASES)
+def test_case_in_five_products(problem: Problem) -> None:
+    found = errors(problem, "triton_fused")
+    assert right(found), found
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_fused"])
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_tensor_descriptors(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = import_module("megatrain_kernels.flash_attention.triton")
+    monkeypatch.setitem(launcher.INTERPRETED, "TMA", True)
+    found = errors(CASES[name], backend)
+    assert right(found), found
+
+
+def test_a_descriptor_off_by_a_row_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = import_module("megatrain_kernels.flash_attention.triton")
+    monkeypatch.setitem(launcher.INTERPRETED, "TMA", True)
+    for file in ("triton_forward", "triton_backward"):
+        module = import_module(f"megatrain_kernels.flash_attention.{file}")
+        _a_row_further(module, monkeypatch)
+    found = errors(CASES["causal"], "triton")
+    assert not right(found), found
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,6 +184,11 @@ def test_hidden_queries_are_never_read(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def _a_row_further(module: Any, patch: pytest.MonkeyPatch) -> None:
+    found = module.load_rows
+    patch.setattr(module, "load_rows", lambda base, first, *rest: found(base, first + 1, *rest))
+
+
 def _one_further(module: Any, patch: pytest.MonkeyPatch) -> None:
     visible = module.visible
     patch.setattr(module, "visible", lambda r, c, k, offset, *rest: visible(r, c, k, offset + 1, *rest))
@@ -158,7 +196,12 @@ def _one_further(module: Any, patch: pytest.MonkeyPatch) -> None:
 
 def _shifted_documents(module: Any, patch: pytest.MonkeyPatch) -> None:
     found = module.doc_range
-    patch.setattr(module, "doc_range", lambda low, high, first, *rest: found(low, high, first + 16, *rest))
+    patch.setattr(module, "doc_range", lambda *at: found(*at[:4], at[4] + 16, *at[5:]))
+
+
+def _never_mixed(module: Any, patch: pytest.MonkeyPatch) -> None:
+    found = module.doc_range
+    patch.setattr(module, "doc_range", lambda *given: (*found(*given)[:2], 0))
 
 
 BREAKS = {
@@ -166,6 +209,8 @@ BREAKS = {
     "mask, backward": ("triton_backward", _one_further, "window"),
     "documents, forward": ("triton_forward", _shifted_documents, "documents"),
     "documents, backward": ("triton_backward", _shifted_documents, "documents"),
+    "documents taken for one, forward": ("triton_forward", _never_mixed, "documents, full"),
+    "documents taken for one, backward": ("triton_backward", _never_mixed, "documents, full"),
 }
 
 
