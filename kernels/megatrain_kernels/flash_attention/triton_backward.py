@@ -252,25 +252,18 @@ def key_kernel(
         k_docs = tl.load(docs + columns, mask=columns < k_seq, other=0)
     begin, inside, outside, end = query_blocks(
         n0, low, high, mixed, q_seq, q_offset, window, CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N)  # fmt: skip
-    keys = load_rows(
-        k + batch * k_row + kv_head * k_head, n0, k_seq, k_step, BLOCK_N, DIM, BLOCK_D, True, False
-    )
-    values = load_rows(
-        v + batch * v_row + kv_head * v_head, n0, k_seq, v_step, BLOCK_N, V_DIM, BLOCK_V, True, False
-    )
+    k, v = k + batch * k_row + kv_head * k_head, v + batch * v_row + kv_head * v_head
+    keys = load_rows(k, n0, k_seq, k_step, BLOCK_N, DIM, BLOCK_D, True, False)
+    values = load_rows(v, n0, k_seq, v_step, BLOCK_N, V_DIM, BLOCK_V, True, False)
     sum_k, sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     heads = kv_heads * GROUP
     for member in range(GROUP):
         head = kv_head * GROUP + member
         at = (batch * heads + head) * q_seq
         mine = source(q + batch * q_row + head * q_head, q_seq, q_step, BLOCK_M, DIM, BLOCK_D, TMA)
-        grad = grad_out + (batch * q_seq * heads + head) * V_DIM
-        grad = source(grad, q_seq, heads * V_DIM, BLOCK_M, V_DIM, BLOCK_V, TMA)
-        sums = sum_q
-        if FUSED:
-            sums = target(
-                sum_q + (batch * q_seq * heads + head) * DIM, q_seq, heads * DIM, BLOCK_M, DIM, BLOCK_D, TMA
-            )
+        row = batch * q_seq * heads + head
+        grad = source(grad_out + row * V_DIM, q_seq, heads * V_DIM, BLOCK_M, V_DIM, BLOCK_V, TMA)
+        sums = target(sum_q + row * DIM, q_seq, heads * DIM, BLOCK_M, DIM, BLOCK_D, FUSED and TMA)
         for phase in tl.static_range(3):
             if CAUSAL or DOCS or phase != 0:
                 first = begin if phase == 0 else (inside if phase == 1 else outside)
