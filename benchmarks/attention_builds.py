@@ -29,8 +29,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from megatrain_kernels.flash_attention import triton as launcher
+from megatrain_kernels.flash_attention import triton_hopper
+from megatrain_kernels.flash_attention.triton_hopper_backward import backward_kernel
+from megatrain_kernels.flash_attention.triton_hopper_forward import forward_kernel
 
 SHAPES = {
     "gpt2_124m": (12, 12, 64),
@@ -45,11 +50,16 @@ MASKS = {
     "window": {"CAUSAL": True, "WINDOWED": True},
     "documents": {"CAUSAL": True, "DOCS": True},
 }
+HOPPER = {"hopper_forward": forward_kernel, "hopper_backward": backward_kernel}
+ALL_KINDS = (*launcher.KINDS, *HOPPER)
 POINTERS = {
     "docs": "*i64",
     "doc_lows": "*i32",
     "doc_highs": "*i32",
     "doc_mixed": "*i32",
+    "lows": "*i32",
+    "highs": "*i32",
+    "mixed": "*i32",
     "lse": "*fp32",
     "delta": "*fp32",
     "sum_q": "*fp32",
@@ -99,37 +109,18 @@ def builds(shapes: Iterable[str], masks: Iterable[str], capability: int = 90) ->
             blocks = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
             how = config.num_warps, config.num_stages, config.kwargs["TMA"]
             found.append(Build(kind, shape, mask, *blocks, *how, capability))
+    if capability == 90:
+        keys, stages = triton_hopper.KEYS, triton_hopper.STAGES
+        for shape, mask in itertools.product(shapes, masks):
+            found.append(Build("hopper_forward", shape, mask, 128, keys, 4, stages, True))
+            found.append(Build("hopper_backward", shape, mask, triton_hopper.QUERIES, keys, 8, stages, True))
     return found
 
 
 def compiled(build: Build) -> Facts:
     """Compile one build and read what came out."""
-    heads, kv_heads, dim = SHAPES[build.shape]
-    constants = {
-        "GROUP": heads // kv_heads, "WINDOWED": False, "DOCS": False, "CAPPED": False, "FUSED": build.kind == "fused",
-        "DIM": dim, "V_DIM": dim,
-        "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_M": build.block_m, "BLOCK_N": build.block_n, "TMA": build.descriptors,
-        **MASKS[build.mask],
-    }  # fmt: skip
-    kernel = launcher.KINDS[build.kind]
-    types, aligned = {}, []
-    for name in kernel.arg_names:
-        pointer = POINTERS.get(name, "*bf16")
-        number = name.endswith(("_row", "_step", "_head", "seq", "heads", "_class", "offset", "window"))
-        types[name] = (
-            "constexpr" if name in constants else "fp32" if name in FLOATS else "i32" if number else pointer
-        )
-        if name.endswith(("_row", "_step", "_head")) or types[name].startswith("*"):
-            aligned.append(name)
-    place = {name: (at,) for at, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        kernel,
-        types,
-        {place[name]: value for name, value in constants.items() if name in place},
-        {place[name]: [["tt.divisibility", 16]] for name in aligned},
-    )
+    _, source, options = _hopper(build) if build.kind.startswith("hopper") else _plain(build)
     started = time.perf_counter()
-    options = {"num_warps": build.warps, "num_stages": build.stages}
     made = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
     seconds = time.perf_counter() - started
     ptx = made.asm["ptx"]
@@ -146,6 +137,66 @@ def compiled(build: Build) -> Facts:
         loop_spills=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop),
         seconds=seconds,
     )
+
+
+def _plain(build: Build) -> tuple[Any, ASTSource, dict[str, int]]:
+    """Return a Triton kernel, with the types of a call, and how it is compiled."""
+    kernel, (heads, kv_heads, dim) = launcher.KINDS[build.kind], SHAPES[build.shape]
+    constants = _flags(build) | {
+        "GROUP": heads // kv_heads, "CAPPED": False, "FUSED": build.kind == "fused", "DIM": dim, "V_DIM": dim,
+        "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_M": build.block_m, "BLOCK_N": build.block_n, "TMA": build.descriptors,
+    }  # fmt: skip
+    types = {name: _type(name) for name in kernel.arg_names}
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    return kernel, _source(ASTSource, kernel, types, constants), options
+
+
+def _hopper(build: Build) -> tuple[Any, ASTSource, dict[str, int]]:
+    """Return a Gluon kernel, with the types of a call, and how it is compiled."""
+    kernel = HOPPER[build.kind]
+    heads, kv_heads, dim = SHAPES[build.shape]
+    constants = _flags(build) | {
+        "GROUP": heads // kv_heads, "D": dim, "M": build.block_m, "N": build.block_n, "STAGES": build.stages
+    }  # fmt: skip
+    types = {name: _type(name) for name in kernel.arg_names}
+    rows = build.block_m // 2 if build.kind == "hopper_forward" else build.block_m
+    for name in kernel.arg_names:
+        if name.endswith("_desc"):
+            flat = name in ("lse_desc", "delta_desc")
+            block = [1, rows] if flat else [1, build.block_n if name[-6] in "kv" else rows, 1, dim]
+            wide = flat or name == "sum_desc"
+            layout = gl.NVMMASharedLayout(
+                swizzle_byte_width=0 if flat else 128, element_bitwidth=32 if wide else 16, rank=len(block)
+            )
+            types[name] = f"tensordesc<{'fp32' if wide else 'bf16'}{block},{layout!r}>"
+    options = {"num_warps": build.warps, "maxnreg": triton_hopper.REGISTERS}
+    return kernel, _source(GluonASTSource, kernel, types, constants), options
+
+
+def _flags(build: Build) -> dict[str, Any]:
+    return {"CAUSAL": True, "WINDOWED": False, "DOCS": False} | MASKS[build.mask]
+
+
+def _type(name: str) -> str:
+    number = name.endswith(
+        ("_row", "_step", "_head", "seq", "heads", "_class", "offset", "window", "batches")
+    )
+    return "fp32" if name in FLOATS else "i32" if number else POINTERS.get(name, "*bf16")
+
+
+def _source(made: Any, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+    """Return a kernel with a call's types; addresses and strides are multiples of 16, as they are in real calls."""
+    place = {name: (at,) for at, name in enumerate(kernel.arg_names)}
+    constants = {name: value for name, value in constants.items() if name in place}
+    types |= dict.fromkeys(constants, "constexpr")
+    aligned = [
+        name for name, kind in types.items() if kind[0] == "*" or name.endswith(("_row", "_step", "_head"))
+    ]
+    attributes = {place[name]: [["tt.divisibility", 16]] for name in aligned}
+    source: ASTSource = made(
+        kernel, types, {place[name]: value for name, value in constants.items()}, attributes
+    )
+    return source
 
 
 def _assembled(ptx: str, capability: int) -> str:
@@ -197,7 +248,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
     parser.add_argument("--capability", type=int, default=90, help="80, 90 or 100 (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=list(launcher.KINDS), default=list(launcher.KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=ALL_KINDS)
     parser.add_argument(
         "--first", action="store_true", help="only the first blocks that are tried of each kind"
     )

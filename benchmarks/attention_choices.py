@@ -17,7 +17,7 @@ from megatrain_kernels.flash_attention.reference import Rule
 TABLE = Path(__file__).parents[1] / "kernels/megatrain_kernels/flash_attention/choices.json"
 PATHS = {
     "torch cuDNN": "torch", "torch flash": "torch", "megatrain triton": "triton",
-    "megatrain triton_fused": "triton_fused",
+    "megatrain triton_fused": "triton_fused", "megatrain triton_hopper": "triton_hopper",
 }  # fmt: skip
 CAPABILITIES = {"A100": [8, 0], "H100": [9, 0], "H200": [9, 0], "B200": [10, 0]}
 

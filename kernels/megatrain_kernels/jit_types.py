@@ -8,5 +8,7 @@ Tile = tensor
 """A block of values in registers."""
 Number = tensor
 """One value: a size, a stride, an index or a factor."""
+Pack = tensor
+"""Several of these, as a tuple."""
 
-__all__ = ["Number", "Pointer", "Tile", "constexpr"]
+__all__ = ["Number", "Pack", "Pointer", "Tile", "constexpr"]

@@ -13,6 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
+SPILLS = dict.fromkeys((("hopper_backward", "llama3_8b"), ("hopper_backward", "heads_of_128")), 30)
+"""How many spilled registers a loop may load and store; none unless said. In these the masks, which few blocks need,
+take more than a thread has; without masks nothing is spilled."""
+PLAIN = ("--kinds", "forward", "query", "key", "fused")
+
 
 def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
     """Compile in a process of its own: in this one Triton may interpret."""
@@ -31,7 +36,8 @@ def check_hopper(rows: list[dict[str, Any]]) -> None:
     kinds = {(row["kind"], row["shape"], row["mask"]) for row in rows}
     for kind in kinds:
         same = [row for row in rows if (row["kind"], row["shape"], row["mask"]) == kind]
-        assert any(row["loop_spills"] == row["synchronous_products"] == 0 for row in same), same
+        most = SPILLS.get(kind[:2], 0)
+        assert any(row["loop_spills"] <= most and row["synchronous_products"] == 0 for row in same), same
     for row in rows:
         assert not row["serialized"], row
         assert row["products"], row
@@ -40,7 +46,12 @@ def check_hopper(rows: list[dict[str, Any]]) -> None:
 
 def test_the_first_blocks_on_hopper(tmp_path: Path) -> None:
     shapes, masks = ("--shapes", "gpt2_124m"), ("--masks", "causal", "documents")
-    check_hopper(compiled(tmp_path, "--first", *shapes, *masks))
+    check_hopper(compiled(tmp_path, "--first", *PLAIN, *shapes, *masks))
+
+
+def test_kernels_whose_warps_specialize(tmp_path: Path) -> None:
+    kinds = ("--kinds", "hopper_forward", "hopper_backward")
+    check_hopper(compiled(tmp_path, *kinds, "--shapes", "llama3_8b", "--masks", "causal"))
 
 
 def test_ampere_has_its_own_products(tmp_path: Path) -> None:

@@ -93,5 +93,5 @@ SUITE = Suite(
     make_inputs=make_inputs,
     cost=cost,
     gradients=(0, 1, 2),
-    timed_backends=("auto", "triton", "triton_fused"),
+    timed_backends=("auto", "triton", "triton_fused", "triton_hopper"),
 )

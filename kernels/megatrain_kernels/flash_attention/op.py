@@ -1,12 +1,12 @@
 """Attention with output and log-sum-exp, both differentiable: the public function and its PyTorch operators."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from megatrain_kernels.backend import cuda_capability
 from megatrain_kernels.flash_attention.cases import SUITE
 from megatrain_kernels.flash_attention.choices import fastest
 from megatrain_kernels.flash_attention.reference import Rule, attention_reference
@@ -151,7 +151,8 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, `(batch, heads, q_seq)`, float32 at least.
         backend: "auto" takes the fastest that was measured on a GPU of this kind (`choices.json`); where nothing was,
             torch's fused attention if it needs no mask, and "triton" on a GPU elsewhere. "triton": the same bits every
-            time. "triton_fused": five products in the backward pass for seven, and last bits that vary.
+            time. "triton_fused": five products in the backward pass for seven, and last bits that vary;
+            "triton_hopper": the same by warps that specialize, for heads of 64 and 128 on that kind of GPU.
 
     Returns:
         `(batch, q_seq, heads, v_dim)` in q's type, [log-sum-exp]. A query that sees no key: 0 and -inf.
@@ -240,11 +241,27 @@ def _torch_is_faster(
 def _variant(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule, fusable: bool) -> str:
     """Return the fastest of the Triton backends that take the call."""
     call = (q, k, v, doc_ids, rule, fusable)
-    ours = [name for name in fastest(q, k, v, doc_ids, rule) if name.startswith("triton")]
-    return next((name for name in ours if VARIANT_NEEDS.get(name, _unsupported)(*call) is None), "triton")
+    for name in fastest(q, k, v, doc_ids, rule):
+        if name.startswith("triton") and VARIANT_NEEDS.get(name, _unsupported)(*call) is None:
+            return name
+    return "triton"
 
 
-VARIANT_NEEDS: dict[str, Callable[..., str | None]] = {}
+def _hopper_needs(
+    q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule, fusable: bool
+) -> str | None:
+    if q.is_cuda and cuda_capability(q.device.index or 0)[0] != 9:
+        return f"a Hopper GPU; got {torch.cuda.get_device_name(q.device)}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 or bfloat16; got {q.dtype}"
+    if q.shape[-1] not in (64, 128) or v.shape[-1] != q.shape[-1]:
+        return f"heads of 64 or 128; got {q.shape[-1]} and {v.shape[-1]}"
+    if rule.softcap is not None:
+        return "no soft-cap"
+    return None if k.numel() else "keys; got none"
+
+
+VARIANT_NEEDS = {"triton_hopper": _hopper_needs}
 
 ATTENTION = register(
     Kernel(
@@ -252,8 +269,9 @@ ATTENTION = register(
         reference=attention_reference,
         suite=SUITE,
         unsupported=_unsupported,
-        backends=("reference", "torch", "triton", "triton_fused"),
+        backends=("reference", "torch", "triton", "triton_fused", "triton_hopper"),
         torch_is_faster=_torch_is_faster,
         variant=_variant,
+        variant_needs=VARIANT_NEEDS,
     )
 )

@@ -93,7 +93,7 @@ def tuned(kind: str, width: int, itemsize: int, descriptors: bool) -> Any:
     return triton.autotune(space, key=_KEY, reset_to_zero=sums, cache_results=True)(KINDS[kind])
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What all kernels of one call share."""
 
     q: Tensor
@@ -149,12 +149,12 @@ class _Call(NamedTuple):
         return docs, *ranges
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) -> _Call:
+def _call(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, rule: Rule) -> Call:
     """Make the last dimension contiguous. The interpreter's bfloat16 products are wrong, so there it is float32."""
     if interpreting() and q.dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    return _Call(q, k, v, doc_ids, rule)
+    return Call(q, k, v, doc_ids, rule)
 
 
 @cache
@@ -174,7 +174,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _launch(kind: str, programs: Callable[[Any], int], call: _Call, *args: Any) -> None:
+def _launch(kind: str, programs: Callable[[Any], int], call: Call, *args: Any) -> None:
     """Run `kernel` in `programs(blocks)` programs, with tensor descriptors where that works."""
     constants = call.constants()
     if kind in ("key", "fused"):
@@ -253,7 +253,7 @@ def attention_backward(
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
-def _query_gradients(call: _Call, known: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _query_gradients(call: Call, known: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     (batch, q_seq, heads, _), k_seq, rule = call.q.shape, call.k.shape[1], call.rule
     grad_q = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     if grad_q.numel():
@@ -269,7 +269,7 @@ def _query_gradients(call: _Call, known: tuple[Tensor, Tensor, Tensor]) -> Tenso
 
 
 def _key_gradients(
-    call: _Call, known: tuple[Tensor, Tensor, Tensor], sum_q: Tensor | None
+    call: Call, known: tuple[Tensor, Tensor, Tensor], sum_q: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of keys and values, and add those of queries / scale to `sum_q`, if given."""
     q_seq, (batch, k_seq, kv_heads, _), rule = call.q.shape[1], call.k.shape, call.rule
@@ -287,7 +287,7 @@ def _key_gradients(
     return grad_k, grad_v
 
 
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor, call: _Call) -> Tensor:
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor, call: Call) -> Tensor:
     delta = torch.empty_like(grad_lse)
     batch, q_seq, heads, v_dim = out.shape
     if delta.numel():

@@ -61,6 +61,31 @@ def _load_lse(
     return tl.where(value == float("-inf"), float("inf"), value * LOG2E)
 
 
+@triton.jit(do_not_specialize=["q_seq", "padded"])
+def prepare_kernel(
+    out: Pointer,  # (batch, q_seq, heads, V_DIM), dense
+    grad_out: Pointer,  # as out
+    lse: Pointer,  # (batch, heads, q_seq)
+    grad_lse: Pointer,  # as lse
+    base: Pointer,  # (batch, heads, padded), log-sum-exps in base 2
+    delta: Pointer,  # as base
+    heads: Number, q_seq: Number, padded: Number, V_DIM: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr,
+) -> None:  # fmt: skip
+    """Compute what `delta_kernel` does and `_load_lse` reads, in rows of a length that tensor descriptors take."""
+    blocks = tl.cdiv(padded, BLOCK_M)
+    which, m0 = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    batch, head = tl.cast(which // heads, tl.int64), tl.cast(which % heads, tl.int64)
+    at = batch * q_seq * heads * V_DIM + head * V_DIM
+    mine = load_rows(out + at, m0, q_seq, heads * V_DIM, BLOCK_M, V_DIM, BLOCK_V, True, False)
+    grad = load_rows(grad_out + at, m0, q_seq, heads * V_DIM, BLOCK_M, V_DIM, BLOCK_V, True, False)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    known = batch * heads + head
+    total = tl.sum(mine.to(tl.float32) * grad.to(tl.float32), 1)
+    total -= tl.load(grad_lse + known * q_seq + rows, mask=rows < q_seq, other=0.0)
+    tl.store(delta + known * padded + rows, total, mask=rows < padded)
+    tl.store(base + known * padded + rows, _load_lse(lse + known * q_seq, rows, q_seq), mask=rows < padded)
+
+
 @triton.jit
 def _push_queries(
     grad_q: Tile,  # (BLOCK_M, BLOCK_D)
