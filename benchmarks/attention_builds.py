@@ -34,6 +34,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from megatrain_kernels.flash_attention import triton as launcher
 from megatrain_kernels.flash_attention import triton_hopper
+from megatrain_kernels.flash_attention.triton_blocks import space
 from megatrain_kernels.flash_attention.triton_hopper_backward import backward_kernel
 from megatrain_kernels.flash_attention.triton_hopper_forward import forward_kernel
 
@@ -105,10 +106,8 @@ def builds(shapes: Iterable[str], masks: Iterable[str], capability: int = 90) ->
     """List the builds that a GPU of the capability would choose from."""
     found = []
     for kind, shape, mask in itertools.product(launcher.KINDS, shapes, masks):
-        for config in launcher.configs(kind, SHAPES[shape][2], 2, descriptors=capability >= 90):
-            blocks = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-            how = config.num_warps, config.num_stages, config.kwargs["TMA"]
-            found.append(Build(kind, shape, mask, *blocks, *how, capability))
+        for sizes in space(kind, SHAPES[shape][2], 2):
+            found.append(Build(kind, shape, mask, *sizes, capability >= 90, capability))
     if capability == 90:
         keys, stages = triton_hopper.KEYS, triton_hopper.STAGES
         for shape, mask in itertools.product(shapes, masks):

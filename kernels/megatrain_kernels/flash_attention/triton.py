@@ -1,6 +1,7 @@
-"""Triton's path of attention: the launches of its kernels, and the block sizes that they are tuned over.
+"""Triton's path of attention: the launches of its kernels.
 
-The kernels are in `triton_forward.py` and `triton_backward.py`, and what these share in `triton_tiles.py`.
+The kernels are in `triton_forward.py` and `triton_backward.py`, what these share in `triton_tiles.py`, and their block
+sizes in `triton_blocks.py`.
 """
 
 import math
@@ -13,9 +14,20 @@ import torch
 import triton
 from torch import Tensor
 
-from megatrain_kernels.backend import interpreting
+from megatrain_kernels.backend import cuda_capability, interpreting
+from megatrain_kernels.flash_attention.choices import mask_of
 from megatrain_kernels.flash_attention.reference import Rule
 from megatrain_kernels.flash_attention.triton_backward import delta_kernel, key_kernel, query_kernel
+from megatrain_kernels.flash_attention.triton_blocks import (
+    INTERPRETED,
+    Use,
+    chosen,
+    config,
+    remember,
+    size_class,
+    space,
+    tuning,
+)
 from megatrain_kernels.flash_attention.triton_forward import forward_kernel
 from megatrain_kernels.flash_attention.triton_tiles import DOC_BLOCK, doc_ranges_kernel
 
@@ -27,70 +39,17 @@ DOC_GROUPS, DOC_CHUNK = 8, 512
 _refused: set[tuple[Any, ...]] = set()
 """Kinds of calls whose kernel with tensor descriptors did not compile: they take plain loads from then on."""
 
-_Sizes = tuple[int, int, int, int]  # BLOCK_M (queries), BLOCK_N (keys), warps, stages of the load pipeline
-
-# By kernel and width of the head (a power of two), for 16-bit types. Few, since each is compiled and timed once for
-# each kind of call; the last of each line needs so little shared memory that it fits every GPU with tensor cores. For
-# each kind of mask one of them at least spills no register where no mask is needed (see
-# tests/kernels/test_attention_builds.py).
-_SPACE: dict[str, dict[int, list[_Sizes]]] = {
-    "forward": {
-        64: [(128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
-        128: [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
-        256: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
-    },
-    "query": {
-        64: [(128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)],
-        128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
-        256: [(64, 32, 8, 2), (32, 32, 4, 1)],
-    },
-    "key": {
-        64: [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
-        128: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)],
-        256: [(32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)],
-    },
-    "fused": {  # fewer than 64 queries would put the fifth product on the older tensor core instructions
-        64: [(64, 128, 8, 2), (64, 64, 4, 2)],
-        128: [(64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2)],
-        256: [(32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1)],
-    },
-}
-_FLOAT32: list[_Sizes] = [(32, 32, 8, 1)]  # registers are scarce: larger blocks spill them
-_KEY = ["GROUP", "CAUSAL", "WINDOWED", "DOCS", "CAPPED", "DIM", "V_DIM", "size_class"]
-
-INTERPRETED = {"BLOCK_M": 64, "BLOCK_N": 32, "TMA": False}
-
-
 KINDS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "fused": key_kernel}
 """The kernels whose blocks are chosen."""
-
-
-def size_class(seq: int) -> int:
-    """Return the class of a sequence length; lengths of one class share their tuning."""
-    return sum(seq >= edge for edge in (1024, 8192))
-
-
-def configs(kind: str, width: int, itemsize: int, descriptors: bool) -> list[triton.Config]:
-    """Return the tuning space.
-
-    Args:
-        kind: a name in `KINDS`. width: the wider head size, a power of two.
-        descriptors: whether tiles are copied by tensor descriptors (TMA), which take no more registers than plain loads
-            in any build (`benchmarks/results/attention_builds.json`), so the others are not tried beside them.
-    """
-    sizes = _FLOAT32 if itemsize == 4 else _SPACE[kind][max(64, width)]
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "TMA": descriptors}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in sizes
-    ]
+_KEY = ["GROUP", "CAUSAL", "WINDOWED", "DOCS", "CAPPED", "DIM", "V_DIM", "size_class"]
 
 
 @cache
-def tuned(kind: str, width: int, itemsize: int, descriptors: bool) -> Any:
-    """Return the kernel with autotuned blocks: timed at the first call of a kind, then kept in Triton's disk cache."""
-    space = configs(kind, width, itemsize, descriptors)
+def _timed(kind: str, width: int, itemsize: int, descriptors: bool) -> Any:
+    """Return the kernel with all blocks that may be chosen; the first call of a kind times them."""
+    tried = [config(sizes, descriptors) for sizes in space(kind, width, itemsize)]
     sums = ["sum_q"] if kind == "fused" else None  # timing must not add to what is added to
-    return triton.autotune(space, key=_KEY, reset_to_zero=sums, cache_results=True)(KINDS[kind])
+    return triton.autotune(tried, key=_KEY, reset_to_zero=sums, cache_results=True)(KINDS[kind])
 
 
 class Call(NamedTuple):
@@ -175,33 +134,65 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _launch(kind: str, programs: Callable[[Any], int], call: Call, *args: Any) -> None:
-    """Run `kernel` in `programs(blocks)` programs, with tensor descriptors where that works."""
+    """Run the kernel in `programs(blocks)` programs, with tensor descriptors where that works."""
     constants = call.constants()
     if kind in ("key", "fused"):
         constants["FUSED"] = kind == "fused"
 
-    def grid(blocks: Any) -> tuple[int]:
-        return (programs(blocks),)
+    def run(descriptors: bool) -> None:
+        _start(kind, lambda blocks: (programs(blocks),), call, args, constants, descriptors)
 
     if interpreting():
-        KINDS[kind][grid](*args, **constants, **INTERPRETED)
+        KINDS[kind][(programs(INTERPRETED),)](*args, **constants, **INTERPRETED)
         return
-    width, itemsize = max(constants["BLOCK_D"], constants["BLOCK_V"]), call.q.itemsize
-    signature = (kind, itemsize, *constants.values())
+    signature = (kind, call.q.itemsize, *constants.values())
     with torch.cuda.device(call.q.device):
         index = torch.cuda.current_device()
         wanted = _has_descriptors(index) and signature not in _refused
         if wanted and _describable((call.q, call.k, call.v)):
             triton.set_allocator(_scratch)
             try:
-                tuned(kind, width, itemsize, True)[grid](*args, **constants)
-                return
+                return run(True)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 _refused.add(signature)
                 warnings.warn(f"attention: no tensor descriptors here: {error}", stacklevel=2)
-        tuned(kind, width, itemsize, False)[grid](*args, **constants)
+        run(False)
+
+
+def _start(
+    kind: str,
+    grid: Callable[[Any], tuple[int]],
+    call: Call,
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    descriptors: bool,
+) -> None:
+    """Run the kernel with the blocks of the table, or with the fastest, which the table has afterwards."""
+    width, itemsize = max(constants["BLOCK_D"], constants["BLOCK_V"]), call.q.itemsize
+    use = Use(
+        cuda_capability(call.q.device.index or 0),
+        kind,
+        width,
+        mask_of(call.doc_ids is not None, call.rule),
+        call.group > 1,
+        size_class(max(call.q.shape[1], call.k.shape[1])),
+    )
+    if tuning():
+        kernel = _timed(kind, width, itemsize, descriptors)
+        kernel[grid](*args, **constants)
+        remember(use, kernel.best_config)
+        return
+    for sizes in (chosen(use, itemsize), space(kind, width, itemsize)[-1]):
+        best = config(sizes, descriptors)
+        how = {"num_warps": best.num_warps, "num_stages": best.num_stages, **best.kwargs}
+        try:
+            KINDS[kind][grid(best.kwargs)](*args, **constants, **how)
+            return
+        except triton.runtime.errors.OutOfResources as error:  # shared memory of a smaller GPU
+            lacking = error
+    raise lacking
 
 
 def attention_forward(
