@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import describe_machine, gemm_peak
-from benchmarks.synthetic import random_batch
+from benchmarks.synthetic import mean_document, random_batch
 from megatrain.cli.compose import Source, compose
 from megatrain.models.flops import flops_per_token
 from megatrain.models.registry import get_spec
@@ -135,7 +135,8 @@ def compare(
     print(f"{name}: {cfg.model.n_layers} layers, hidden {cfg.model.hidden_size}", flush=True)
     flops = flops_per_token(cfg.model, cfg.seq_len, causal=True)
     tokens = cfg.global_batch_size * cfg.seq_len
-    found: dict[str, object] = {"overrides": overrides, "tokens_per_step": tokens}
+    packed = mean_document(random_batch(cfg, seed=0, packed="short"))
+    found: dict[str, object] = {"overrides": overrides, "tokens_per_step": tokens, "mean_document": packed}
     for precision in precisions:
         us, them = CONTENDERS[precision]
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -4,7 +4,9 @@ Each candidate of a kernel's tuning is checked, over memory that held NaN before
 same bits twice where PyTorch is told to be deterministic.
 """
 
-from collections.abc import Iterator
+import gc
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ WHOLE = 4
 is known."""
 MOST_CANDIDATES = 12
 """Of which correctness is checked."""
+TRIES, PAUSE_S = 4, 3.0
 
 Tensors = dict[str, Tensor]
 """Outputs and gradients by name, in float64."""
@@ -87,7 +90,7 @@ def _backends(kernel: Kernel, case: Case, dtype: torch.dtype, on_triton: bool) -
 
 def _row(about: Row, device: torch.device, check: Check) -> list[Row]:
     try:
-        errors, facts = deviations(device, check)
+        errors, facts = _with_patience(partial(deviations, device, check))
     except UnsupportedError:
         return []  # there is no kernel for this input: no failure
     worst = max(errors, key=errors.__getitem__)
@@ -95,6 +98,19 @@ def _row(about: Row, device: torch.device, check: Check) -> list[Row]:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # other processes need it
     return [{**about, "right": right, "off": errors[worst], "worst": worst, **facts}]
+
+
+def _with_patience(run: Callable[[], tuple[dict[str, float], Row]]) -> tuple[dict[str, float], Row]:
+    """Run it, anew where memory is short beside the other processes."""
+    for _ in range(TRIES - 1):
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            pass
+        gc.collect()
+        torch.cuda.empty_cache()
+        time.sleep(PAUSE_S)
+    return run()
 
 
 def deviations(device: torch.device, check: Check) -> tuple[dict[str, float], Row]:

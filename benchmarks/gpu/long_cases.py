@@ -36,11 +36,11 @@ LONG: dict[str, list[Case]] = {
     "geglu": [sized("tokens size", "long", "2048 8192")],
     "rotary": [sized("batch seq heads kv_heads head_dim", "long", "1 8192 8 2 128")],
     "cross_entropy": [
-        sized("tokens vocab", "llama3", "1024 128256"),
+        sized("tokens vocab", "llama3", "256 128256"),
         sized("tokens vocab", "gpt2", "1024 50257"),
     ],
     "linear_cross_entropy": [
-        sized("tokens hidden vocab", "llama3", "1024 1024 128256"),
+        sized("tokens hidden vocab", "llama3", "256 1024 128256"),
         sized("tokens hidden vocab", "gpt2", "2048 768 50257"),
     ],
     "orthogonalize": [sized("batch rows cols", "long", "1 1024 4096")],

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.aims import LONG
 from benchmarks.gpu.peers import Arguments, Options, Peer, peers_of
 from benchmarks.gpu.steps import Row, Setting, Step
+from megatrain.observe.profile import OF_PROFILER
 from megatrain_kernels.kernel import KERNELS, Case, Cost, Kernel, Suite, UnsupportedError
 
 
@@ -150,8 +152,9 @@ def slowest_kernel(run: Callable[[], None], device: torch.device) -> str | None:
             torch.cuda.synchronize(device)
     totals: dict[str, float] = {}
     for event in recorded.events() or ():
-        time = event.device_time_total if on_gpu else event.self_cpu_time_total
-        totals[event.name] = totals.get(event.name, 0.0) + time
+        if (event.device_type == DeviceType.CUDA) == on_gpu and event.name not in OF_PROFILER:
+            time = event.device_time_total if on_gpu else event.self_cpu_time_total
+            totals[event.name] = totals.get(event.name, 0.0) + time
     return max(totals, key=totals.__getitem__, default=None)
 
 

@@ -146,6 +146,7 @@ class Lane:
         code = self.worker.poll()  # before the journal is read, so that nothing of a dead worker's is missed
         self._read(progress)
         if code == 0:
+            self.end()  # what it started must not use the GPU while others are timed
             return True
         if code is None:
             why = self._overdue()

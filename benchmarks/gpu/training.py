@@ -21,6 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.steps import Row, Setting, Step
+from benchmarks.gpu.supervise import STEP_S
 from benchmarks.gpu.tuning import compiling
 from benchmarks.synthetic import Documents, mean_document, random_batch, visible_pairs
 from megatrain.models.config import ModelConfig
@@ -29,6 +30,7 @@ from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.llama3.config import Llama3Config
 from megatrain.nn.config import RopeScaling
 from megatrain.observe.metrics import peak_memory_gib, reset_peak_memory, throughput
+from megatrain.observe.profile import OF_PROFILER
 from megatrain.parallel.config import ParallelConfig
 from megatrain.runtime.device import peak_flops
 from megatrain.train.build import COMPUTE_DTYPE, build_state
@@ -294,7 +296,9 @@ def _first_step(setting: Setting, about: Row) -> list[Row]:
         seconds = []
         for _ in ("cold", "warm"):
             started = time.perf_counter()
-            subprocess.run(command, env={**os.environ, **caches}, check=True, capture_output=True, timeout=60)
+            subprocess.run(
+                command, env={**os.environ, **caches}, check=True, capture_output=True, timeout=STEP_S
+            )
             seconds.append(time.perf_counter() - started)
     return [{**about, "cold_s": seconds[0], "warm_s": seconds[1]}]
 
@@ -330,8 +334,10 @@ def _launches(setting: Setting, about: Row) -> list[Row]:
     seconds = statistics.median([step() for _ in range(WARM_UP + COUNTED)][WARM_UP:])
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
         step()
-    kinds = (DeviceType.CUDA if on_gpu else DeviceType.CPU,)
-    count = sum(
-        event.device_type in kinds and "Memcpy" not in event.name for event in recorded.events() or ()
-    )
+    launched = [
+        event
+        for event in recorded.events() or ()
+        if (event.device_type == DeviceType.CUDA) == on_gpu and event.name not in OF_PROFILER
+    ]
+    count = sum(not event.name.startswith(("Memcpy", "Memset")) for event in launched)
     return [{**about, "launches": count, "step_time_s": seconds, "parameters": n_params(TINY)}]

@@ -145,6 +145,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own log lines: not on the user's terminal
     setting = Setting(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), options.small)
+    if setting.device.type == "cuda":
+        # What torch.compile finds fastest while other processes use the GPU must not be kept for the timing.
+        import_module("torch._inductor.config").autotune_local_cache = False
     journal = Journal(options.journal)
     journal.write(machine=facts(setting))
     for part, deadline in options.deadlines.items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import correctness
 from benchmarks.gpu.attention_truth import attention_truth
 from benchmarks.gpu.bounds import BOUNDS
 from benchmarks.gpu.correctness import Check, deviations, steps
@@ -228,6 +229,27 @@ def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> No
     for name, (value, allowed) in whole.items():
         torch.testing.assert_close(cut[name][0], value, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(cut[name][1], allowed, rtol=1e-9, atol=1e-12)
+
+
+def test_a_check_waits_for_memory_that_other_processes_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "PAUSE_S", 0.0)
+    calls: list[int] = []
+
+    def crowded(_: object, check: Check) -> tuple[dict[str, float], dict[str, Any]]:
+        calls.append(0)
+        if len(calls) < 4:
+            raise torch.OutOfMemoryError("all of it is in use")
+        return {"output 0": 0.5}, {"same_bits": True, "candidates": 1}
+
+    monkeypatch.setattr(correctness, "deviations", crowded)
+    step = steps(Setting(CPU, small=True))[0]
+    (row,) = step.run()
+    assert row["right"]
+    assert len(calls) == correctness.TRIES == 4
+    monkeypatch.setattr(correctness, "TRIES", 2)
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        step.run()
 
 
 def test_excess() -> None:
