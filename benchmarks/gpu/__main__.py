@@ -91,7 +91,7 @@ def described(plan: Plan, seconds: float) -> str:
     """Return what runs in which order, and how long each part may take, as Markdown."""
     lines, before = [], 0.0
     for part, end in deadlines(list(plan), seconds, 0.0).items():
-        who = f"{default_lanes()} processes" if PARTS[part].pooled else "one process"
+        who = "a pool of processes" if PARTS[part].pooled else "one process"
         lines += [f"## {part}: {end - before:.0f} s, {who}, {len(plan[part])} steps", ""]
         lines += [f"{number}. {name}" for number, name in enumerate(plan[part], 1)]
         lines.append("")

@@ -39,14 +39,22 @@ def steps(setting: Setting) -> list[Step]:
 
 
 def _of_case(setting: Setting, kernel: Kernel, case: Case) -> list[Step]:
+    """List the steps of our own kernels; what "auto" takes beside them is compiled already, or these."""
     on_gpu = setting.device.type == "cuda"
     thirds = THIRDS if kernel.name == "attention" and on_gpu else 1
+    backends = [name for name in kernel.suite.timed_backends if name != "auto"] if on_gpu else ["auto"]
     return [
         _step(
             setting,
-            {"operation": kernel.name, "case": case.name, "candidates": f"{third + 1} of {thirds}"},
-            partial(_our_passes, setting, kernel, case, "triton" if on_gpu else "auto", (third, thirds)),
+            {
+                "operation": kernel.name,
+                "case": case.name,
+                "backend": backend,
+                "candidates": f"{third + 1} of {thirds}",
+            },
+            partial(_our_passes, setting, kernel, case, backend, (third, thirds)),
         )
+        for backend in backends
         for third in range(thirds)
     ]
 
