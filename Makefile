@@ -74,7 +74,7 @@ docs: .venv/.docs
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
 
-# What a GPU can tell, in under nine minutes; elsewhere without installation: PYTHONPATH=.:kernels python -m benchmarks.gpu
+# What a GPU can tell, in seven minutes; elsewhere without installation: PYTHONPATH=.:kernels python -m benchmarks.gpu
 bench-gpu: .venv/.dev
 	$(BIN)/python -m benchmarks.gpu --out runs/gpu $(ARGS)
 

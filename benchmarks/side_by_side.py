@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import describe_machine, gemm_peak
-from benchmarks.synthetic import random_batch
+from benchmarks.synthetic import mean_document, random_batch
 from megatrain.cli.compose import Source, compose
 from megatrain.models.flops import flops_per_token
 from megatrain.models.registry import get_spec
@@ -66,7 +66,7 @@ def ours(cfg: Config, precision: str) -> Step:
     """Return our training step, as `megatrain train` runs it."""
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
     state = build_state(cfg, torch.device("cpu"))
-    batch = random_batch(cfg, seed=0, packed=True)
+    batch = random_batch(cfg, seed=0, packed="short")
     return lambda: void(train_step(state, batch, cfg, lr=1e-4))
 
 
@@ -82,7 +82,7 @@ def hugging_face(cfg: Config, *, autocast: bool) -> Step:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
-    batch = random_batch(cfg, seed=0, packed=True)
+    batch = random_batch(cfg, seed=0, packed="short")
     causal = torch.ones(cfg.seq_len, cfg.seq_len, dtype=torch.bool).tril()
     masks = []  # made ahead: not timed
     for part in batch.micro_batches:
@@ -135,7 +135,8 @@ def compare(
     print(f"{name}: {cfg.model.n_layers} layers, hidden {cfg.model.hidden_size}", flush=True)
     flops = flops_per_token(cfg.model, cfg.seq_len, causal=True)
     tokens = cfg.global_batch_size * cfg.seq_len
-    found: dict[str, object] = {"overrides": overrides, "tokens_per_step": tokens}
+    packed = mean_document(random_batch(cfg, seed=0, packed="short"))
+    found: dict[str, object] = {"overrides": overrides, "tokens_per_step": tokens, "mean_document": packed}
     for precision in precisions:
         us, them = CONTENDERS[precision]
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

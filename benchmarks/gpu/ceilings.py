@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.gpu.peers import absent
 from benchmarks.gpu.steps import Row, Setting, Step
 
 SIZES = (4096, 8192, 16384)
@@ -14,8 +15,11 @@ KINDS = ("bf16", "tf32", "fp8")
 
 
 def steps(setting: Setting) -> list[Step]:
-    """List one step for copies and one for each type of products."""
-    found = [Step({"ceiling": "copy"}, partial(_copy, setting))]
+    """List one step that says which peers are missing, one for copies and one for each type of products."""
+    found = [
+        Step({"part": "peers", "what": "peers that are not installed"}, absent),
+        Step({"ceiling": "copy"}, partial(_copy, setting)),
+    ]
     return found + [Step({"ceiling": kind}, partial(_products, setting, kind)) for kind in KINDS]
 
 

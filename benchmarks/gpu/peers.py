@@ -1,12 +1,14 @@
-"""The public implementations that operations are compared with: PyTorch's own, and Liger's where it is installed.
+"""The public implementations that operations are compared with: PyTorch's own, and other packages' where installed.
 
 Each is made for the arguments of one case, since some prepare something that is not to be timed (a block mask), and
-then takes these arguments. `PEERS` lists them; an operation without an entry is compared with its own definition.
+then takes these arguments. `PEERS` lists them; an operation without an entry is compared with its own definition. A
+package that is not installed is a row of its own, so that the record says who is missing.
 """
 
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -22,6 +24,16 @@ Run = Callable[..., Any]
 Arguments = tuple[Any, ...]
 """Positional arguments of an operation's public function, most of them tensors."""
 Options = dict[str, Any]
+DENSE = "one dense product"
+"""The peer that is no grouped product, but the work of one with a single group."""
+
+
+PACKAGES = {
+    "Liger": ("liger_kernel", "liger-kernel"),
+    "QuACK": ("quack", "quack-kernels"),
+    "FlashAttention-3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""Implementation -> its module and its distribution."""
 
 
 class Peer(NamedTuple):
@@ -31,6 +43,17 @@ class Peer(NamedTuple):
     """Makes it for one case; None: it has nothing for this case."""
     compiled: bool = False
     """Whether torch.compile makes it, which takes many seconds: timed after all others, and on GPUs only."""
+    package: str = ""
+    """The key in `PACKAGES` of what must be installed; empty: PyTorch alone."""
+    same_work: bool = True
+    """Whether it computes what the operation does, so that it counts as the best public implementation."""
+    given: Callable[[Arguments], Arguments] = tuple
+    """What it takes in place of the operation's arguments."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return not self.package or find_spec(PACKAGES[self.package][0]) is not None
 
 
 def plain(function: Run) -> dict[str, Peer]:
@@ -46,15 +69,27 @@ def plain(function: Run) -> dict[str, Peer]:
 
 
 def liger(name: str, call: Callable[..., Any]) -> dict[str, Peer]:
-    """Return `call(Liger's function of that name, *arguments, **options)`, where the package is installed."""
-    if not find_spec("liger_kernel"):
-        return {}
+    """Return `call(Liger's function of that name, *arguments, **options)`."""
 
     def make(given: Arguments, options: Options) -> Run:
         function = getattr(import_module("liger_kernel.transformers.functional"), name)
         return lambda *arguments: call(function, *arguments, **options)
 
-    return {"Liger": Peer(make)}
+    return {"Liger": Peer(make, package="Liger")}
+
+
+def quack(
+    module: str, name: str, call: Callable[..., Any], *, knows: frozenset[str] = frozenset()
+) -> dict[str, Peer]:
+    """Return `call(QuACK's function of that name, *arguments, **options)` for cases with no options but `knows`."""
+
+    def make(given: Arguments, options: Options) -> Run | None:
+        if set(options) - knows:
+            return None
+        function = getattr(import_module(f"quack.{module}"), name)
+        return lambda *arguments: call(function, *arguments, **options)
+
+    return {"QuACK": Peer(make, package="QuACK")}
 
 
 def _sees_all(given: Arguments, options: Options) -> bool:
@@ -82,6 +117,27 @@ def _sdpa(backend: SDPBackend) -> Peer:
         return run
 
     return Peer(make)
+
+
+def _flash_3(given: Arguments, options: Options) -> Run | None:
+    """Return FlashAttention-3, which has windows and soft-caps, and documents only as sequences one after the other."""
+    if set(options) - {"causal", "q_offset", "window", "softcap"} or (
+        options.get("q_offset", 0) != given[1].shape[1] - given[0].shape[1]
+    ):
+        return None  # its causal mask ends at the last query and key
+    attend = import_module("flash_attn_interface").flash_attn_func
+    window = options.get("window")
+    named = {
+        "causal": options.get("causal", True),
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "softcap": options.get("softcap") or 0.0,
+    }
+
+    def run(*qkv: Tensor) -> Tensor:
+        out: Tensor | tuple[Tensor, ...] = attend(*qkv, **named)
+        return out[0] if isinstance(out, tuple) else out  # older ones return the log-sum-exp too
+
+    return run
 
 
 def _flex(given: Arguments, options: Options) -> Run:
@@ -126,6 +182,11 @@ def _grouped(given: Arguments, options: Options) -> Run | None:
     if product is None:
         return None
     return lambda x, weights, sizes: product(x, weights.mT, offs=sizes.cumsum(0).to(torch.int32))
+
+
+def _dense(given: Arguments, options: Options) -> Run:
+    """Return one product of all rows with one matrix: what a grouped product of the same size is held against."""
+    return lambda x, weight: x @ weight.T
 
 
 def _loss(logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, softcap: float | None = None) -> Tensor:
@@ -184,6 +245,10 @@ def _bf16_product(given: Arguments, options: Options) -> Run:
     return lambda *_: a @ b
 
 
+def _quack_loss(function: Run, logits: Tensor, targets: Tensor) -> Any:
+    return function(logits, targets, reduction="mean")
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
     total = x if residual is None else x + residual
     out = F.rms_norm(total, weight.shape, weight, eps)
@@ -198,6 +263,12 @@ def _liger_rms_norm(
     return out if residual is None else (out, total)
 
 
+def _quack_rms_norm(
+    function: Run, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Any:
+    return function(x, weight, residual=residual, eps=eps, prenorm=residual is not None)
+
+
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -210,6 +281,13 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
         return x * c + torch.cat([-second, first], -1) * s
 
     return turn(q), turn(k)
+
+
+def _liger_rotary(function: Run, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn q and k in place, as it does."""
+    c, s = (torch.cat([t, t], -1).unsqueeze(0).to(q.dtype) for t in (cos, sin))
+    turned, other = function(q.transpose(1, 2), k.transpose(1, 2), c, s)
+    return turned.transpose(1, 2), other.transpose(1, 2)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -228,17 +306,29 @@ PEERS: dict[str, dict[str, Peer]] = {
     "attention": {
         "torch flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "torch cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "FlashAttention-3": Peer(_flash_3, package="FlashAttention-3"),
         "flex_attention": Peer(_flex, compiled=True),
     },
-    "grouped_gemm": {"torch grouped_mm": Peer(_grouped)},
-    "cross_entropy": plain(_loss) | liger("liger_cross_entropy", _liger_loss),
+    "grouped_gemm": {
+        "torch grouped_mm": Peer(_grouped),
+        DENSE: Peer(_dense, same_work=False, given=lambda given: (given[0], given[1][0])),
+    },
+    "cross_entropy": plain(_loss)
+    | liger("liger_cross_entropy", _liger_loss)
+    | quack("cross_entropy", "cross_entropy", _quack_loss),
     "linear_cross_entropy": plain(_linear_loss)
-    | liger("liger_fused_linear_cross_entropy", _liger_linear_loss),
+    | liger("liger_fused_linear_cross_entropy", _liger_linear_loss)
+    | quack("linear_cross_entropy", "chunked_linear_cross_entropy", _as_is),
     "orthogonalize": plain(_newton_schulz),
-    "scaled_matmul": {"torch _scaled_mm": Peer(_scaled_mm), "torch bf16 product": Peer(_bf16_product)},
-    "rms_norm": plain(_rms_norm) | liger("liger_rms_norm", _liger_rms_norm),
+    "scaled_matmul": {
+        "torch _scaled_mm": Peer(_scaled_mm),
+        "torch bf16 product": Peer(_bf16_product, same_work=False),
+    },
+    "rms_norm": plain(_rms_norm)
+    | liger("liger_rms_norm", _liger_rms_norm)
+    | quack("rmsnorm", "rmsnorm", _quack_rms_norm),
     "layer_norm": plain(_layer_norm) | liger("liger_layer_norm", _as_is),
-    "rotary": plain(_rotary),
+    "rotary": plain(_rotary) | liger("liger_rope", _liger_rotary),
     "swiglu": plain(_swiglu) | liger("liger_swiglu", _as_is),
     "geglu": plain(_geglu) | liger("liger_geglu", _as_is),
 }
@@ -246,5 +336,30 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 def peers_of(kernel: Kernel) -> dict[str, Peer]:
-    """Return an operation's public implementations; where there are none, its definition by PyTorch."""
-    return PEERS.get(kernel.name) or plain(partial(kernel.function, backend="reference"))
+    """Return an operation's public implementations that are there; where none is known, its definition by PyTorch."""
+    known = PEERS.get(kernel.name) or plain(partial(kernel.function, backend="reference"))
+    return {name: peer for name, peer in known.items() if peer.installed}
+
+
+def absent() -> list[dict[str, Any]]:
+    """Return a row for each operation and package that it could be compared with if that were installed."""
+    return [
+        {"operation": operation, "implementation": name, "state": "not installed"}
+        for operation, peers in PEERS.items()
+        for name, peer in peers.items()
+        if not peer.installed
+    ]
+
+
+def installed() -> dict[str, str | None]:
+    """Return the versions of the packages that operations are compared with; None: not installed."""
+    return {name: _version(*names) for name, names in PACKAGES.items()}
+
+
+def _version(module: str, distribution: str) -> str | None:
+    if find_spec(module) is None:
+        return None
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown version"

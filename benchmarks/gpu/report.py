@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.aims import aims, is_ours
+from benchmarks.gpu.aims import AUTO, aims, choices, is_ours, is_own
+from benchmarks.gpu.steps import named
 from benchmarks.gpu.supervise import Progress
 
 Row = dict[str, Any]
@@ -19,8 +20,11 @@ def of_part(rows: list[Row], part: str) -> list[Row]:
 
 
 def failures(rows: list[Row]) -> list[Row]:
-    """Return the rows of our steps that failed; public implementations may not take every case."""
-    return [row for row in rows if row["error"] is not None and is_ours(row)]
+    """Return the rows of our steps that failed; public implementations may not take every case.
+
+    What was not compiled ahead is compiled when it is timed, and fails there if it does.
+    """
+    return [row for row in rows if row["error"] is not None and is_ours(row) and row["part"] != "compiling"]
 
 
 def ceilings(rows: list[Row]) -> dict[str, float]:
@@ -70,7 +74,11 @@ def _floor(row: Row, known: dict[str, float]) -> Row:
 def _ratio(row: Row, rows: list[Row]) -> Row:
     """Compute how many times faster a row is than the best public implementation of the same work."""
     key = (row["operation"], row["case"], row["passes"])
-    others = [r for r in rows if (r["operation"], r["case"], r["passes"]) == key and not is_ours(r)]
+    others = [
+        r
+        for r in rows
+        if (r["operation"], r["case"], r["passes"]) == key and not is_ours(r) and r.get("same_work", True)
+    ]
     if not is_ours(row) or not others:
         return {}
     best = min(others, key=lambda other: other["ms"])
@@ -86,7 +94,10 @@ def summary(progress: Progress, about: Row) -> Row:
         "machine": progress.machine,
         "ceilings": ceilings(progress.rows),
         "aims": [] if small else aims(timed, of_part(progress.rows, "training")),
+        "choices": choices(timed),
         "not_whole": progress.cuts,
+        "left_out": progress.left_out,
+        "seconds": progress.seconds,
         "rows": plain + timed,
     }
 
@@ -110,8 +121,8 @@ def shown(value: object) -> str:
 
 
 def table(heads: str, rows: Iterable[Iterable[object]]) -> str:
-    """Format a Markdown table; `heads` are divided by commas."""
-    names = [head.strip() for head in heads.split(",")]
+    """Format a Markdown table; `heads` are divided by commas, or by bars where there are any."""
+    names = [head.strip() for head in heads.split("|" if "|" in heads else ",")]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(map(shown, row)) + " |" for row in rows]
     return "\n".join(lines)
@@ -129,10 +140,14 @@ def markdown(found: Row) -> str:
     )
     parts: list[tuple[str, Callable[[Row], str]]] = [
         ("Aims", _aims),
+        ("Left out", _left_out),
         ("Ceilings, measured", _ceilings),
+        ("Peers that are not installed", _peers),
         ("Correctness", _correctness),
         ("Speed", _speed),
         ("Training", _training),
+        ("Starting", _starting),
+        ("Compiling", _compiling),
         ("Errors", _errors),
     ]
     head = [
@@ -149,8 +164,28 @@ def markdown(found: Row) -> str:
 
 
 def _aims(found: Row) -> str:
+    if not found["aims"]:
+        return ""
+    rows = [
+        [row["aim"], row["cases"], row["measured"], "not measured" if row["met"] is None else row["met"]]
+        for row in found["aims"]
+    ]
+    text = "Of our own kernels alone, the worst case of those measured; what `auto` takes is not counted."
+    return f"{text}\n\n{table('aim | cases | measured | met', rows)}"
+
+
+def _left_out(found: Row) -> str:
+    """Name every step that there was no time for."""
+    lines = [f"- {part}: {'; '.join(names)}" for part, names in found["left_out"].items()]
+    return "\n".join(lines)
+
+
+def _peers(found: Row) -> str:
+    rows = of_part(found["rows"], "peers")
     return (
-        table("aim, measured, met", _picked(found["aims"], "aim", "measured", "met")) if found["aims"] else ""
+        table("operation, implementation, state", _picked(rows, "operation", "implementation", "state"))
+        if rows
+        else ""
     )
 
 
@@ -165,59 +200,98 @@ def _correctness(found: Row) -> str:
     if not rows:
         return ""
     wrong = [row for row in rows if not row["right"]]
-    text = f"{len(rows) - len(wrong)} of {len(rows)} within their tolerances."
+    candidates = sum(row["candidates"] for row in rows)
+    right = len(rows) - len(wrong)
+    text = f"{right} of {len(rows)} within their tolerances, in {candidates} candidates of tuning together."
     if not wrong:
         return text
-    keys = ("operation", "case", "dtype", "backend", "worst", "off")
-    heads = "operation, case, type, backend, worst, off (tolerances)"
+    keys = ("operation", "case", "dtype", "backend", "worst", "off", "same_bits")
+    heads = "operation, case, type, backend, worst, off (tolerances), same bits twice"
     return f"{text}\n\n{table(heads, _picked(wrong, *keys))}"
 
 
 def _speed(found: Row) -> str:
-    """List each case and pass by the fastest of our backends."""
+    """List each case and pass by the fastest of our own kernels, and what "auto" takes beside it."""
     fastest: dict[tuple[str, ...], Row] = {}
+    chosen = {(row["operation"], row["case"], row["passes"]): row for row in found["choices"]}
     for row in of_part(found["rows"], "speed"):
         key = (row["operation"], row["case"], row["passes"])
-        shown_here = is_ours(row) and row["passes"] in PASSES
-        if shown_here and (key not in fastest or row["ms"] < fastest[key]["ms"]):
+        # Where our kernel cannot run, as on a CPU, the choice is all there is.
+        ours = is_own(row) or (row["implementation"] == AUTO and chosen[key]["own_ms"] is None)
+        if ours and row["passes"] in PASSES and (key not in fastest or row["ms"] < fastest[key]["ms"]):
             fastest[key] = row
     if not fastest:
         return ""
     rows = sorted(
-        fastest.values(), key=lambda row: (row["operation"], row["case"], PASSES.index(row["passes"]))
+        (
+            row | {"auto_ms": chosen.get(key, {}).get("ms"), "took": chosen.get(key, {}).get("took")}
+            for key, row in fastest.items()
+        ),
+        key=lambda row: (row["operation"], row["case"], PASSES.index(row["passes"])),
     )
-    keys = (
-        "operation",
-        "case",
-        "passes",
-        "implementation",
-        "ms",
-        "tflops",
-        "gbps",
-        "share",
-        "best_public",
-        "ratio",
+    keys = ("operation", "case", "passes", "implementation", "ms", "tflops", "gbps", "share", "best_public")
+    heads = "operation, case, passes, ours, ms, TFLOP/s, GB/s, share of floor, best public"
+    text = table(
+        f"{heads}, times faster, auto ms, auto took", _picked(rows, *keys, "ratio", "auto_ms", "took")
     )
-    heads = "operation, case, passes, ours, ms, TFLOP/s, GB/s, share of floor, best public, times faster"
-    return table(heads, _picked(rows, *keys))
+    return f'"auto took": the kernel that takes most of its time.\n\n{text}'
 
 
 def _training(found: Row) -> str:
-    rows = of_part(found["rows"], "training")
+    rows = [row for row in of_part(found["rows"], "training") if "tokens_per_sec" in row]
     if not rows:
         return ""
-    cfg = ("model", "layers", "precision", "compiled", "seq_len", "micro", "whole")
-    figures = ("tokens_per_sec", "mfu_full", "mfu_causal", "peak_gib", "first_loss", "last_loss")
-    heads = "model, layers, precision, compiled, seq_len, micro, global, tokens/s, MFU (full), MFU (causal), peak GiB"
-    return table(heads + ", first loss, last loss", _picked(rows, *cfg, *figures))
+    cfg = (
+        "model",
+        "layers",
+        "precision",
+        "documents",
+        "mean_document",
+        "compiled",
+        "seq_len",
+        "micro",
+        "whole",
+    )
+    figures = (
+        "tokens_per_sec",
+        "mfu_needed",
+        "mfu_causal",
+        "mfu_full",
+        "peak_gib",
+        "first_loss",
+        "last_loss",
+    )
+    heads = (
+        "model, layers, precision, documents, mean tokens of a document, compiled, seq_len, micro, global, tokens/s,"
+        " MFU (what masks leave), MFU (causal), MFU (full), peak GiB, first loss, last loss"
+    )
+    return table(heads, _picked(rows, *cfg, *figures))
+
+
+def _starting(found: Row) -> str:
+    """Show the seconds to a first step, and how much a tiny model's step launches."""
+    rows = [row for row in of_part(found["rows"], "training") if "measure" in row]
+    keys = ("model", "measure", "cold_s", "warm_s", "launches", "step_time_s")
+    heads = "model, measure, cold s, warm s, launches a step, s a step"
+    return table(heads, _picked(rows, *keys)) if rows else ""
+
+
+def _compiling(found: Row) -> str:
+    """Say how much was compiled ahead of the timing, and in how long."""
+    rows = of_part(found["rows"], "compiling")
+    if not rows:
+        return ""
+    short = [row for row in rows if row["note"]]
+    work = sum(row["seconds"] for row in rows)
+    took = found["seconds"].get("compiling", 0.0)
+    return f"{len(rows)} steps of {work:.0f} s together, in {took:.0f} s; memory was short in {len(short)}."
 
 
 def _errors(found: Row) -> str:
     """List our errors; public implementations that cannot take a case are in the JSON only."""
-    rows = failures(found["rows"])
-    names = ("part", "error", "date")
+    rows = [row for row in found["rows"] if row["error"] is not None and is_ours(row)]
     said = [
-        [row["part"], " ".join(str(v) for k, v in row.items() if k not in names), row["error"]]
+        [row["part"], named({k: v for k, v in row.items() if k not in ("error", "date")}), row["error"]]
         for row in rows
     ]
     return table("part, step, error", said) if rows else ""

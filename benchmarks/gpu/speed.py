@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.aims import LONG
 from benchmarks.gpu.peers import Arguments, Options, Peer, peers_of
 from benchmarks.gpu.steps import Row, Setting, Step
-from megatrain_kernels.kernel import KERNELS, Case, Cost, Kernel, UnsupportedError
+from megatrain.observe.profile import OF_PROFILER
+from megatrain_kernels.kernel import KERNELS, Case, Cost, Kernel, Suite, UnsupportedError
 
 
 class Inputs:
@@ -36,11 +40,23 @@ class Inputs:
 
 def steps(setting: Setting) -> list[Step]:
     """List one step for each operation, case and implementation; those that torch.compile makes come last."""
+    return [step for step, important in _listed(setting) if not important]
+
+
+def important_steps(setting: Setting) -> list[Step]:
+    """List the steps of causal attention over 16k tokens with heads of 128, which `steps` leaves out."""
+    return [
+        Step({"part": "speed", **step.about}, step.run) for step, important in _listed(setting) if important
+    ]
+
+
+def _listed(setting: Setting) -> Iterator[tuple[Step, bool]]:
+    """Yield the steps, and whether they are of the most important case."""
     inputs = Inputs(setting.device)
     on_gpu = setting.device.type == "cuda"
-    found: list[Step] = []
     for compiled in (False, True) if on_gpu else (False,):
-        for kernel, case in _in_turn(setting.small):
+        for kernel, case in in_turn(setting.small):
+            important = case is most_important(setting.small)
             about = {
                 "operation": kernel.name,
                 "case": case.name,
@@ -49,15 +65,22 @@ def steps(setting: Setting) -> list[Step]:
             if not compiled:
                 for backend in kernel.suite.timed_backends if on_gpu else ("auto",):
                     who = {**about, "implementation": f"megatrain {backend}"}
-                    found.append(Step(who, partial(_ours, setting, inputs, kernel, case, backend, who)))
+                    run = partial(_ours, setting, inputs, kernel, case, backend, who)
+                    yield Step(who, run), important
             for name, peer in peers_of(kernel).items():
                 if peer.compiled == compiled:
                     who = {**about, "implementation": name}
-                    found.append(Step(who, partial(_theirs, setting, inputs, kernel, case, peer, who)))
-    return found
+                    run = partial(_theirs, setting, inputs, kernel, case, peer, who)
+                    yield Step(who, run), important
 
 
-def _in_turn(small: bool) -> Iterator[tuple[Kernel, Case]]:
+def most_important(small: bool) -> Case:
+    """Return the case that is timed before all others."""
+    suite = KERNELS["attention"].suite
+    return suite.small[0] if small else next(case for case in suite.cases if case.name == LONG)
+
+
+def in_turn(small: bool) -> Iterator[tuple[Kernel, Case]]:
     """Yield the first case of each operation, then each one's second: if time is short, each has had a turn."""
     cases = {name: kernel.suite.small if small else kernel.suite.cases for name, kernel in KERNELS.items()}
     for turn in range(max(map(len, cases.values()))):
@@ -72,7 +95,11 @@ def _ours(
     given, options = inputs.of(kernel, case)
     run = partial(kernel.function, backend=backend, **options)
     try:
-        return _rows(setting, kernel, case, run, given, about)
+        rows = _rows(setting, kernel, case, run, given, about)
+        if backend == "auto":
+            both = passes(kernel.suite, run, given)
+            rows = [{**row, "took": slowest_kernel(both[row["passes"]], setting.device)} for row in rows]
+        return rows
     except UnsupportedError:
         return []  # there is no kernel for this input: no failure
 
@@ -83,21 +110,22 @@ def _theirs(
     given, options = inputs.of(kernel, case)
     torch._dynamo.reset()  # else the number of shapes that it has compiled counts against the next
     run = peer.make(given, options)
-    return [] if run is None else _rows(setting, kernel, case, run, given, about)
+    if run is None:
+        return []
+    rows = _rows(setting, kernel, case, run, peer.given(given), about)
+    return rows if peer.same_work else [{**row, "same_work": False} for row in rows]
 
 
-def _rows(
-    setting: Setting, kernel: Kernel, case: Case, run: Callable[..., Any], given: Arguments, about: Row
-) -> list[Row]:
-    """Return a row for the forward pass without gradients, and one for both passes."""
-    suite = kernel.suite
-    cost = partial(suite.cost, case, itemsize=suite.timed_dtype.itemsize)
-    with torch.no_grad():
-        ms = setting.clock.median_ms(lambda: run(*given))
-    rows = [_row(about, "forward", ms, cost(), suite.ceiling)]
+def passes(suite: Suite, run: Callable[..., Any], given: Arguments) -> dict[str, Callable[[], None]]:
+    """Return `run` without gradients as "forward" and, where there are gradients, with them as "both"."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(*given)
+
     places = [n for n in suite.gradients if n < len(given) and given[n] is not None]
     if not places:
-        return rows
+        return {"forward": forward}
     inputs = [
         t.detach().requires_grad_(n in places) if isinstance(t, Tensor) else t for n, t in enumerate(given)
     ]
@@ -111,10 +139,38 @@ def _rows(
             cotangents.extend(torch.randn_like(t) for t in outputs)
         torch.autograd.grad(outputs, wanted, cotangents)
 
-    ms = setting.clock.median_ms(both)
-    whole = cost() + cost(backward=True)
-    row = _row(about, "both", ms, whole, suite.ceiling)
-    return [*rows, {**row, "peak_bytes": _peak(setting.device, both)}]
+    return {"forward": forward, "both": both}
+
+
+def slowest_kernel(run: Callable[[], None], device: torch.device) -> str | None:
+    """Return the name of what takes most of the device's time in `run`: a kernel's, and on a CPU an operator's."""
+    on_gpu = device.type == "cuda"
+    run()  # what is made once is not of the call
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    totals: dict[str, float] = {}
+    for event in recorded.events() or ():
+        if (event.device_type == DeviceType.CUDA) == on_gpu and event.name not in OF_PROFILER:
+            time = event.device_time_total if on_gpu else event.self_cpu_time_total
+            totals[event.name] = totals.get(event.name, 0.0) + time
+    return max(totals, key=totals.__getitem__, default=None)
+
+
+def _rows(
+    setting: Setting, kernel: Kernel, case: Case, run: Callable[..., Any], given: Arguments, about: Row
+) -> list[Row]:
+    """Return a row for the forward pass without gradients, and one for both passes."""
+    suite = kernel.suite
+    cost = partial(suite.cost, case, itemsize=suite.timed_dtype.itemsize)
+    calls = passes(suite, run, given)
+    rows = [_row(about, "forward", setting.clock.median_ms(calls["forward"]), cost(), suite.ceiling)]
+    if "both" not in calls:
+        return rows
+    ms = setting.clock.median_ms(calls["both"])
+    row = _row(about, "both", ms, cost() + cost(backward=True), suite.ceiling)
+    return [*rows, {**row, "peak_bytes": _peak(setting.device, calls["both"])}]
 
 
 def _row(about: Row, passes: str, ms: float, cost: Cost, ceiling: str) -> Row:

@@ -1,7 +1,7 @@
 """The process that measures. It appends what it does to a file, line by line, so that nothing is lost with it.
 
-A line is a JSON object with one key: `machine` (facts), `begin` (a step starts: part, index, about), `row`, `cut` (a
-part is not whole: part, why) or `done` (a part).
+A line is a JSON object with one key: `machine` (facts), `begin` (a step starts: part, index, about), `row`, `end` (of
+a step: part) or `cut` (a part is not whole: part, why).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.peers import installed
 from benchmarks.gpu.steps import Row, Setting, Step, first_line
 from benchmarks.machine import describe_machine
 
@@ -63,7 +64,7 @@ def facts(setting: Setting) -> Row:
         else None,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
-        "liger": _version("liger-kernel"),
+        "peers": installed(),
         "system": platform.platform(),
         "commit": _said("git", "describe", "--always", "--dirty", "--abbrev=40"),
         "small": setting.small,
@@ -76,8 +77,17 @@ def steps_of(part: str, setting: Setting) -> list[Step]:
     return found
 
 
-def run_part(part: str, start: int, deadline: float, setting: Setting, journal: Journal) -> None:
-    """Run the part's steps from number `start` on, until its deadline.
+def claim(claims: Path, part: str, number: int) -> bool:
+    """Return whether the step is this process's to do: nobody has claimed it before."""
+    try:
+        (claims / f"{part}-{number}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def run_part(part: str, deadline: float, setting: Setting, journal: Journal, claims: Path) -> None:
+    """Run the part's steps that nobody else has claimed, until its deadline.
 
     Raises:
         SystemExit: the device is of no more use to this process, or nobody reads the journal any more.
@@ -88,22 +98,24 @@ def run_part(part: str, start: int, deadline: float, setting: Setting, journal: 
     except Exception as error:
         journal.write(cut={"part": part, "why": first_line(error)})
         return
-    for number in range(start, len(steps)):
+    for number, step in enumerate(steps):
         if time.time() > deadline:
-            journal.write(cut={"part": part, "why": f"time was up, {len(steps) - number} steps left out"})
             return
         if os.getppid() != parent:
             raise SystemExit(0)
-        journal.write(begin={"part": part, "index": number, "about": steps[number].about})
-        if not run_step(steps[number], part, journal, setting.device):
+        if not claim(claims, part, number):
+            continue
+        journal.write(begin={"part": part, "index": number, "about": step.about})
+        if not run_step(step, part, journal, setting.device):
             raise SystemExit(DEVICE_IS_LOST)
+        journal.write(end={"part": part})
 
 
 def run_step(step: Step, part: str, journal: Journal, device: torch.device) -> bool:
     """Write the step's rows, or one with its error; return whether the device still works in this process."""
     try:
         for row in step.run():
-            journal.write(row={"part": part, "error": None, **row})
+            journal.write(row={"part": step.about.get("part", part), "error": None, **row})
     except Exception as error:  # whatever a kernel does wrong costs its own row only
         journal.write(row={"part": part, **step.about, "error": first_line(error)})
         return _device_works(device)
@@ -122,23 +134,24 @@ def _device_works(device: torch.device) -> bool:
 
 
 def main() -> None:
-    """Run the parts from `--start` on, each until its deadline."""
+    """Run the parts, each until its deadline."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--claims", type=Path, required=True, help="folder with a file for each step begun")
     parser.add_argument(
         "--deadlines", type=json.loads, required=True, help="JSON: part -> seconds since 1970"
     )
-    parser.add_argument("--start", nargs=2, required=True, metavar=("PART", "INDEX"))
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own log lines: not on the user's terminal
     setting = Setting(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), options.small)
+    if setting.device.type == "cuda":
+        # What torch.compile finds fastest while other processes use the GPU must not be kept for the timing.
+        import_module("torch._inductor.config").autotune_local_cache = False
     journal = Journal(options.journal)
     journal.write(machine=facts(setting))
-    parts = list(options.deadlines)
-    first, index = options.start[0], int(options.start[1])
-    for part in parts[parts.index(first) :]:
-        run_part(part, index if part == first else 0, options.deadlines[part], setting, journal)
-        journal.write(done=part)
+    for part, deadline in options.deadlines.items():
+        run_part(part, deadline, setting, journal, options.claims)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ STEPS = 3
 OUTSIDE = "Python, outside operators"
 OUTSIDE_ON_GPU = "GPU idle: waiting for the host"
 OPTIMIZER = "optimizer (norm, clipping, update)"
+PROFILER = "the profiler itself"
 OTHER = "other"
 STEP = "step"
 ATTENTION, LOSS = "attention (scores, softmax, values)", "loss head (last product, cross entropy)"
@@ -74,6 +75,18 @@ CLASS_OF_RANGE: tuple[tuple[str, str], ...] = (
 )
 """Class of the ranges that the step (train/step.py), torch and FSDP mark, by how their names begin."""
 BACKWARD = "autograd::engine::evaluate_function: "
+OF_PROFILER = (
+    "Command Buffer Full",
+    "Activity Buffer Request",
+    "Buffer Flush",
+    "Lazy Function Loading",
+    "Runtime Triggered Module Loading",
+    "Instrumentation",
+    "Resource",
+    "Driver Compiler",
+)
+"""Names of what CUPTI records as overhead of profiling (CUpti_ActivityOverheadKind): the profiler waits for room in its
+own buffers, or code is loaded. PyTorch lists them among the kernels of whichever operator ran then."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +223,13 @@ def _summary(
     for event in events:
         if event.is_async or not (on_gpu or event.thread == caller) or _is_plain_range(event, modules):
             continue
-        seconds = _own_seconds(event, on_gpu=on_gpu) / steps
+        seconds, overhead = (each / steps for each in _own_seconds(event, on_gpu=on_gpu))
+        if overhead:
+            classes[PROFILER] += overhead
         kind, around = classify(event, modules, forward)
         classes[kind] += seconds
         talk[around] += seconds
-        if not event.is_user_annotation:
+        if not event.is_user_annotation and event.name not in OF_PROFILER:
             operators[event.name] += seconds
     classes[OUTSIDE_ON_GPU if on_gpu else OUTSIDE] = max(0.0, duration - sum(classes.values()))
     kinds = [
@@ -235,11 +250,18 @@ def _is_plain_range(event: FunctionEvent, modules: dict[str, str]) -> bool:
     return event.name == STEP or event.name in modules or event.name in ("data", "optimizer", "gradients")
 
 
-def _own_seconds(event: FunctionEvent, *, on_gpu: bool) -> float:
+def _own_seconds(event: FunctionEvent, *, on_gpu: bool) -> tuple[float, float]:
+    """Return an event's own seconds, and those that are the profiler's."""
     if not on_gpu:
-        return float(event.self_cpu_time_total) / 1e6
+        return _split([(event.name, float(event.self_cpu_time_total))])
     # A range on the host has a copy of itself among its kernels, as long as all that it encloses.
-    return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) / 1e6
+    return _split([(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name != event.name])
+
+
+def _split(parts: list[tuple[str, float]]) -> tuple[float, float]:
+    """Add up the microseconds of what is not the profiler's and of what is, in seconds."""
+    overhead = sum(time for name, time in parts if name in OF_PROFILER)
+    return (sum(time for _, time in parts) - overhead) / 1e6, overhead / 1e6
 
 
 def classify(

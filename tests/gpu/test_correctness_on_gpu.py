@@ -11,13 +11,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-STEPS = {
-    " ".join(map(str, step.about.values())): step
-    for step in steps(Setting(torch.device("cuda:0"), small=False))
-}
+STEPS = {step.name: step for step in steps(Setting(torch.device("cuda:0"), small=False))}
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_operation(name: str) -> None:
     for row in STEPS[name].run():
-        assert row["right"], f"{row['worst']} is off by {row['off']:.1f} tolerances"
+        assert row["off"] <= 1, f"{row['worst']} is off by {row['off']:.1f} tolerances"
+        assert row["right"], "two calls differ in their bits"

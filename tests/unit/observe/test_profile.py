@@ -9,9 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd.profiler_util import FunctionEvent
 
 from megatrain.config.load import load
-from megatrain.observe.profile import ATTENTION, LOSS, OTHER, OUTSIDE, STEPS, breakdown
+from megatrain.observe.communication import Traffic
+from megatrain.observe.profile import (
+    ATTENTION,
+    LOSS,
+    OF_PROFILER,
+    OPTIMIZER,
+    OTHER,
+    OUTSIDE,
+    PROFILER,
+    STEPS,
+    _summary,
+    breakdown,
+)
 from megatrain.train.build import build_state
 from megatrain.train.config import Config
 from megatrain.train.state import TrainState
@@ -93,6 +106,36 @@ def test_a_trace_parses_and_holds_the_parts_of_a_layer(tmp_path: Path) -> None:
     wanted |= {"step", "data", "gradients", "optimizer", "embed", "loss_head", "aten::mm"}
     assert wanted <= {event.get("name") for event in events}
     assert before == {name: len(module._forward_hooks) for name, module in state.model.named_modules()}
+
+
+def recorded(
+    name: str, number: int, kernels: list[tuple[str, int]], parent: FunctionEvent | None
+) -> FunctionEvent:
+    """An event of the host, as PyTorch makes it of a trace, with the device's work that it lists under it."""
+    event = FunctionEvent(number, name, 1, 0, 1000, is_user_annotation=name == "optimizer")
+    for kernel, microseconds in kernels:
+        event.append_kernel(kernel, 0, microseconds)
+    event.cpu_parent = parent
+    return event
+
+
+@pytest.mark.parametrize("wait", OF_PROFILER)
+def test_what_the_profiler_waits_for_is_nobody_elses_time(wait: str) -> None:
+    """352 ms in the optimizer's range, as in a trace of an H100, where its own kernels take 8 ms."""
+    optimizer = recorded("optimizer", 1, [], None)
+    events = [
+        optimizer,
+        recorded("aten::_fused_adamw_", 2, [("adamw_kernel", 8_000), (wait, 352_000)], optimizer),
+        recorded(wait, 3, [(wait, 10_000)], optimizer),
+        recorded("aten::mm", 4, [("gemm", 40_000)], None),
+    ]
+    found = _summary(events, {}, Traffic(), duration=0.5, steps=1, on_gpu=True)
+    classes = dict(found.classes)
+    assert classes[OPTIMIZER] == pytest.approx(0.008)
+    assert classes[PROFILER] == pytest.approx(0.352)  # the event of that name repeats itself
+    assert classes[OTHER] == pytest.approx(0.040)
+    assert sum(classes.values()) == pytest.approx(0.5)
+    assert [name for name, seconds in found.operators if seconds] == ["aten::mm", "aten::_fused_adamw_"]
 
 
 def test_the_profiler_writes_nothing_of_its_own() -> None:
