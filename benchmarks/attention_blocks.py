@@ -13,9 +13,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attention_builds import SHAPES
 from megatrain_kernels.flash_attention.triton_blocks import Sizes, Use, space
 
+SHAPES = {
+    "gpt2_124m": (12, 12, 64),
+    "llama3_1b": (32, 8, 64),
+    "llama3_8b": (32, 8, 128),
+    "heads_of_128": (16, 16, 128),
+}
+"""Heads, key heads and head size."""
 TABLE = Path(__file__).parents[1] / "kernels/megatrain_kernels/flash_attention/blocks.json"
 Row = dict[str, Any]
 

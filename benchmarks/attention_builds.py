@@ -32,19 +32,13 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from benchmarks.attention_blocks import SHAPES
 from megatrain_kernels.flash_attention import triton as launcher
 from megatrain_kernels.flash_attention import triton_hopper
 from megatrain_kernels.flash_attention.triton_blocks import space
 from megatrain_kernels.flash_attention.triton_hopper_backward import backward_kernel
 from megatrain_kernels.flash_attention.triton_hopper_forward import forward_kernel
 
-SHAPES = {
-    "gpt2_124m": (12, 12, 64),
-    "llama3_1b": (32, 8, 64),
-    "llama3_8b": (32, 8, 128),
-    "heads_of_128": (16, 16, 128),
-}
-"""Heads, key heads and head size."""
 MASKS = {
     "causal": {"CAUSAL": True},
     "full": {"CAUSAL": False},

@@ -293,6 +293,7 @@ def _first_step(setting: Setting, about: Row) -> list[Row]:
     command = [sys.executable, "-c", FIRST_STEP, str(setting.device), "small" if setting.small else "whole"]
     with tempfile.TemporaryDirectory() as folder:
         caches = dict.fromkeys(("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), folder)
+        caches |= {"MEGATRAIN_TUNE": "0", "MEGATRAIN_TUNED": f"{folder}/none"}  # as for a new user
         seconds = []
         for _ in ("cold", "warm"):
             started = time.perf_counter()

@@ -142,8 +142,22 @@ def preferring(backend: str) -> Iterator[None]:
         _preferred = before
 
 
+_watched: dict[str, set[str]] | None = None
+
+
+@contextmanager
+def watching() -> Iterator[dict[str, set[str]]]:
+    """Collect the paths that calls take inside the context, by operation."""
+    global _watched
+    before, _watched = _watched, {}
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
 def select(kernel: Kernel, backend: str, *call: Any) -> str:
-    """Return the path that a call takes.
+    """Return the path that a call takes, and let `watching` know.
 
     Args:
         backend: "auto" or one of `kernel.backends`.
@@ -157,7 +171,13 @@ def select(kernel: Kernel, backend: str, *call: Any) -> str:
         ValueError: there is no backend of that name.
         UnsupportedError: backend="triton", and the kernels cannot run.
     """
-    backend = _preferred if backend == "auto" else backend
+    path = _selected(kernel, _preferred if backend == "auto" else backend, *call)
+    if _watched is not None:
+        _watched.setdefault(kernel.name, set()).add(path.removesuffix("_or_torch"))
+    return path
+
+
+def _selected(kernel: Kernel, backend: str, *call: Any) -> str:
     if backend == "auto":
         fits = kernel.runs_on(call[0]) and kernel.unsupported(*call) is None
         return f"{kernel.variant(*call)}_or_torch" if fits and not kernel.torch_is_faster(*call) else "torch"

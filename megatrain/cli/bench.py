@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,10 +30,12 @@ class Flags:
     as_json: bool
     trace: str | None
     force: bool
+    tune: bool
 
     def words(self) -> list[str]:
         """Return the flags but --json and --trace as they are written."""
-        return [f"--steps={self.steps}", *(["--force"] if self.force else [])]
+        switches = {"--force": self.force, "--tune": self.tune}
+        return [f"--steps={self.steps}", *(name for name, on in switches.items() if on)]
 
 
 def run(argv: list[str]) -> int:
@@ -63,12 +66,13 @@ def _take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--trace")
     parser.add_argument("--force", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     found, rest = parser.parse_known_args(argv)
     if not found.steps.isdecimal() or int(found.steps) < 1:
         raise UserError(f"--steps {found.steps}: must be an integer of at least 1")
     if found.trace is not None and Path(found.trace).exists() and not Path(found.trace).is_dir():
         raise UserError(f"--trace {found.trace}: must be a directory, which is made if it does not exist")
-    return Flags(int(found.steps), found.json, found.trace, found.force), rest
+    return Flags(int(found.steps), found.json, found.trace, found.force, found.tune), rest
 
 
 def _preset_seq_len(cfg: Config, overrides: list[str], source: Source) -> int | None:
@@ -86,6 +90,8 @@ def _bench(cfg: Config, processes: Processes, flags: Flags, argv: list[str], pre
     from megatrain.observe.display import make_display
     from megatrain.train.bench import Request, bench, is_out_of_memory
 
+    if flags.tune:
+        _tune()
     request = Request(
         steps=flags.steps,
         trace=None if flags.trace is None else Path(flags.trace),
@@ -108,6 +114,21 @@ def _bench(cfg: Config, processes: Processes, flags: Flags, argv: list[str], pre
     if processes.is_first:
         print(json.dumps(dataclasses.asdict(result), indent=1) if flags.as_json else render(result))
     return 0
+
+
+def _tune() -> None:
+    """Have all block sizes of kernels timed, and the fastest written into the user's table.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--tune: there is no GPU here, and block sizes are those of a GPU's kernels; leave it out"
+        )
+    os.environ["MEGATRAIN_TUNE"] = "1"
 
 
 def _first_sentence(error: Exception) -> str:
@@ -133,6 +154,8 @@ def render(result: "BenchResult") -> str:
             f"  MFU          {rates['perf/mfu']:.1%} with attention in full, {rates['perf/mfu_causal']:.1%} causal, of "
             f"{_tflops(result.peak)}"
         )
+    taken = ", ".join(f"{name} {' and '.join(paths)}" for name, paths in result.paths.items())
+    lines.append(f"  operations   {taken}")
     lines.append(f"  peak memory  {result.peak_memory_gib:.2f} GiB")
     total = profile.step_time_s
     lines.append(f"Time of one step by class of work ({total * 1e3:.1f} ms; the profiler makes it slower):")

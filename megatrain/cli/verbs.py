@@ -130,6 +130,11 @@ VERBS = (
         takes_config=True,
         flags=(
             ("--steps N", "number of steps to measure, after the warm-up; default: 20"),
+            (
+                "--tune",
+                "on a GPU: time all block sizes of attention's kernels first and keep the fastest for later runs, in "
+                "~/.cache/megatrain or where MEGATRAIN_TUNED says",
+            ),
             ("--json", "print one JSON object instead of a table; progress goes to stderr"),
             (
                 "--trace DIR",

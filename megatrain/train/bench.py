@@ -36,6 +36,7 @@ from megatrain.train.estimate import Estimate, describe, estimate, require_room
 from megatrain.train.labels import settle_labels
 from megatrain.train.micro_batch import USABLE
 from megatrain.train.step import train_step
+from megatrain_kernels.kernel import watching
 
 WARM_UP = 3
 """Number of steps that are not measured: allocators and libraries initialize."""
@@ -88,6 +89,8 @@ class BenchResult:
     """FLOPs of forward and backward by convention."""
     peak: dict[str, object] | None
     """What MFU is a share of: FLOP/s of one device, type and source; None if unknown."""
+    paths: dict[str, list[str]]
+    """Which implementation of each operation the steps took: torch, triton, ..."""
     peak_memory_gib: float
     """The most that any process held."""
     estimate: Estimate
@@ -159,7 +162,8 @@ def bench(
 
     reset_peak_memory(device)
     before = BusyCores.now()
-    times = _time_steps(step, warm_up, request.steps, progress)
+    with watching() as paths:
+        times = _time_steps(step, warm_up, request.steps, progress)
     others = before.others(processes.local_size)
     held = max(processes.gather(peak_memory_gib(device)))
     progress("profiling", 0.0)
@@ -172,6 +176,7 @@ def bench(
         setup,
         times,
         warm_up_steps=warm_up,
+        paths={name: sorted(found) for name, found in sorted(paths.items())},
         peak_memory_gib=held,
         estimate=expected,
         profile=profile,

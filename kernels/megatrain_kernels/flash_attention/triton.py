@@ -182,7 +182,8 @@ def _start(
     if tuning():
         kernel = _timed(kind, width, itemsize, descriptors)
         kernel[grid](*args, **constants)
-        remember(use, kernel.best_config)
+        if best := getattr(kernel, "best_config", None):
+            remember(use, best)
         return
     for sizes in (chosen(use, itemsize), space(kind, width, itemsize)[-1]):
         best = config(sizes, descriptors)
