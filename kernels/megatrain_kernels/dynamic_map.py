@@ -36,9 +36,15 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 @cache
 def map_edges(signed: bool, device: torch.device) -> Tensor:
-    """Return 257 numbers, float32: code i is that of the numbers above number i, up to number i + 1."""
+    """Return 257 numbers, float32: code i is that of the numbers above number i, up to number i + 1.
+
+    They are the middles between values, but for one: what has no sign and is not 0 never becomes 0. Else weights would
+    be updated by a quotient by nothing, the zero-point problem of second moments (Li et al., arXiv 2309.01507).
+    """
     values = dynamic_map(signed, device).double()
     middles = ((values[:-1] + values[1:]) / 2).float()
+    if not signed:
+        middles[0] = 0.0
     ends = middles.new_full((1,), torch.inf)
     return torch.cat([-ends, middles, ends])
 
@@ -49,16 +55,16 @@ def n_blocks(columns: int) -> int:
 
 
 def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Quantize x `(rows, columns)` in blocks of each row.
+    """Quantize x `(rows, columns)`, float32 or float64, in blocks of each row.
 
     Returns:
-        codes: uint8, as x. scales: float32 `(rows, blocks)`; a block with a NaN has the scale NaN.
+        codes: uint8, as x. scales: `(rows, blocks)` of x's type; a block with a NaN has the scale NaN.
     """
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x, (0, -columns % BLOCK)).view(rows, -1, BLOCK)
-    scales = padded.abs().amax(-1).float()
+    scales = padded.abs().amax(-1)
     scales = torch.where(scales < TINY, 0.0, scales)
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales).to(x.dtype)
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     inner = map_edges(signed, x.device)[1:-1]
     codes = torch.bucketize((padded * inverse[..., None]).float(), inner, out_int32=True)
     return codes.to(torch.uint8).view(rows, -1)[:, :columns], scales

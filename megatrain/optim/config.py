@@ -64,7 +64,7 @@ class OptimizerConfig:
         """
         size, form = math.prod(shape), self.state_format(shape, role)
         scales = size // max(1, shape[-1]) * -(-shape[-1] // STATE_BLOCK)
-        each = {"full": width * size, "bf16": 2 * size, "int8": size + 4 * scales}[form]
+        each = {"full": width * size, "bf16": 2 * size, "int8": size + width * scales}[form]
         return each * self.n_moments(hidden_matrix=is_hidden_matrix(role, len(shape)))
 
     def lr_ratio(self, *, hidden_matrix: bool) -> float:

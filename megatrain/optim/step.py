@@ -58,7 +58,7 @@ def initial_states(parameter: nn.Parameter, how: Update, states: StateFormat) ->
         if states == "int8":
             made[name] = torch.zeros_like(parameter, dtype=torch.uint8)
             local_tensor(made[name]).fill_(ZERO_CODE[number == 0])
-            made[f"{name}_scale"] = shard_like_rows(parameter, n_blocks, dtype=torch.float32)
+            made[f"{name}_scale"] = shard_like_rows(parameter, n_blocks)
         else:
             made[name] = torch.zeros_like(parameter, dtype=torch.bfloat16 if states == "bf16" else None)
     return made

@@ -85,12 +85,12 @@ def shard_like(full: Tensor, like: Tensor, split: Split | None = None, *, first:
     return full
 
 
-def shard_like_rows(like: Tensor, length: Callable[[int], int], *, dtype: torch.dtype) -> Tensor:
-    """Return zeros for each row of `like`, sharded alike, but with `length` of a row's own length in it."""
+def shard_like_rows(like: Tensor, length: Callable[[int], int]) -> Tensor:
+    """Return zeros of the type of `like`, sharded as it is; of a row, as many as `length` makes of its own length."""
     local, whole = (
         torch.Size((*size[:-1], length(size[-1]))) for size in (local_tensor(like).shape, like.shape)
     )
-    zeros = torch.zeros(local, dtype=dtype, device=like.device)
+    zeros = torch.zeros(local, dtype=like.dtype, device=like.device)
     if not isinstance(like, DTensor):
         return zeros
     stride = tuple(math.prod(whole[dim + 1 :]) for dim in range(len(whole)))

@@ -154,7 +154,7 @@ def _types(group: Mapping[str, list[Tensor]], how: Update) -> dict[str, torch.dt
     wide = torch.promote_types(group["weight"][0].dtype, torch.float32)
     state = {"full": wide, "bf16": torch.bfloat16, "int8": torch.uint8}[how.states]
     found = {"step": torch.float32} | dict.fromkeys(how.moments, state)
-    found |= {name: torch.float32 for name in group if name.endswith("_scale")}
+    found |= {name: wide for name in group if name.endswith("_scale")}
     return {name: found.get(name, tensors[0].dtype) for name, tensors in group.items()}
 
 
