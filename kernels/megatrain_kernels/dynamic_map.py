@@ -61,13 +61,13 @@ def encode(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
         codes: uint8, as x. scales: `(rows, blocks)` of x's type; a block with a NaN has the scale NaN.
     """
     rows, columns = x.shape
-    padded = torch.nn.functional.pad(x, (0, -columns % BLOCK)).view(rows, -1, BLOCK)
+    padded = torch.nn.functional.pad(x, (0, -columns % BLOCK)).view(rows, n_blocks(columns), BLOCK)
     scales = padded.abs().amax(-1)
     scales = torch.where(scales < TINY, 0.0, scales)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     inner = map_edges(signed, x.device)[1:-1]
     codes = torch.bucketize((padded * inverse[..., None]).float(), inner, out_int32=True)
-    return codes.to(torch.uint8).view(rows, -1)[:, :columns], scales
+    return codes.to(torch.uint8).flatten(1)[:, :columns], scales
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:

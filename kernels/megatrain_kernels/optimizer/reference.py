@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatrain_kernels.dynamic_map import BLOCK, decode, encode
+from megatrain_kernels.dynamic_map import BLOCK, decode, encode, n_blocks
 from megatrain_kernels.stochastic import element_bits, round_to_bfloat16
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
@@ -95,9 +95,18 @@ def optimizer_step_reference(
         parameter: the tensors by their names in `how.fields`, each contiguous.
         clip: factor on the gradient, 0-d; None: 1.
     """
+    views = as_rows(parameter, place)
+    rows = range(len(views["weight"]))
+    update_tile(views, parameter.get("step"), how, place, rows, range(place.columns), clip)
+
+
+def as_rows(parameter: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
+    """Return a parameter's tensors, its `step` excepted, as rows: `(rows, columns)`, of scales `(rows, blocks)`."""
     rows = parameter["weight"].numel() // max(1, place.columns)
-    views = {name: t.view(rows, -1) for name, t in parameter.items() if name != "step"}
-    update_tile(views, parameter.get("step"), how, place, range(rows), range(place.columns), clip)
+    widths = {
+        name: n_blocks(place.columns) if name.endswith("_scale") else place.columns for name in parameter
+    }
+    return {name: t.view(rows, widths[name]) for name, t in parameter.items() if name != "step"}
 
 
 def update_tile(

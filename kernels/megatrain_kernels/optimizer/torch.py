@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatrain_kernels.blocks import BLOCK_ELEMENTS
 from megatrain_kernels.dynamic_map import BLOCK
-from megatrain_kernels.optimizer.reference import Place, Update, update_tile
+from megatrain_kernels.optimizer.reference import Place, Update, as_rows, update_tile
 
 
 def update_group(
@@ -36,8 +36,8 @@ def _update_in_tiles(
         torch._foreach_add_(group["step"], 1)
     for n, place in enumerate(places):
         parameter = {name: group[name][n] for name in group}
-        rows = parameter["weight"].numel() // max(1, place.columns)
-        views = {name: t.view(rows, -1) for name, t in parameter.items() if name != "step"} if rows else {}
+        views = as_rows(parameter, place)
+        rows = len(views["weight"])
         width = min(place.columns, BLOCK_ELEMENTS // BLOCK * BLOCK)
         height = max(1, BLOCK_ELEMENTS // max(1, width))
         for top in range(0, rows, height):
