@@ -17,8 +17,11 @@ from megatrain_kernels.kernel import (
     wrong_dtype,
 )
 from megatrain_kernels.optimizer.cases import SUITE
-from megatrain_kernels.optimizer.reference import Place, Update, optimizer_step_reference, whole
+from megatrain_kernels.optimizer.reference import MOMENTS, Place, Update, optimizer_step_reference, whole
 from megatrain_kernels.optimizer.torch import update_group
+
+OTHER_SHAPES = {"step", *(f"{name}_scale" for names in MOMENTS.values() for name in names)}
+"""Fields that have not the weight's shape."""
 
 
 @torch.library.custom_op("megatrain::optimizer_step", mutates_args=("updated", "gradients"))
@@ -134,15 +137,18 @@ def _checked(tensors: Sequence[Tensor], how: Update, clip: Tensor | None) -> dic
     group = _by_field(tensors, how.fields)
     weights = group["weight"]
     types = _types(group, how)
+    device, shapes = weights[0].device, [weight.shape for weight in weights]
     for name, found in group.items():
-        for n, (weight, tensor) in enumerate(zip(weights, found, strict=True)):
-            shape = _shape(name, weight)
-            fits = (
-                tensor.shape == shape and tensor.dtype == types[name] and tensor.device == weights[0].device
-            )
-            if not fits or not (tensor.is_contiguous() or name == "gradient"):
-                rule = f"{name} {n} must be contiguous, {types[name]} {tuple(shape)}, on {weights[0].device}"
-                require(False, rule, weight=weight, **{f"{name}_": tensor})
+        wanted = shapes if name not in OTHER_SHAPES else [_shape(name, shape) for shape in shapes]
+        fits = [
+            tensor.shape == shape and tensor.dtype == types[name] and tensor.device == device
+            and (name == "gradient" or tensor.is_contiguous())
+            for tensor, shape in zip(found, wanted, strict=True)
+        ]  # fmt: skip
+        if not all(fits):
+            n = fits.index(False)
+            rule = f"{name} {n} must be contiguous, {types[name]} {tuple(wanted[n])}, on {device}"
+            require(False, rule, weight=weights[n], **{f"{name}_": found[n]})
     require_floating(weight=weights[0], gradient=group["gradient"][0])
     if clip is not None:
         require(clip.ndim == 0 and clip.is_floating_point(), "clip must be a floating scalar", clip=clip)
@@ -158,12 +164,8 @@ def _types(group: Mapping[str, list[Tensor]], how: Update) -> dict[str, torch.dt
     return {name: found.get(name, tensors[0].dtype) for name, tensors in group.items()}
 
 
-def _shape(name: str, weight: Tensor) -> torch.Size:
-    if name == "step":
-        return torch.Size(())
-    if name.endswith("_scale"):
-        return torch.Size((*weight.shape[:-1], n_blocks(weight.shape[-1])))
-    return weight.shape
+def _shape(name: str, weight: torch.Size) -> torch.Size:
+    return torch.Size(()) if name == "step" else torch.Size((*weight[:-1], n_blocks(weight[-1])))
 
 
 def _unsupported(weight: Tensor, gradient: Tensor) -> str | None:
