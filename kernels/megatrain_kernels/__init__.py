@@ -14,6 +14,7 @@ from megatrain_kernels.linear_xent.op import linear_cross_entropy as linear_cros
 from megatrain_kernels.newton_schulz.op import orthogonalize as orthogonalize
 from megatrain_kernels.norm.op import layer_norm as layer_norm
 from megatrain_kernels.norm.op import rms_norm as rms_norm
+from megatrain_kernels.optimizer.op import optimizer_step as optimizer_step
 from megatrain_kernels.quantization.op import dequantize as dequantize
 from megatrain_kernels.quantization.op import quantize as quantize
 from megatrain_kernels.rope.op import rotary as rotary

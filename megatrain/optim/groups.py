@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from megatrain.nn.contract import Role
-from megatrain.optim.config import OptimizerConfig
+from megatrain.optim.config import OptimizerConfig, is_hidden_matrix
 
 
 def is_decayed(role: Role, parameter: nn.Parameter, cfg: OptimizerConfig) -> bool:
@@ -14,11 +14,6 @@ def is_decayed(role: Role, parameter: nn.Parameter, cfg: OptimizerConfig) -> boo
     if role & Role.EMBEDDING and not cfg.decay_embeddings:
         return False
     return parameter.ndim >= 2
-
-
-def is_hidden_matrix(role: Role, parameter: nn.Parameter) -> bool:
-    """Tell whether this is a matrix between embedding and head, or a stack `(experts, out, in)` of them."""
-    return parameter.ndim >= 2 and not role & (Role.EMBEDDING | Role.HEAD)
 
 
 def parameter_groups(
@@ -31,7 +26,7 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        use_muon = cfg.splits_hidden_matrices and is_hidden_matrix(roles[name], parameter)
+        use_muon = cfg.splits_hidden_matrices and is_hidden_matrix(roles[name], parameter.ndim)
         decayed = is_decayed(roles[name], parameter, cfg)
         empty = {
             "params": [],

@@ -2,42 +2,35 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from megatrain.optim.config import LionConfig
-from megatrain.optim.rule import OptimizerRule
-from megatrain.parallel.shards import local_tensor
+from megatrain.optim.config import LionConfig, StateFormat
+from megatrain.optim.rule import OptimizerRule, Updater
+from megatrain.optim.step import initial_states, update
+from megatrain_kernels.optimizer.reference import Update
 
 
-class Lion(Optimizer):
+class Lion(Updater):
     """Lion: weight -= lr · (sign(beta1 · m + (1 - beta1) · gradient) + weight_decay · weight), then
     m = beta2 · m + (1 - beta2) · gradient. State: `exp_avg`, which is m."""
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: LionConfig) -> None:
-        super().__init__(groups, {"lr": cfg.lr})
-        self.cfg = cfg
+    writes_copies = True
 
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
-        for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None]
-            if not held:
-                continue
-            weights, gradients = [local_tensor(p) for p in held], [local_tensor(p.grad) for p in held]
-            averages = [local_tensor(self.state[p]["exp_avg"]) for p in held]
-            updates = torch._foreach_lerp(averages, gradients, 1 - self.cfg.beta1)
-            torch._foreach_sign_(updates)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
-            torch._foreach_lerp_(averages, gradients, 1 - self.cfg.beta2)
+    def update_group(self, group: dict[str, Any], clip: Tensor | None) -> None:
+        update(self, group, how(group, self.cfg), clip)
 
 
-def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: LionConfig) -> dict[str, Tensor]:
+def how(group: dict[str, Any], cfg: LionConfig) -> Update:
+    """Return the update of the parameters of `group`."""
+    rates = group.get("lr", cfg.lr), group.get("weight_decay", 0.0)
+    return Update("lion", *rates, cfg.beta1, cfg.beta2, stochastic=cfg.stochastic_rounding)
+
+
+def initial_state(
+    parameter: nn.Parameter, group: dict[str, Any], states: StateFormat, cfg: LionConfig
+) -> dict[str, Tensor]:
     """Return a zero momentum, sharded as the parameter is."""
-    return {"exp_avg": torch.zeros_like(parameter)}
+    return initial_states(parameter, how(group, cfg), states)
 
 
 RULE = OptimizerRule(Lion, initial_state)

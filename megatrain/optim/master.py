@@ -29,6 +29,11 @@ class MasterWeights:
         self._pairs = [(self.parameters[name], p) for name, p in named.items()]
 
     @property
+    def copies(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters by canonical name, where they are copies."""
+        return {name: p for name, (_, p) in zip(self.parameters, self._pairs, strict=False)}
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The masters that are trained: all but frozen ones."""
         return {name: master for name, master in self.parameters.items() if master.requires_grad}

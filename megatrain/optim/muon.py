@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from megatrain.optim import adamw
-from megatrain.optim.config import MuonConfig
-from megatrain.optim.rule import OptimizerRule
+from megatrain.optim.config import MuonConfig, StateFormat
+from megatrain.optim.rule import OptimizerRule, Updater
+from megatrain.optim.step import update
 from megatrain.parallel.sharding import Split
 from megatrain.parallel.shards import full_tensor, local_tensor, shard_like, sharding_of
 from megatrain_kernels import orthogonalize
@@ -33,31 +33,27 @@ def update_scale(shape: torch.Size, scaling: str) -> float:
     return math.sqrt(max(1.0, out_size / in_size))
 
 
-class Muon(Optimizer):
+class Muon(Updater):
     """Muon for groups with `use_muon` (state: `momentum_buffer`), AdamW for the others.
 
     m = momentum · m + (1 - momentum) · gradient; the update is made orthogonal from m, or with Nesterov's step from
     momentum · m + (1 - momentum) · gradient. Stacked matrices `(experts, out, in)` are orthogonalized separately.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: MuonConfig) -> None:
-        super().__init__(groups, {"lr": cfg.lr})
-        self.cfg = cfg
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient. Ranks that share a matrix must call this together."""
-        for group in self.param_groups:
-            if not group["use_muon"]:
-                adamw.update(self, group, self.cfg)
-                continue
-            held = [
-                (p, split)
-                for p, split in zip(group["params"], group["splits"], strict=True)
-                if p.grad is not None
-            ]
-            for split, alike in _of_one_shape(held):
-                self._muon(alike, split, lr=group["lr"], decay=group["weight_decay"])
+    def update_group(self, group: dict[str, Any], clip: Tensor | None) -> None:
+        """Update the parameters of one group. Ranks that share a matrix must call this together."""
+        if not group["use_muon"]:
+            update(self, group, adamw.how(group, self.cfg), clip)
+            return
+        held = [
+            (p, split)
+            for p, split in zip(group["params"], group["splits"], strict=True)
+            if p.grad is not None
+        ]
+        if clip is not None:
+            torch._foreach_mul_([local_tensor(p.grad) for p, _ in held], clip)
+        for split, alike in _of_one_shape(held):
+            self._muon(alike, split, lr=group["lr"], decay=group["weight_decay"])
 
     def _muon(self, alike: list[nn.Parameter], split: Split | None, *, lr: float, decay: float) -> None:
         wanted = [self._momentum(parameter) for parameter in alike]
@@ -96,11 +92,13 @@ def _of_one_shape(
             yield found[start][1], [parameter for parameter, _ in found[start : start + count]]
 
 
-def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: MuonConfig) -> dict[str, Tensor]:
+def initial_state(
+    parameter: nn.Parameter, group: dict[str, Any], states: StateFormat, cfg: MuonConfig
+) -> dict[str, Tensor]:
     """Return a zero momentum buffer for Muon's matrices, AdamW's state for the rest."""
     if group["use_muon"]:
         return {"momentum_buffer": torch.zeros_like(parameter)}
-    return adamw.initial_state(parameter, group, cfg)
+    return adamw.initial_state(parameter, group, states, cfg)
 
 
 RULE = OptimizerRule(Muon, initial_state)

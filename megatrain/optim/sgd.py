@@ -1,29 +1,38 @@
-"""Stochastic gradient descent with momentum, by PyTorch's implementation."""
+"""Stochastic gradient descent with momentum, as torch.optim.SGD defines it."""
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Optimizer
 
-from megatrain.optim.config import SGDConfig
-from megatrain.optim.rule import Groups, OptimizerRule
-
-
-def make(groups: Groups, cfg: SGDConfig) -> Optimizer:
-    """Make the optimizer."""
-    is_sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])
-    # DTensors know no fused SGD (torch 2.13).
-    return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=not is_sharded)
+from megatrain.optim.config import SGDConfig, StateFormat
+from megatrain.optim.rule import OptimizerRule, Updater
+from megatrain.optim.step import initial_states, update
+from megatrain_kernels.optimizer.reference import Update
 
 
-def initial_state(parameter: nn.Parameter, group: dict[str, Any], cfg: SGDConfig) -> dict[str, Tensor]:
-    """Return a zero momentum buffer, if there is momentum.
+class SGD(Updater):
+    """SGD. State: `momentum_buffer`, if there is momentum.
 
-    torch's SGD starts from the first gradient; a zero buffer gives the same: momentum · 0 + gradient.
+    torch's starts it from the first gradient; a zero buffer gives the same: momentum · 0 + gradient.
     """
-    return {"momentum_buffer": torch.zeros_like(parameter)} if cfg.momentum > 0 else {}
+
+    writes_copies = True
+
+    def update_group(self, group: dict[str, Any], clip: Tensor | None) -> None:
+        update(self, group, how(group, self.cfg), clip)
 
 
-RULE = OptimizerRule(make, initial_state)
+def how(group: dict[str, Any], cfg: SGDConfig) -> Update:
+    """Return the update of the parameters of `group`."""
+    rates = group.get("lr", cfg.lr), group.get("weight_decay", 0.0)
+    return Update("sgd", *rates, cfg.momentum, nesterov=cfg.nesterov, stochastic=cfg.stochastic_rounding)
+
+
+def initial_state(
+    parameter: nn.Parameter, group: dict[str, Any], states: StateFormat, cfg: SGDConfig
+) -> dict[str, Tensor]:
+    """Return a zero momentum buffer, if there is momentum."""
+    return initial_states(parameter, how(group, cfg), states)
+
+
+RULE = OptimizerRule(SGD, initial_state)

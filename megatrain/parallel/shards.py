@@ -5,7 +5,8 @@ tp or ep axis splits a dimension unevenly, torch does not know what a rank holds
 `Split` (`sharding.uneven_splits`).
 """
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -82,6 +83,20 @@ def shard_like(full: Tensor, like: Tensor, split: Split | None = None, *, first:
         size = values.shape[dim]
         full = full.narrow(dim, min(offsets[dim], full.shape[dim] - size), size)  # empty: maybe past the end
     return full
+
+
+def shard_like_rows(like: Tensor, length: Callable[[int], int]) -> Tensor:
+    """Return zeros of the type of `like`, sharded as it is; of a row, as many as `length` makes of its own length."""
+    local, whole = (
+        torch.Size((*size[:-1], length(size[-1]))) for size in (local_tensor(like).shape, like.shape)
+    )
+    zeros = torch.zeros(local, dtype=like.dtype, device=like.device)
+    if not isinstance(like, DTensor):
+        return zeros
+    stride = tuple(math.prod(whole[dim + 1 :]) for dim in range(len(whole)))
+    return DTensor.from_local(
+        zeros, like.device_mesh, like.placements, run_check=False, shape=whole, stride=stride
+    )
 
 
 def tell_place(tensor: Tensor, split: Split) -> Tensor:

@@ -7,6 +7,7 @@ from megatrain.config.errors import UserError
 from megatrain.data.config import DataConfig
 from megatrain.engines.config import legal_precisions
 from megatrain.nn.config import ClassifierConfig
+from megatrain.optim.config import AdamWConfig
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
 from megatrain.train.micro_batch import largest_fitting, micro_batch_choices, state_bytes
@@ -60,7 +61,7 @@ def require_memory(cfg: Config, memory: int) -> None:
         UserError: they don't.
     """
     needed = (
-        state_bytes(cfg.model, cfg.parallel, precision=cfg.train.precision) / 2
+        state_bytes(cfg.model, cfg.parallel, AdamWConfig(), precision=cfg.train.precision) / 2
     )  # without AdamW's moments
     needed /= 2 if cfg.lora.rank else 1  # frozen weights have no gradients
     if needed > memory:
@@ -74,7 +75,13 @@ def _micro_batch(cfg: Config, memory: int, before: Config | None) -> int:
     choices = micro_batch_choices(cfg.parallel, cfg.global_batch_size // data_ranks(cfg.parallel))
     precision = cfg.train.precision
     largest = largest_fitting(
-        choices, cfg.model, cfg.parallel, cfg.seq_len, precision=precision, memory=memory
+        choices,
+        cfg.model,
+        cfg.parallel,
+        cfg.seq_len,
+        optim=cfg.optim,
+        precision=precision,
+        memory=memory,
     )
     if before is None or before.micro_batch_size == "auto":
         return largest

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from megatrain.config.errors import UserError
 from megatrain.config.load import rule_problems
@@ -26,6 +25,7 @@ from megatrain.nn.moe import use_experts_backend
 from megatrain.optim.build import RULES, build_optimizer, start_state
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
+from megatrain.optim.rule import Updater
 from megatrain.parallel.apply import ParallelModel, parallelize
 from megatrain.parallel.float8 import Scaling, check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
@@ -110,7 +110,14 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
     # Where FSDP is applied, it makes the copies in the compute dtype.
     is_copied = mesh is None or is_whole(cfg)
     weights = MasterWeights(parallel.parameters(), compute_dtype if is_copied else master_dtype)
-    optimizer = build_optimizer(cfg.optim, weights.trained, plan.roles, parallel.splits)
+    optimizer = build_optimizer(
+        cfg.optim,
+        weights.trained,
+        plan.roles,
+        parallel.splits,
+        copies=weights.copies,
+        seed=cfg.train.seed,
+    )
     decay = cfg.train.ema_decay
     average = None if decay is None else WeightAverage(weights.trained, decay)
     privacy = private_gradients(cfg)
@@ -178,7 +185,7 @@ def _state_of_engine(cfg: Config, parallel: ParallelModel, plan: Plan) -> TrainS
     return TrainState(parallel=parallel, weights=weights, optimizer=optimizer, average=average, engine=engine)
 
 
-def _engine(cfg: Config, parallel: ParallelModel, plan: Plan, optimizer: Optimizer) -> Engine:
+def _engine(cfg: Config, parallel: ParallelModel, plan: Plan, optimizer: Updater) -> Engine:
     """Make the config's engine, and the state of `optimizer` for the parameters that it has then."""
     model, ranks = parallel.models[0], data_ranks(cfg.parallel)
     # DeepSpeed, which Accelerate imports too where it is installed, would search for a device and print what it found.
@@ -210,7 +217,7 @@ def _engine(cfg: Config, parallel: ParallelModel, plan: Plan, optimizer: Optimiz
         chosen,
         plan=plan,
         mesh=parallel.mesh,
-        initial_state=lambda flat: make_state(nn.Parameter(flat), {}, cfg.optim),
+        initial_state=lambda flat: make_state(nn.Parameter(flat), {}, "full", cfg.optim),
     )
 
 

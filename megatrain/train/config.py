@@ -18,7 +18,7 @@ from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import MoEBackendConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain.observe.config import LogConfig
-from megatrain.optim.config import AdamWConfig, OptimConfig
+from megatrain.optim.config import AdamWConfig, OptimConfig, state_problems
 from megatrain.optim.privacy_config import PrivacyConfig, privacy_problems
 from megatrain.optim.schedule import CosineConfig, ScheduleConfig
 from megatrain.parallel.config import ParallelConfig
@@ -235,6 +235,7 @@ class Config:
             return
         for key, value, off in (
             ("lora.rank", self.lora.rank, 0),
+            ("optim.states", self.optim.states, "fp32"),
             ("checkpoint.async_save", self.checkpoint.async_save, False),
             ("log.fingerprints_every", self.log.fingerprints_every, 0),
             ("resilience.spike", self.resilience.spike, "ignore"),
@@ -373,3 +374,4 @@ class Config:
             yield from float8_problems(parallel, plan, self.seq_len, self.train.fp8_scaling)
         if self.train.qat != "none":
             yield from group_problems(parallel, plan, self.train.qat_group)
+        yield from state_problems(self.optim, parallel, plan)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatrain.config.errors import UserError
-from megatrain.models.flops import flops_per_token, n_params
+from megatrain.models.flops import flops_per_token
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.runtime.device import Peak
 from megatrain.train.config import Config
@@ -13,8 +13,6 @@ SHARE_OF_PEAK = (0.15, 0.7)
 """Range of the share of the peak that a step reaches (measured: 0.2 to 0.6; small models less)."""
 PROCESS_GIB = 0.4
 """Memory in GiB of a process that has imported torch, which counts on a CPU."""
-MOMENTS = {"adamw": 2}
-"""Optimizers' moments per weight; the others have one."""
 SOON_S = 10.0
 """Duration of a measurement below which it is not estimated: overheads that are not counted are as long."""
 LONG_S = 600.0
@@ -51,11 +49,7 @@ def estimate(cfg: Config, *, peak: Peak | None, memory: int, on_cpu: bool) -> Es
     precision = cfg.train.precision
     tokens = cfg.global_batch_size * cfg.seq_len / world_size(cfg.parallel)
     flops = tokens * flops_per_token(cfg.model, cfg.seq_len, causal=False)
-    state = state_bytes(cfg.model, cfg.parallel, precision=precision)  # counts AdamW's two moments
-    layout = cfg.parallel
-    share = layout.pp * layout.tp * (max(1, layout.dp_shard) if layout.zero_stage >= 1 else 1)
-    width = 8 if precision == "fp64" else 4
-    state -= (2 - MOMENTS.get(cfg.optim.kind, 1)) * width * n_params(cfg.model) / share
+    state = state_bytes(cfg.model, cfg.parallel, cfg.optim, precision=precision)
     sequence = activation_bytes(cfg.model, cfg.parallel, cfg.seq_len, precision=precision)
     return Estimate(
         step_s=None

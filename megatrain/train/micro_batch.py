@@ -3,6 +3,7 @@
 from megatrain.config.schema import divisors
 from megatrain.nn.config import GATED, DecoderConfig
 from megatrain.nn.plan import decoder_plan
+from megatrain.optim.config import OptimizerConfig
 from megatrain.parallel.config import MULTI_STAGE, ParallelConfig
 
 USABLE = 0.8
@@ -36,31 +37,37 @@ def largest_fitting(
     parallel: ParallelConfig,
     seq_len: int,
     *,
+    optim: OptimizerConfig,
     precision: str,
     memory: int,
 ) -> int:
     """Return the largest of `choices` whose estimate fits in `memory` (bytes) and `MOST_TOKENS`, else the smallest."""
-    room = USABLE * memory - state_bytes(model, parallel, precision=precision)
+    room = USABLE * memory - state_bytes(model, parallel, optim, precision=precision)
     sequence = activation_bytes(model, parallel, seq_len, precision=precision)
     limit = max(1, MOST_TOKENS * parallel.cp // seq_len)
     fitting = [size for size in choices if size * sequence <= room and size <= limit]
     return max(fitting, default=min(choices))
 
 
-def state_bytes(model: DecoderConfig, parallel: ParallelConfig, *, precision: str) -> float:
-    """Estimate the bytes a rank holds between steps: weights, gradients and AdamW's two moments in float32.
+def state_bytes(
+    model: DecoderConfig, parallel: ParallelConfig, optim: OptimizerConfig, *, precision: str
+) -> float:
+    """Estimate the bytes a rank holds between steps: weights, gradients and the optimizer's states.
 
-    Under bf16 and fp8 the model's own copy of the weights comes on top. ZeRO (arXiv 1910.02054) shards what its stage
-    says over `dp_shard`.
+    Weights and gradients are float32, or float64 under fp64. Under bf16 and fp8 the model's own copy of the weights
+    comes on top. ZeRO (arXiv 1910.02054) shards what its stage says over `dp_shard`.
     """
-    parameters = decoder_plan(model).n_params() / (parallel.pp * parallel.tp)
+    plan = decoder_plan(model)
     width = 8 if precision == "fp64" else 4
     copy = 2 if precision in ("bf16", "fp8") else 0
-    parts = {1: 3 * width, 2: width, 3: copy}
-    shards = max(1, parallel.dp_shard)
-    return parameters * sum(
-        size / (shards if parallel.zero_stage >= stage else 1) for stage, size in parts.items()
+    states = sum(
+        optim.state_bytes(shape, plan.roles[name], width=width) for name, shape in plan.shapes.items()
     )
+    parameters = plan.n_params()
+    parts = {1: width * parameters + states, 2: width * parameters, 3: copy * parameters}
+    shards = max(1, parallel.dp_shard)
+    each = (size / (shards if parallel.zero_stage >= stage else 1) for stage, size in parts.items())
+    return sum(each) / (parallel.pp * parallel.tp)
 
 
 def activation_bytes(

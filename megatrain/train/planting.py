@@ -154,7 +154,7 @@ def _keep_old_shard(cfg: Config, mesh: Mesh) -> Iterator[None]:
 
     def after_update(original: Any) -> Any:
         @torch.no_grad()
-        def sync_model_weights(state: TrainState) -> None:
+        def sync_model_weights(state: TrainState, **_: bool) -> None:
             for name, parameter in state.weights.parameters.items():
                 parameter.copy_(old[name])
             original(state)

@@ -82,8 +82,10 @@ def _listed(changed: dict[str, tuple[object, object]], keys: Iterable[str]) -> s
 
 def _changes_tensors(key: str, old: Config, new: Config) -> bool:
     """Return whether the change of `key` alone gives a checkpoint other tensors, which none can be loaded into."""
-    if key in ("model.kind", "optim.kind", "lora.rank", "lora.targets"):
+    if key in ("model.kind", "optim.kind", "optim.states", "lora.rank", "lora.targets"):
         return True
+    if key == "optim.stochastic_rounding":
+        return new.optim.kind != "adamw"  # whose updates are counted anyway
     if key == "train.ema_decay":
         return (old.train.ema_decay is None) != (new.train.ema_decay is None)
     if key == "train.precision":

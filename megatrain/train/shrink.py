@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from megatrain.models.config import ModelConfig
 from megatrain.nn.config import ExpertsConfig, MLAConfig, MoEBackendConfig
+from megatrain.optim.config import STATE_BLOCK
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks
 from megatrain.train.config import Config
@@ -21,6 +22,7 @@ FFN_SIZE = 96
 EXPERTS = 8
 EXPERT_FFN_SIZE = 32
 VOCABULARY = 128
+HEAD_DIM = 8
 
 
 def shrink(cfg: Config, layouts: Sequence[ParallelConfig]) -> Config:
@@ -33,10 +35,12 @@ def shrink(cfg: Config, layouts: Sequence[ParallelConfig]) -> Config:
     layers = _shrink_layers(cfg.model.n_layers, layouts)
     lengths = [(2 * layout.cp if layout.cp > 1 else 1) * layout.tp for layout in layouts]
     seq_len = _shrink_size(cfg.seq_len, SEQ_LEN, lengths)
+    # Rows of whole blocks of 8-bit states, between which tensor parallelism cuts.
+    block = STATE_BLOCK if cfg.optim.states == "int8" else 0
     batch = math.lcm(4, *(data_ranks(layout) * micro_batches(layout) for layout in layouts))
     return dataclasses.replace(
         cfg,
-        model=_shrink_model(cfg.model, layers, seq_len, layouts),
+        model=_shrink_model(cfg.model, layers, seq_len, layouts, block=block),
         data=dataclasses.replace(cfg.data, kind="synthetic", path=None),
         train=dataclasses.replace(cfg.train, precision="fp64"),
         objective=LikelihoodConfig(),
@@ -97,7 +101,7 @@ def _shrink_split(split: tuple[int, ...], real: int, small: int) -> tuple[int, .
 
 
 def _shrink_model(
-    model: ModelConfig, layers: int, seq_len: int, layouts: Sequence[ParallelConfig]
+    model: ModelConfig, layers: int, seq_len: int, layouts: Sequence[ParallelConfig], *, block: int
 ) -> ModelConfig:
     tp = [layout.tp for layout in layouts]
     # Ulysses also distributes the heads of a tp rank.
@@ -107,11 +111,11 @@ def _shrink_model(
     small: ModelConfig = dataclasses.replace(
         model,
         n_layers=layers,
-        hidden_size=64,
+        hidden_size=block or 64,
         n_heads=n_heads,
         n_kv_heads=None if model.n_kv_heads is None else n_kv_heads,
-        head_dim=None if model.mla else 8,
-        ffn_size=_shrink_size(model.ffn_size, FFN_SIZE, tp),
+        head_dim=None if model.mla else block or HEAD_DIM,
+        ffn_size=block * math.lcm(*tp) or _shrink_size(model.ffn_size, FFN_SIZE, tp),
         vocab_size=_shrink_size(model.vocab_size, VOCABULARY, tp),
         max_seq_len=max(seq_len, 128),
         sliding_window=None if model.sliding_window is None else seq_len // 3,
@@ -122,8 +126,8 @@ def _shrink_model(
         classifier=None,
         experts=None
         if model.experts is None
-        else _shrink_experts(model.experts, model.expert_ffn_size, layouts),
-        mla=None if model.mla is None else _shrink_latent(model.mla),
+        else _shrink_experts(model.experts, model.expert_ffn_size, layouts, block=block),
+        mla=None if model.mla is None else _shrink_latent(model.mla, block or HEAD_DIM),
     )
     return small
 
@@ -137,18 +141,21 @@ def _shrink_heads(model: ModelConfig, degrees: list[int]) -> tuple[int, int]:
     return n_kv_heads * (ratio if ratio <= least else least + (ratio - least) % unit), n_kv_heads
 
 
-def _shrink_latent(mla: MLAConfig) -> MLAConfig:
+def _shrink_latent(mla: MLAConfig, v_head_dim: int) -> MLAConfig:
     return dataclasses.replace(
         mla,
         q_lora_rank=None if mla.q_lora_rank is None else 24,
         kv_lora_rank=16,
         qk_nope_head_dim=8,
         qk_rope_head_dim=4,
-        v_head_dim=8,
+        v_head_dim=v_head_dim,
     )
 
 
-def _shrink_experts(moe: ExpertsConfig, ffn_size: int, layouts: Sequence[ParallelConfig]) -> ExpertsConfig:
+def _shrink_experts(
+    moe: ExpertsConfig, ffn_size: int, layouts: Sequence[ParallelConfig], *, block: int
+) -> ExpertsConfig:
+    tp = [layout.tp for layout in layouts]
     n_experts = _shrink_size(moe.n_experts, EXPERTS, [layout.ep for layout in layouts])
     groups = next(
         (n for n in (min(2, moe.n_groups), moe.n_groups) if n_experts % n == 0 and n_experts // n > 1), 1
@@ -157,7 +164,7 @@ def _shrink_experts(moe: ExpertsConfig, ffn_size: int, layouts: Sequence[Paralle
         moe,
         n_experts=n_experts,
         top_k=min(2, moe.top_k),
-        ffn_size=_shrink_size(ffn_size, EXPERT_FFN_SIZE, [layout.tp for layout in layouts]),
+        ffn_size=block * math.lcm(*tp) or _shrink_size(ffn_size, EXPERT_FFN_SIZE, tp),
         n_groups=groups,
         top_groups=1 if moe.top_groups < moe.n_groups else groups,
         first_k_dense=min(1, moe.first_k_dense),

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from megatrain.engines.engine import Engine, Partitioned
 from megatrain.optim.build import optimizer_tensors
 from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
+from megatrain.optim.rule import Updater
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import reshard
 from megatrain.parallel.shards import tell_place
@@ -28,7 +28,7 @@ class TrainState:
 
     parallel: ParallelModel
     weights: MasterWeights
-    optimizer: Optimizer
+    optimizer: Updater
     average: WeightAverage | None
     engine: Engine | None = None
     """Library that runs the passes; None: the native engine, which is PyTorch and nothing else."""
@@ -144,8 +144,9 @@ class TrainState:
         for model in self.parallel.models:
             reshard(model)  # a forward pass without a backward pass keeps the weights that it gathered
 
-    def sync_model_weights(self) -> None:
-        """Copy the master weights to the model's compute weights."""
-        self.weights.sync_model_weights()
+    def sync_model_weights(self, *, are_written: bool = False) -> None:
+        """Copy the master weights to the model's compute weights, unless these `are_written` already."""
+        if not are_written:
+            self.weights.sync_model_weights()
         if self.parallel.pipeline is not None:
             self.parallel.pipeline.sync_tied_embeddings()

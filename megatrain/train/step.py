@@ -14,7 +14,7 @@ from megatrain.data.loader import Batch, StepBatch
 from megatrain.engines.engine import Engine, Partitioned
 from megatrain.nn.balance import balance_experts, begin_balance, forget_expert_counts
 from megatrain.nn.classifier import chosen_labels
-from megatrain.optim.clip import clip_gradients
+from megatrain.optim.clip import clip_factor
 from megatrain.parallel.apply import ParallelModel
 from megatrain.parallel.fsdp import before_micro_batch
 from megatrain.train.config import Config
@@ -138,13 +138,12 @@ def _update(
     stats = StepStats(torch.cat([totals[:1], grad_norm[None], totals[2:]]), names=names)
     stats.was_taken = accepts is None or accepts(*stats.read()[:2])
     if stats.was_taken:
-        clip_gradients(gradients.values(), grad_norm, cfg.optim.clip_norm)
-        state.optimizer.step()
+        state.optimizer.step(clip_factor(grad_norm, cfg.optim.clip_norm))
     else:
         forget_expert_counts(parallel.models)
     state.weights.zero_gradients()
     if stats.was_taken:
-        state.sync_model_weights()
+        state.sync_model_weights(are_written=state.optimizer.writes_copies)
     return stats
 
 

@@ -15,7 +15,7 @@ from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.config import ClassifierConfig, ExpertsConfig, MLAConfig
-from megatrain.optim.config import AdamWConfig, MuonConfig, SGDConfig
+from megatrain.optim.config import AdamWConfig, LionConfig, MuonConfig, SGDConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import data_ranks, world_size
 from megatrain.parallel.lora_config import LoRAConfig
@@ -60,6 +60,15 @@ LATENT = replace(
 UNEVEN = replace(CFG, model=replace(CFG.model, n_heads=6, n_kv_heads=2, ffn_size=49, vocab_size=67))
 """Sizes that no number of ranks divides: with more than two, they hold parts of grouped heads."""
 UNEVEN_EXPERTS = replace(UNEVEN, model=replace(UNEVEN.model, experts=replace(MOE, n_experts=6, ffn_size=25)))
+ROUNDED = AdamWConfig(lr=1e-2, clip_norm=0.5, states="bf16", stochastic_rounding=True)
+WIDE = replace(
+    CFG, model=replace(CFG.model, n_layers=2, hidden_size=128, n_heads=4, head_dim=64, ffn_size=256)
+)
+"""Rows of one block of 8-bit states, and of two, which the ranks of a tp group share."""
+WIDE_EXPERTS = replace(
+    WIDE, model=replace(WIDE.model, experts=replace(MOE, ffn_size=256, n_experts=4, first_k_dense=1))
+)
+INT8 = AdamWConfig(lr=1e-2, clip_norm=0.5, states="int8")
 LORA = LoRAConfig(rank=4, alpha=64.0, dropout=0.3, targets=("wq", "wk", "wv", "wo", "down"))
 """Adapters of layers that tensor parallelism shards by outputs, by inputs, and by heads."""
 
@@ -85,6 +94,15 @@ RUNS = {
     "muon": MUON,
     "muon_experts": replace(EXPERTS, optim=MUON.optim),
     "sgd_experts": replace(EXPERTS, optim=SGDConfig(lr=1e-2, clip_norm=0.5)),
+    "rounded": replace(CFG, optim=ROUNDED),
+    "rounded_experts": replace(EXPERTS, optim=ROUNDED),
+    "rounded_sgd": replace(
+        TIED, optim=SGDConfig(lr=1e-2, clip_norm=0.5, states="bf16", stochastic_rounding=True)
+    ),
+    "rounded_uneven": replace(UNEVEN, optim=ROUNDED),
+    "int8": replace(WIDE, optim=INT8),
+    "int8_lion": replace(WIDE, optim=LionConfig(lr=1e-3, clip_norm=0.5, states="int8")),
+    "int8_experts": replace(WIDE_EXPERTS, optim=INT8),
     "uneven": UNEVEN,
     "uneven_tied": replace(UNEVEN, model=replace(UNEVEN.model, n_kv_heads=3, tie_embeddings=True)),
     "uneven_gpt2": replace(

@@ -73,6 +73,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sgd_experts", {"dp_shard": 2, "ep": 2}),
     # an optimizer that needs whole matrices
     *[("muon", layout) for layout in ({"dp_shard": 2}, {"pp": 2}, {"dp_shard": 2, "tp": 2})],
+    # states rounded by random bits that are a function of an element's place, and 8-bit blocks that no axis cuts
+    *[("rounded", layout) for layout in ({"dp_shard": 2}, {"tp": 2}, {"pp": 2, "dp_shard": 2})],
+    *[("int8", layout) for layout in ({"dp_shard": 2, "zero_stage": 1}, {"dp_shard": 2, "tp": 2}, {"pp": 2})],
+    ("rounded_experts", {"dp_shard": 4, "ep": 2}),
+    ("rounded_uneven", {"tp": 4}),
+    ("int8_experts", {"dp_shard": 2, "tp": 2, "ep": 2}),
     # sizes that the axes do not divide: heads, key heads fewer than ranks, widths, vocabularies, experts
     ("uneven", {"tp": 4}),
     ("uneven_gpt2", {"tp": 2, "dp_shard": 2, "zero_stage": 2}),
@@ -132,6 +138,11 @@ MORE_CASES: list[tuple[str, dict[str, Any]]] = [
     ("uneven_latent", {"tp": 2, "dp_shard": 2, "ep": 4}),
     ("uneven_muon", {"dp_shard": 4, "tp": 2, "ep": 4}),
     ("gpt2_vocabulary", {"tp": 2}),
+    ("rounded_sgd", {"dp_shard": 2, "tp": 2}),
+    ("rounded_experts", {"dp_shard": 2, "tp": 2, "ep": 2}),
+    ("rounded_uneven", {"tp": 2, "dp_shard": 4}),
+    *[("int8_lion", layout) for layout in ({"dp_shard": 4, "tp": 2}, {"pp": 2, "cp": 2})],
+    ("int8_experts", {"dp_shard": 4, "ep": 4}),
     (
         "latent",
         {

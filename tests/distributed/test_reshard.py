@@ -37,8 +37,11 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
         {"dp_shard": 2, "zero_stage": 1},
         {"dp_shard": 2, "tp": 4},
     ],
+    "rounded_uneven": [{"dp_shard": 2}, {"tp": 4}, {"pp": 2, "tp": 2}, {}],
+    "int8_experts": [{"dp_shard": 2, "tp": 2}, {"dp_shard": 2, "ep": 2}, {}, {"tp": 2, "pp": 2}],
 }
-"""Dense with AdamW, experts with Muon; moving averages in both; sizes that the axes do not divide."""
+"""Dense with AdamW, experts with Muon, and sizes that the axes do not divide; states that are rounded to bf16 by random
+bits, and states of 8 bits; moving averages in all."""
 
 
 def config(name: str, layout: dict[str, Any]) -> Config:
@@ -70,7 +73,7 @@ def moves(per_layout: int) -> list[Any]:
     found = []
     for name, layouts in LAYOUTS.items():
         for source in range(len(layouts)):
-            for step in range(1, per_layout + 1):
+            for step in range(1, min(per_layout + 1, len(layouts))):
                 target = (source + step) % len(layouts)
                 label = " to ".join(
                     layout_summary(config(name, layouts[n]).parallel) or "one process"

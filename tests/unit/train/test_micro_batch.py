@@ -6,6 +6,7 @@ import pytest
 
 from megatrain.models.flops import n_params
 from megatrain.models.gpt2.config import GPT2Config
+from megatrain.optim.config import AdamWConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.train.auto import resolve_auto
 from megatrain.train.config import Config, TrainConfig
@@ -18,6 +19,7 @@ from megatrain.train.micro_batch import (
 
 GPT2 = GPT2Config(n_layers=12, hidden_size=768, n_heads=12, ffn_size=3072)
 ALONE = ParallelConfig()
+ADAMW = AdamWConfig()
 HUGE = 1 << 50
 
 
@@ -46,11 +48,14 @@ def test_a_pipeline_gets_four_micro_batches_a_rank_where_there_are_rows(
 def test_estimates() -> None:
     """GPT-2: 16 bytes a weight in float32, 18 under bf16; per token and layer 12 h of linear inputs and outputs."""
     parameters = n_params(GPT2)
-    assert state_bytes(GPT2, ALONE, precision="fp32") == 16 * parameters
-    assert state_bytes(GPT2, ALONE, precision="bf16") == 18 * parameters
+    assert state_bytes(GPT2, ALONE, ADAMW, precision="fp32") == 16 * parameters
+    assert state_bytes(GPT2, ALONE, ADAMW, precision="bf16") == 18 * parameters
     sharded = ParallelConfig(dp_shard=4)
-    assert state_bytes(GPT2, sharded, precision="bf16") == 18 * parameters / 4
-    assert state_bytes(GPT2, replace(sharded, zero_stage=1), precision="bf16") == (12 / 4 + 6) * parameters
+    assert state_bytes(GPT2, sharded, ADAMW, precision="bf16") == 18 * parameters / 4
+    assert (
+        state_bytes(GPT2, replace(sharded, zero_stage=1), ADAMW, precision="bf16")
+        == (12 / 4 + 6) * parameters
+    )
     # queries, keys, values, attention's output; inputs of norm, projections, norm, MLP; up and activation
     per_layer = 4 * 768 + 4 * 768 + 2 * 3072
     assert activation_bytes(GPT2, ALONE, 1024, precision="bf16") == (12 * per_layer + 4 * 768) * 2 * 1024
@@ -64,12 +69,16 @@ def test_estimates() -> None:
 
 def test_the_largest_that_fits_is_taken() -> None:
     sequence = activation_bytes(GPT2, ALONE, 1024, precision="bf16")
-    state = state_bytes(GPT2, ALONE, precision="bf16")
+    state = state_bytes(GPT2, ALONE, ADAMW, precision="bf16")
     for room, expected in ((0, 1), (1.5, 1), (4.1, 4), (7.9, 4), (8.1, 8), (1e9, 64)):
         memory = int((state + room * sequence) / 0.8)
-        found = largest_fitting([64, 8, 4, 1], GPT2, ALONE, 1024, precision="bf16", memory=memory)
+        found = largest_fitting(
+            [64, 8, 4, 1], GPT2, ALONE, 1024, optim=ADAMW, precision="bf16", memory=memory
+        )
         assert found == expected
-    assert largest_fitting([512, 64], GPT2, ALONE, 1024, precision="bf16", memory=HUGE) == 64  # 65,536 tokens
+    assert (
+        largest_fitting([512, 64], GPT2, ALONE, 1024, optim=ADAMW, precision="bf16", memory=HUGE) == 64
+    )  # 65,536 tokens
 
 
 def test_a_resumed_run_keeps_its_micro_batch_where_it_can() -> None:

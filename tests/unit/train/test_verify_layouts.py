@@ -16,6 +16,8 @@ from megatrain.models.deepseek_v3.config import DeepseekV3Config
 from megatrain.models.gpt2.config import GPT2Config
 from megatrain.models.llama3.config import Llama3Config
 from megatrain.nn.config import ExpertsConfig
+from megatrain.nn.plan import decoder_plan
+from megatrain.optim.config import AdamWConfig
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import world_size
 from megatrain.train.candidates import PROCESSES, candidates, reduced
@@ -163,3 +165,14 @@ def test_layouts_and_faults_are_known_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_eight_bit_states_keep_whole_blocks() -> None:
+    model = Llama3Config(n_layers=16, hidden_size=2048, n_heads=32, n_kv_heads=8, ffn_size=8192)
+    cfg = Config(model=model, optim=AdamWConfig(states="int8"), seq_len=2048)
+    layouts = [ParallelConfig(tp=2), ParallelConfig(tp=4, dp_shard=2)]
+    small = shrink(cfg, layouts)
+    forms = [small.optim.state_format(w.shape, w.role) for w in decoder_plan(small.model).weights.values()]
+    assert "int8" in forms
+    for layout in layouts:
+        assert not list(rule_problems(in_layout(small, layout, 16)))
