@@ -198,8 +198,18 @@ def _liger_rms_norm(
     return out if residual is None else (out, total)
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+    total = x if residual is None else x + residual
+    out = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return out if residual is None else (out, total)
+
+
+def _liger_layer_norm(
+    function: Run, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Any:
+    total = x if residual is None else x + residual
+    out = function(total, weight, bias, eps)
+    return out if residual is None else (out, total)
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +247,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "orthogonalize": plain(_newton_schulz),
     "scaled_matmul": {"torch _scaled_mm": Peer(_scaled_mm), "torch bf16 product": Peer(_bf16_product)},
     "rms_norm": plain(_rms_norm) | liger("liger_rms_norm", _liger_rms_norm),
-    "layer_norm": plain(_layer_norm) | liger("liger_layer_norm", _as_is),
+    "layer_norm": plain(_layer_norm) | liger("liger_layer_norm", _liger_layer_norm),
     "rotary": plain(_rotary),
     "swiglu": plain(_swiglu) | liger("liger_swiglu", _as_is),
     "geglu": plain(_geglu) | liger("liger_geglu", _as_is),

@@ -137,7 +137,24 @@ def test_layer_norm(dtype: torch.dtype, backend: str) -> None:
     truth = (x - x.mean(-1, keepdim=True)) / torch.sqrt(
         x.var(-1, unbiased=False, keepdim=True) + 1e-5
     ) * weight + bias
-    check(kernels.layer_norm(*inputs, 1e-5, backend=backend), truth, inputs, truths, dtype)
+    got = kernels.layer_norm(*inputs, 1e-5, backend=backend)
+    assert isinstance(got, Tensor)
+    check(got, truth, inputs, truths, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_layer_norm_of_a_sum(dtype: torch.dtype, backend: str) -> None:
+    shapes = ((3, 7, 33), (33,), (33,), (3, 7, 33))
+    inputs = [draw(n, *shape, dtype=dtype) for n, shape in enumerate(shapes)]
+    truths = [t.detach().double().requires_grad_() for t in inputs]
+    both = truths[0] + truths[3]
+    deviation = torch.sqrt(both.var(-1, unbiased=False, keepdim=True) + 1e-5)
+    truth = (both - both.mean(-1, keepdim=True)) / deviation * truths[1] + truths[2]
+    x, weight, bias, residual = inputs
+    normed, total = kernels.layer_norm(x, weight, bias, 1e-5, residual, backend=backend)
+    check(normed, truth, inputs, truths, dtype)
+    assert_close(total.detach(), both.detach(), dtype, "sum")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,12 +63,21 @@ def rms(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, backend: s
     return rms_norm(x, weight, EPS, residual, backend=backend)
 
 
-def true_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+def true_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Any:
+    total = x if residual is None else x + residual
+    out = F.layer_norm(total, weight.shape, weight, bias, EPS)
+    return out if residual is None else (out, total)
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str) -> Tensor:
-    return layer_norm(x, weight, bias, EPS, backend=backend)
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str,
+) -> Any:
+    return layer_norm(x, weight, bias, EPS, residual, backend=backend)
 
 
 def true_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -80,7 +89,13 @@ def true_geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def norm_inputs(seed: int, rows: int, size: int, kind: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    last = {"rms": (), "rms, added": ((rows, size),), "layer": (), "layer, biased": ((size,),)}[kind]
+    last = {
+        "rms": (),
+        "rms, added": ((rows, size),),
+        "layer": (),
+        "layer, biased": ((size,),),
+        "layer, added": ((size,), (rows, size)),
+    }[kind]
     shapes = ((rows, size), (size,), *last)
     return tuple(draw(seed + n, *shape, dtype=dtype) for n, shape in enumerate(shapes))
 
@@ -90,6 +105,7 @@ NORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rms, added": (rms, true_rms),
     "layer": (layer, true_layer),
     "layer, biased": (layer, true_layer),
+    "layer, added": (layer, true_layer),
 }
 GATED = {"swiglu": (swiglu, true_swiglu), "geglu": (geglu, true_geglu)}
 
@@ -171,6 +187,7 @@ def test_strides(layout: str) -> None:
     x = STRIDED[layout]()
     assert compare(rms, true_rms, (x, draw(2, 70), draw(3, 9, 70))) <= 1
     assert compare(layer, true_layer, (x, draw(2, 70), draw(3, 70))) <= 1
+    assert compare(layer, true_layer, (draw(4, 9, 70), draw(2, 70), draw(3, 70), x)) <= 1
     assert compare(swiglu, true_swiglu, (x, draw(2, 9, 70))) <= 1
 
 
@@ -189,14 +206,28 @@ def test_more_dimensions_and_views_of_one_matrix() -> None:
         torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_the_same_bits_every_time() -> None:
-    inputs = norm_inputs(1, 50, 70, "rms, added", torch.float32)
+@pytest.mark.parametrize("kind", ["rms, added", "layer, added"])
+def test_gradients_are_the_same_bits_every_time(kind: str) -> None:
+    inputs, run = norm_inputs(1, 50, 70, kind, torch.float32), NORMS[kind][0]
     first, second = (
-        torch.autograd.grad(sum(t.square().sum() for t in rms(*inputs, backend="triton")), inputs)
+        torch.autograd.grad(sum(t.square().sum() for t in run(*inputs, backend="triton")), inputs)
         for _ in range(2)
     )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["rms, added", "layer, added"])
+def test_x_and_the_residual_share_no_gradient(kind: str) -> None:
+    """It is one tensor on its way; what leaves keep may be changed in place."""
+    x, *weights, residual = norm_inputs(1, 5, 70, kind, torch.float32)
+    for _ in range(2):
+        out, total = NORMS[kind][0](x, *weights, residual, backend="triton")
+        (out.square().sum() + total.sum() + residual.sum()).backward()
+    assert x.grad is not None
+    assert residual.grad is not None
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+    torch.testing.assert_close(residual.grad, x.grad + 2)
 
 
 BROKEN: list[tuple[str, str, str, str]] = [
@@ -206,6 +237,8 @@ BROKEN: list[tuple[str, str, str, str]] = [
     ("norm.triton", "wide = stored.to(tl.float32)", "wide = stored.to(tl.float32) * 0.5", "rms, added"),
     ("norm.triton", "made -= tl.sum(inner, 0) / size", "made -= 0.0", "layer"),
     ("norm.triton", "made += tl.load(grad_total", "made += 0.0 * tl.load(grad_total", "rms, added"),
+    ("norm.triton", "made += tl.load(grad_total", "made += 0.0 * tl.load(grad_total", "layer, added"),
+    ("norm.triton", "wide += tl.load(residual", "wide += 0.5 * tl.load(residual", "layer, added"),
     ("norm.triton", "for_weight += above * normed", "for_weight += above", "layer, biased"),
     ("norm.triton", "tl.where(row < rows, size, 0)", "tl.where(row < rows - 1, size, 0)", "rms"),
     ("gated.triton", "known = columns < size", "known = columns < size - 1", "swiglu"),
@@ -269,7 +302,7 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(rotary_op, (q, k, angles.cos(), angles.sin(), False, "triton"))
 
 
-@pytest.mark.parametrize("kind", ["rms, added", "layer, biased", "swiglu", "geglu", "rotary"])
+@pytest.mark.parametrize("kind", ["rms, added", "layer, biased", "layer, added", "swiglu", "geglu", "rotary"])
 def test_plain_pytorch_takes_over_where_a_kernel_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fallback of the operators, against the same truth."""
     for folder in ("norm", "gated", "rope"):
