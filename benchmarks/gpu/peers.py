@@ -212,6 +212,10 @@ def _liger_layer_norm(
     return out if residual is None else (out, total)
 
 
+def _bias_gelu(x: Tensor, bias: Tensor, *, tanh: bool) -> Tensor:
+    return F.gelu(x + bias, approximate="tanh" if tanh else "none")
+
+
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     c, s = (torch.cat([t, t], -1).unsqueeze(-2).to(q.dtype) for t in (cos, sin))
 
@@ -249,6 +253,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "rms_norm": plain(_rms_norm) | liger("liger_rms_norm", _liger_rms_norm),
     "layer_norm": plain(_layer_norm) | liger("liger_layer_norm", _liger_layer_norm),
     "rotary": plain(_rotary),
+    "bias_gelu": plain(_bias_gelu),
     "swiglu": plain(_swiglu) | liger("liger_swiglu", _as_is),
     "geglu": plain(_geglu) | liger("liger_geglu", _as_is),
 }

@@ -71,7 +71,8 @@ class Linear(Layer, nn.Linear):
         super().__init__(in_features, out_features, bias=weight.bias)
         self.adapter: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.tensor("bias")
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """Multiply `x`, without adding the bias unless `biased`."""
+        bias = self.tensor("bias") if biased and self.bias is not None else None
         out = self.product(x, self.tensor("weight"), bias)
         return out if self.adapter is None else out + self.adapter(x)

@@ -180,6 +180,20 @@ def test_swiglu(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("tanh", [True, False])
+def test_bias_gelu(tanh: bool, dtype: torch.dtype, backend: str) -> None:
+    inputs = [draw(1, 2, 5, 13, dtype=dtype), draw(2, 13, dtype=dtype)]
+    truths = [t.detach().double().requires_grad_() for t in inputs]
+    total = truths[0] + truths[1]
+    # By the normal distribution's integral, or with its well-known approximation.
+    part = torch.special.ndtr(total)
+    if tanh:
+        part = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (total + 0.044715 * total**3))
+    check(kernels.bias_gelu(*inputs, tanh=tanh, backend=backend), total * part, inputs, truths, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (0.1, None), (0.0, 2.0), (0.1, 2.0)])
 def test_linear_cross_entropy(

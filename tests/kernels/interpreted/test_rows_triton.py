@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatrain_kernels import geglu, layer_norm, rms_norm, rotary, swiglu
+from megatrain_kernels import bias_gelu, geglu, layer_norm, rms_norm, rotary, swiglu
 from megatrain_kernels.gated.op import gated_backward_op, gated_op
+from megatrain_kernels.gelu.op import bias_gelu_backward_op, bias_gelu_op
 from megatrain_kernels.kernel import KERNELS
 from megatrain_kernels.norm.op import norm_backward_op, norm_op
 from megatrain_kernels.rope.op import rotary_op
@@ -136,10 +137,24 @@ def test_gated(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert compare(*GATED[kind], (draw(1, *shape, dtype=dtype), draw(2, *shape, dtype=dtype))) <= 1
 
 
+def true_bias_gelu(x: Tensor, bias: Tensor, *, tanh: bool) -> Tensor:
+    return F.gelu(x + bias, approximate="tanh" if tanh else "none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (0, 5)])
+@pytest.mark.parametrize("tanh", [True, False])
+def test_bias_gelu(tanh: bool, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = draw(1, *shape, dtype=dtype), draw(2, shape[1], dtype=dtype)
+    assert compare(bias_gelu, true_bias_gelu, inputs, tanh=tanh) <= 1
+
+
 def test_gated_at_the_ends_of_the_range() -> None:
     gate = torch.tensor([[-300.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 300.0]], requires_grad=True)
     for kind in GATED:
         assert compare(*GATED[kind], (gate, draw(2, 1, 7))) <= 1
+    for tanh in (True, False):
+        assert compare(bias_gelu, true_bias_gelu, (gate, torch.zeros(7).requires_grad_()), tanh=tanh) <= 1
 
 
 def true_rotary(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +204,8 @@ def test_strides(layout: str) -> None:
     assert compare(layer, true_layer, (x, draw(2, 70), draw(3, 70))) <= 1
     assert compare(layer, true_layer, (draw(4, 9, 70), draw(2, 70), draw(3, 70), x)) <= 1
     assert compare(swiglu, true_swiglu, (x, draw(2, 9, 70))) <= 1
+    for bias in (draw(2, 70), draw(2, 140)[::2]):
+        assert compare(bias_gelu, true_bias_gelu, (x, bias), tanh=True) <= 1
 
 
 def test_more_dimensions_and_views_of_one_matrix() -> None:
@@ -244,6 +261,15 @@ BROKEN: list[tuple[str, str, str, str]] = [
     ("gated.triton", "known = columns < size", "known = columns < size - 1", "swiglu"),
     ("gated.triton", "part + x * part * (1.0 - part) * inner", "part", "swiglu"),
     ("gated.triton", "1.0 + 3.0 * cubic * x * x", "1.0 + cubic * x * x", "geglu"),
+    (
+        "gelu.triton",
+        "known = (row < rows) & (columns < size)",
+        "known = (row < rows) & (columns < size - 1)",
+        "bias_gelu",
+    ),
+    ("gelu.triton", "+ x * density * tl.exp(-0.5 * x * x)", "", "bias_gelu"),
+    ("gelu.triton", "total += made", "total += above", "bias_gelu"),
+    ("gelu.triton", "row = program * rows_each", "row = program * (rows_each - 1)", "bias_gelu"),
     ("rope.triton", "(pair < half)", "(pair < half - 1)", "rotary"),
     ("rope.triton", "b * c + a * s", "b * c - a * s", "rotary"),
 ]
@@ -258,7 +284,15 @@ def test_a_broken_kernel_fails(
     source = open(str(module.__file__)).read()  # noqa: SIM115
     assert right in source
     broken = break_module(tmp_path, source.replace(right, wrong))
-    for name in ("normalize", "gradients", "gated_forward", "gated_backward", "rotate"):
+    for name in (
+        "normalize",
+        "gradients",
+        "gated_forward",
+        "gated_backward",
+        "rotate",
+        "bias_gelu_forward",
+        "bias_gelu_backward",
+    ):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(broken, name))
     if kind == "rotary":
@@ -269,6 +303,8 @@ def test_a_broken_kernel_fails(
             return rotary(q, k, cos, sin, backend=backend)
 
         found = compare(ours, true_rotary, (draw(1, 3, 7, 2, 12), draw(2, 3, 7, 1, 12)), **tables)
+    elif kind == "bias_gelu":
+        found = compare(bias_gelu, true_bias_gelu, (draw(1, 25, 65), draw(2, 65)), tanh=False)
     elif kind in GATED:
         found = compare(*GATED[kind], (draw(1, 5, 65), draw(2, 5, 65)))
     else:
@@ -297,15 +333,21 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(norm_backward_op, (*plain, *stats, True, "triton"))
     gate, up = draw(1, 3, 20), draw(2, 3, 20)
     torch.library.opcheck(gated_op, (gate, up, True, "triton"))
+    torch.library.opcheck(bias_gelu_op, (gate, weight, True, "triton"))
+    torch.library.opcheck(
+        bias_gelu_backward_op, (up.detach(), gate.detach(), weight.detach(), False, "triton")
+    )
     torch.library.opcheck(gated_backward_op, (up.detach(), gate.detach(), up.detach(), False, "triton"))
     q, k, angles = draw(1, 2, 5, 3, 8), draw(2, 2, 5, 1, 8), draw(3, 5, 4).detach()
     torch.library.opcheck(rotary_op, (q, k, angles.cos(), angles.sin(), False, "triton"))
 
 
-@pytest.mark.parametrize("kind", ["rms, added", "layer, biased", "layer, added", "swiglu", "geglu", "rotary"])
+@pytest.mark.parametrize(
+    "kind", ["rms, added", "layer, biased", "layer, added", "swiglu", "geglu", "bias_gelu", "rotary"]
+)
 def test_plain_pytorch_takes_over_where_a_kernel_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fallback of the operators, against the same truth."""
-    for folder in ("norm", "gated", "rope"):
+    for folder in ("norm", "gated", "gelu", "rope"):
         module = import_module(f"megatrain_kernels.{folder}.op")
         monkeypatch.setattr(module, "run_triton", lambda *args, **kwargs: None)
     if kind == "rotary":
@@ -314,13 +356,16 @@ def test_plain_pytorch_takes_over_where_a_kernel_fails(kind: str, monkeypatch: p
         true = true_rotary(q.double(), k.double(), cos=angles.cos(), sin=angles.sin())
         for got, exact in zip(made, true, strict=True):
             torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    elif kind == "bias_gelu":
+        for tanh in (True, False):
+            assert compare(bias_gelu, true_bias_gelu, (draw(1, 5, 65), draw(2, 65)), tanh=tanh) <= 1
     elif kind in GATED:
         assert compare(*GATED[kind], (draw(1, 5, 65), draw(2, 5, 65))) <= 1
     else:
         assert compare(*NORMS[kind], norm_inputs(1, 5, 65, kind, torch.float32)) <= 1
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rotary", "swiglu", "geglu"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "bias_gelu"])
 def test_cases_make_inputs_of_their_sizes(name: str) -> None:
     kernel = KERNELS[name]
     suite = kernel.suite
