@@ -10,6 +10,7 @@ module hooks; nothing else of a model is ever patched. The seams:
 | `adapter` | `Linear` | adds nothing to the product |
 | `lookup` | `Embedding` | reads rows of the table |
 | `core` | attention | mixes tokens |
+| `products` | attention, gated feed-forward | multiplies with several layers' weights, together on a GPU |
 | `dispatch` | `MoE` | sends tokens to experts and back |
 | `sequence_sum` | `BalancePoint` | sums over a sequence |
 | `run` | `Block` | calls the block's body |

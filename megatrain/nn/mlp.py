@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from megatrain.nn.config import GATED, DecoderConfig
 from megatrain.nn.contract import Weight
+from megatrain.nn.joined import Products, joined_products
 from megatrain.nn.layer import Linear
 from megatrain_kernels import bias_gelu, geglu, swiglu
 
@@ -18,13 +19,16 @@ PRODUCT_ADDS_BIAS = ("cpu",)
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) · up(x)), `(..., hidden)` to the same."""
 
+    SEAMS = ("products",)
+    products: Products = staticmethod(joined_products)
+
     def __init__(self, weights: Mapping[str, Weight], activation: str = "swiglu") -> None:
         super().__init__()
         self.join = GATES[activation]
         self.gate, self.up, self.down = (Linear(weights[name]) for name in ("gate", "up", "down"))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.join(self.gate(x), self.up(x)))
+        out: Tensor = self.down(self.join(*self.products(x, (self.gate, self.up))))
         return out
 
 
