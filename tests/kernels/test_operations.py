@@ -62,7 +62,7 @@ def visible_pairs(seq: int, window: int | None, doc_ids: Tensor | None, batch: i
     return visible
 
 
-@settings(max_examples=25, deadline=None, print_blob=True)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     seq=st.sampled_from([1, 2, 17, 127, 128, 129, 200]),

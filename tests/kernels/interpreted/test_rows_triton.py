@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_check import break_module
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,7 +118,7 @@ def test_norms(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert compare(*NORMS[kind], norm_inputs(1, *shape, kind, dtype)) <= 1
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(sorted(NORMS)),
     rows=st.integers(0, 9),
@@ -149,6 +149,24 @@ def test_bias_gelu(tanh: bool, shape: tuple[int, int], dtype: torch.dtype) -> No
     assert compare(bias_gelu, true_bias_gelu, inputs, tanh=tanh) <= 1
 
 
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from([*GATED, True, False]),
+    rows=st.integers(0, 9),
+    size=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_any_gated_or_with_a_bias(
+    kind: str | bool, rows: int, size: int, dtype: torch.dtype, seed: int
+) -> None:
+    x = draw(seed, rows, size, dtype=dtype)
+    if isinstance(kind, str):
+        assert compare(*GATED[kind], (x, draw(seed + 1, rows, size, dtype=dtype))) <= 1
+    else:
+        assert compare(bias_gelu, true_bias_gelu, (x, draw(seed + 1, size, dtype=dtype)), tanh=kind) <= 1
+
+
 def test_gated_at_the_ends_of_the_range() -> None:
     gate = torch.tensor([[-300.0, -88.0, -1e-30, 0.0, 1e-30, 88.0, 300.0]], requires_grad=True)
     for kind in GATED:
@@ -169,6 +187,24 @@ def true_rotary(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor) -> tuple[Tens
     return turned(q), turned(k)
 
 
+def ours(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return rotary(q, k, cos, sin, backend=backend)
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.tuples(*[st.integers(1, n) for n in (3, 9, 5, 3, 20)]),
+    each_row=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_any_rotary(sizes: tuple[int, ...], each_row: bool, dtype: torch.dtype, seed: int) -> None:
+    batch, seq, heads, kv_heads, half = sizes
+    angles = 3 * draw(seed + 5, *([batch] if each_row else []), seq, half).detach()
+    inputs = tuple(draw(seed + n, batch, seq, n, 2 * half, dtype=dtype) for n in (heads, kv_heads))
+    assert compare(ours, true_rotary, inputs, cos=angles.cos(), sin=angles.sin()) <= 1
+
+
 @pytest.mark.parametrize("rows", [None, 2], ids=["one table", "a table a row"])
 @pytest.mark.parametrize(
     ("dim", "heads", "dtype"),
@@ -181,9 +217,6 @@ def test_rotary(dim: int, heads: tuple[int, int], rows: int | None, dtype: torch
     angles = 3 * draw(5, *([rows] if rows else []), 5, dim // 2).detach()
     tables = {"cos": angles.cos(), "sin": angles.sin()}
     inputs = tuple(draw(n, 2, 5, count, dim, dtype=dtype) for n, count in enumerate(heads))
-
-    def ours(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        return rotary(q, k, cos, sin, backend=backend)
 
     assert compare(ours, true_rotary, inputs, **tables) <= 1
 
@@ -299,9 +332,6 @@ def test_a_broken_kernel_fails(
         angles = draw(5, 7, 6).detach()
         tables = {"cos": angles.cos(), "sin": angles.sin()}
 
-        def ours(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-            return rotary(q, k, cos, sin, backend=backend)
-
         found = compare(ours, true_rotary, (draw(1, 3, 7, 2, 12), draw(2, 3, 7, 1, 12)), **tables)
     elif kind == "bias_gelu":
         found = compare(bias_gelu, true_bias_gelu, (draw(1, 25, 65), draw(2, 65)), tanh=False)
@@ -310,18 +340,6 @@ def test_a_broken_kernel_fails(
     else:
         found = compare(*NORMS[kind], norm_inputs(1, 5, 65, kind, torch.float32))
     assert not found <= 1
-
-
-def break_module(folder: Path, source: str) -> Any:
-    """A module of that source, imported from a file (Triton reads kernels' sources)."""
-    path = folder / "broken.py"
-    path.write_text(source)
-    spec = spec_from_file_location("broken", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_operators_are_well_formed() -> None:
