@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -120,3 +122,15 @@ def refusal(call: Call, backend: str) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def break_module(folder: Path, source: str) -> Any:
+    """Return a module of that source, imported from a file (Triton reads kernels' sources)."""
+    path = folder / "broken.py"
+    path.write_text(source)
+    spec = spec_from_file_location("broken", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -44,7 +44,7 @@ def error(got: Tensor, a: Operand, b: Operand) -> float:
     """The largest, relative to what an element's sum of sizes is: no rounding of sums can be larger than that."""
     truth, sizes = a.truth @ b.truth.T, np.abs(a.truth) @ np.abs(b.truth).T
     assert got.shape == truth.shape
-    return float((np.abs(got.double().numpy() - truth) / sizes).max())
+    return float((np.abs(got.double().numpy() - truth) / np.maximum(sizes, 1e-300)).max())  # of zeros it is 0
 
 
 def turned(scales: Tensor) -> Tensor:

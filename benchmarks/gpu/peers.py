@@ -269,8 +269,22 @@ def _quack_rms_norm(
     return function(x, weight, residual=residual, eps=eps, prenorm=residual is not None)
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+    total = x if residual is None else x + residual
+    out = F.layer_norm(total, weight.shape, weight, bias, eps)
+    return out if residual is None else (out, total)
+
+
+def _liger_layer_norm(
+    function: Run, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Any:
+    total = x if residual is None else x + residual
+    out = function(total, weight, bias, eps)
+    return out if residual is None else (out, total)
+
+
+def _bias_gelu(x: Tensor, bias: Tensor, *, tanh: bool) -> Tensor:
+    return F.gelu(x + bias, approximate="tanh" if tanh else "none")
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,8 +341,9 @@ PEERS: dict[str, dict[str, Peer]] = {
     "rms_norm": plain(_rms_norm)
     | liger("liger_rms_norm", _liger_rms_norm)
     | quack("rmsnorm", "rmsnorm", _quack_rms_norm),
-    "layer_norm": plain(_layer_norm) | liger("liger_layer_norm", _as_is),
+    "layer_norm": plain(_layer_norm) | liger("liger_layer_norm", _liger_layer_norm),
     "rotary": plain(_rotary) | liger("liger_rope", _liger_rotary),
+    "bias_gelu": plain(_bias_gelu),
     "swiglu": plain(_swiglu) | liger("liger_swiglu", _as_is),
     "geglu": plain(_geglu) | liger("liger_geglu", _as_is),
 }

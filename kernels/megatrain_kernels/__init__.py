@@ -6,6 +6,7 @@ A new operation is a folder and one line here, which also puts it into `kernel.K
 from megatrain_kernels.flash_attention.op import attention as attention
 from megatrain_kernels.gated.op import geglu as geglu
 from megatrain_kernels.gated.op import swiglu as swiglu
+from megatrain_kernels.gelu.op import bias_gelu as bias_gelu
 from megatrain_kernels.grouped_mm.op import grouped_gemm as grouped_gemm
 from megatrain_kernels.grouped_mm.permute import permute as permute
 from megatrain_kernels.grouped_mm.permute import unpermute as unpermute

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from megatrain.nn.config import DecoderConfig
+from megatrain.nn.joined import Products, joined_products
 from megatrain.nn.layer import Linear
 from megatrain.nn.norm import RMSNorm
 from megatrain.nn.plan import attention_weights
@@ -56,7 +57,8 @@ class Attention(nn.Module):
     Head counts come from the weights, so a shard of the heads works alone. `sliding_window` is the layer's.
     """
 
-    SEAMS = ("core",)
+    SEAMS = ("core", "products")
+    products: Products = staticmethod(joined_products)
 
     def __init__(self, cfg: DecoderConfig, sliding_window: int | None) -> None:
         super().__init__()
@@ -69,7 +71,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sequence: SequenceInfo) -> Tensor:
         heads = (-1, self.head_dim)
-        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.wq, self.wk, self.wv))
+        made = self.products(x, (self.wq, self.wk, self.wv))
+        q, k, v = (each.unflatten(-1, heads) for each in made)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if sequence.cos is not None and sequence.sin is not None:

@@ -10,6 +10,7 @@ module hooks; nothing else of a model is ever patched. The seams:
 | `adapter` | `Linear` | adds nothing to the product |
 | `lookup` | `Embedding` | reads rows of the table |
 | `core` | attention | mixes tokens |
+| `products` | attention, gated feed-forward | multiplies with several layers' weights, together on a GPU |
 | `dispatch` | `MoE` | sends tokens to experts and back |
 | `sequence_sum` | `BalancePoint` | sums over a sequence |
 | `run` | `Block` | calls the block's body |
@@ -71,7 +72,8 @@ class Linear(Layer, nn.Linear):
         super().__init__(in_features, out_features, bias=weight.bias)
         self.adapter: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.tensor("bias")
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """Multiply `x`, without adding the bias unless `biased`."""
+        bias = self.tensor("bias") if biased and self.bias is not None else None
         out = self.product(x, self.tensor("weight"), bias)
         return out if self.adapter is None else out + self.adapter(x)

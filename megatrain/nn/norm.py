@@ -36,9 +36,7 @@ class LayerNorm(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalize `x` `(..., size)`; `residual` has its shape."""
-        total = x if residual is None else x + residual
-        out = layer_norm(total, self.tensor("weight"), self.tensor("bias"), self.eps)
-        return out if residual is None else (out, total)
+        return layer_norm(x, self.tensor("weight"), self.tensor("bias"), self.eps, residual)
 
 
 def make_norm(cfg: DecoderConfig, weight: Weight) -> RMSNorm | LayerNorm:

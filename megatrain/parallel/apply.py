@@ -14,14 +14,14 @@ from megatrain.nn.decoder import Decoder
 from megatrain.parallel.activation_checkpointing import checkpoint_activations
 from megatrain.parallel.collectives import gather
 from megatrain.parallel.compile import compile_blocks
-from megatrain.parallel.config import ParallelConfig
+from megatrain.parallel.config import SPLIT_BACKWARD, ParallelConfig
 from megatrain.parallel.context import context_parallel, in_order, shard_sequence
 from megatrain.parallel.expert import expert_parallel
 from megatrain.parallel.fake_quantization import fake_quantized_linears
 from megatrain.parallel.float8 import Scaling, float8_linears
 from megatrain.parallel.fsdp import fully_shard_blocks
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.pipeline import Pipeline, own_stages, stage_layers
+from megatrain.parallel.pipeline import Pipeline, keep_products_apart, own_stages, stage_layers
 from megatrain.parallel.sharding import Split, uneven_splits
 from megatrain.parallel.shards import local_tensor
 from megatrain.parallel.tensor import tensor_parallel
@@ -212,6 +212,8 @@ def _stages(
     for stage in own_stages(mesh.coordinate("pp"), cfg):
         model = make_model()
         model.keep_layers(stage_layers(stage, plan, cfg, seq_len))
+        if cfg.pp_schedule in SPLIT_BACKWARD:
+            keep_products_apart(model)
         yield model
 
 

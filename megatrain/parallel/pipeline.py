@@ -18,8 +18,12 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
+from megatrain.nn.attention import Attention
 from megatrain.nn.contract import Plan
 from megatrain.nn.decoder import Decoder
+from megatrain.nn.joined import separate_products
+from megatrain.nn.layer import replace_seam
+from megatrain.nn.mlp import GatedMLP
 from megatrain.parallel.config import ParallelConfig
 from megatrain.parallel.layout import stage_rank
 from megatrain.parallel.mesh import Mesh
@@ -80,6 +84,16 @@ def stage_layers(stage: int, plan: Plan, cfg: ParallelConfig, seq_len: int) -> r
 def own_stages(rank: int, cfg: ParallelConfig) -> list[int]:
     """Return the stages that the pipeline's rank `rank` holds, in order."""
     return [stage for stage in range(cfg.stages) if stage_rank(stage, cfg) == rank]
+
+
+def keep_products_apart(model: Decoder) -> None:
+    """Let the layers of `model` multiply one by one, for a backward pass that the schedule splits.
+
+    Products that are differentiated together would be so in each part of it: the gradients of inputs and of weights.
+    """
+    for module in model.modules():
+        if isinstance(module, (Attention, GatedMLP)):
+            replace_seam(module, "products", separate_products)
 
 
 @dataclass

@@ -30,7 +30,8 @@ LEGAL: dict[str, set[str]] = {
     "orthogonalize": {*ANY_ROWS, "0: longer along 1", "0: longer along 2", *ALONE},
     "rms_norm": {"1: a wider type"},
     "rms_norm plain": {*ANY_ROWS, "0: a wider type"},
-    "layer_norm": ANY_ROWS,
+    "layer_norm plain": ANY_ROWS,
+    "layer_norm one_row": ANY_ROWS,
     "quantize": {"0: a dimension more", "0: longer along 0", *ALONE},
     "dequantize e4m3_tensor": {*ANY_ROWS, "0: longer along 1"},
     "dequantize": {"0: longer along 1"},  # a row, group or block may be longer

@@ -25,7 +25,7 @@ def assert_near(got: tuple[Tensor, ...], true: tuple[Tensor, ...], dtype: torch.
         assert error <= TOLERANCE[dtype] * truth.abs().max().item(), f"result {number}: {error}"
 
 
-@settings(max_examples=40, deadline=None, print_blob=True)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.sampled_from([0, 1, 2, 7, 31]),
@@ -71,7 +71,7 @@ def test_half_precision_layer_norm_sums_its_gradients_in_float32(shift: float, w
     assert_near((got.detach(), *grads), (truth.detach(), *true_grads), torch.bfloat16)
 
 
-@settings(max_examples=30, deadline=None, print_blob=True)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     batch=st.sampled_from([1, 2, 5]),

@@ -16,6 +16,7 @@ from megatrain_kernels import cross_entropy, linear_cross_entropy
 from megatrain_kernels.kernel import Case
 from megatrain_kernels.linear_xent import cases as linear_cases
 from megatrain_kernels.xent import cases
+from megatrain_kernels.xent.op import row_losses
 
 TOKENS, VOCAB, HIDDEN, WORLD = 23, 38, 16, 2
 CHUNK = 8 * 22  # 8 rows of the smaller half of 45 tokens, but 7 of the larger one
@@ -91,6 +92,53 @@ def test_weight_gradient_of_many_bf16_chunks(monkeypatch: pytest.MonkeyPatch) ->
     (true,) = torch.autograd.grad(loss, wide[1])
     (mine,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, reduction="sum"), weight)
     assert (mine.double() - true).abs().max() <= 5e-3 * true.abs().max()  # one bf16 rounding is 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 45, 131, 1031])
+def test_a_vocabulary_of_odd_size_has_aligned_rows_and_the_same_numbers(
+    vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of logits begin at multiples of 16 bytes; loss and gradients are those without rows of zeros below."""
+    module = importlib.import_module("megatrain_kernels.linear_xent.op")
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 8)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 8})
+    seen: list[int] = []
+
+    def watched(logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        assert logits.shape[1] == vocab
+        seen.append(logits.stride(0) * logits.itemsize % 16 + logits.data_ptr() % 16)
+        return row_losses(logits, *args, **options)
+
+    monkeypatch.setattr(module, "row_losses", watched)
+    x, weight = (draw(n, rows, HIDDEN).detach().to(dtype) for n, rows in ((1, TOKENS), (2, vocab)))
+    targets = torch.arange(TOKENS) % vocab
+
+    def run() -> tuple[Tensor, ...]:
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(*inputs, targets, z_loss=0.1, softcap=2.0, reduction="sum")
+        return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+    padded = run()
+    assert seen
+    assert not any(seen)
+    monkeypatch.setattr(module, "_aligned", lambda weight: weight)
+    # Sums in another order: of the type that the products of 16-bit numbers are summed in.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    for mine, plain in zip(padded, run(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_the_weight_gradient_is_added_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch cannot add a product of 16-bit numbers to float32, it is never there as a whole in 16 bits."""
+    module = importlib.import_module("megatrain_kernels.linear_xent.op")
+    logits, part = (draw(n, 64, size).detach().bfloat16() for n, size in ((1, 301), (2, HIDDEN)))
+    true = torch.ones(301, HIDDEN, dtype=torch.float64) + logits.double().T @ part.double()
+    for elements in (1, 7 * HIDDEN, 1 << 24):
+        monkeypatch.setattr(module, "SLICE_ELEMENTS", elements)
+        total = torch.ones(301, HIDDEN)
+        module._add_product(total, logits, part)
+        assert (total.double() - true).abs().max() <= 4e-3 * true.abs().max()  # one bf16 rounding
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

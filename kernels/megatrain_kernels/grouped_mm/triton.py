@@ -1,4 +1,8 @@
-"""Triton kernels of grouped products: one program makes a tile, and finds its group from the sizes on the device."""
+"""Triton kernels of grouped products, and of the order of tokens that they need.
+
+Of a product one program makes a tile, and finds its group from the sizes on the device. Of rows one program moves or
+sums a row, in float32 and in the order of a token's choices: the same bits every time.
+"""
 
 from typing import Any
 
@@ -127,3 +131,101 @@ def outer_product(a: Tensor, b: Tensor, group_sizes: Tensor) -> Tensor:
     numbers = (a.shape[0], n_groups, m_size, n_size, *a.stride(), *b.stride())
     outer_kernel[(n_groups * tiles,)](a, b, out, group_sizes, *numbers, **constants)
     return out
+
+
+@triton.jit(do_not_specialize=["n_slots"])
+def spread_kernel(
+    x: Pointer,  # (tokens, size)
+    weights: Pointer,  # (tokens, n_slots), dense, if WEIGHTED
+    placed: Pointer,  # (tokens * n_slots, size), if GRADIENT
+    order: Pointer,  # (tokens * n_slots,), dense
+    out: Pointer,  # as placed, dense
+    grad_weights: Pointer,  # as weights, dense, if GRADIENT
+    x_step: Number, placed_step: Number,  # strides of rows
+    size: Number, n_slots: Number,
+    WEIGHTED: constexpr, GRADIENT: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    """Copy a token's row to one of its places, times its weight; GRADIENT: multiply it with the row there, summed."""
+    index = tl.program_id(0).to(tl.int64)
+    choice = tl.load(order + index)
+    source = x + choice // n_slots * x_step
+    factor = 1.0
+    if WEIGHTED:
+        factor = tl.load(weights + choice).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        known = columns < size
+        wide = tl.load(source + columns, mask=known, other=0.0).to(tl.float32)
+        tl.store(out + index * size + columns, (wide * factor).to(out.dtype.element_ty), mask=known)
+        if GRADIENT:
+            total += wide * tl.load(placed + index * placed_step + columns, mask=known, other=0.0).to(
+                tl.float32
+            )
+    if GRADIENT:
+        tl.store(grad_weights + choice, tl.sum(total, 0).to(grad_weights.dtype.element_ty))
+
+
+@triton.jit
+def combine_kernel(
+    placed: Pointer,  # (tokens * n_slots, size)
+    weights: Pointer,  # (tokens, n_slots), dense, if WEIGHTED
+    place: Pointer,  # (tokens, n_slots), dense
+    out: Pointer,  # (tokens, size), dense
+    placed_step: Number,  # stride of rows
+    size: Number, n_slots: Number,
+    WEIGHTED: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    """Sum a token's rows, each times its weight, in one block of columns."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = columns < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in range(0, n_slots):
+        row = tl.load(place + token * n_slots + slot)
+        part = tl.load(placed + row * placed_step + columns, mask=known, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            part = part * tl.load(weights + token * n_slots + slot).to(tl.float32)
+        total += part
+    tl.store(out + token * size + columns, total.to(out.dtype.element_ty), mask=known)
+
+
+def spread(
+    x: Tensor, order: Tensor, n_slots: int, *, weights: Tensor | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return row order[i] // n_slots of x `(tokens, size)` for each i, times entry order[i] of `weights`.
+
+    With `rows` `(tokens · n_slots, size)` also the products of x's rows with them, as `weights`; else no elements.
+    """
+    x, size = _dense_rows(x), x.shape[1]
+    out = x.new_empty(len(order), size)
+    given = x if weights is None else weights.contiguous()
+    known = x if rows is None else _dense_rows(rows)
+    grad_weights = given.new_empty(0 if rows is None else given.shape)
+    if len(order):
+        tensors = (x, given, known, order, out, grad_weights)
+        flags = {"WEIGHTED": weights is not None, "GRADIENT": rows is not None, **_row_block(size)}
+        spread_kernel[(len(order),)](*tensors, x.stride(0), known.stride(0), size, n_slots, **flags)
+    return out, grad_weights
+
+
+def combine(rows: Tensor, place: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Return the sum of the rows `place` `(tokens, n_slots)` of each token, times `weights`; `(tokens, size)`."""
+    rows, (tokens, n_slots), size = _dense_rows(rows), place.shape, rows.shape[1]
+    out = rows.new_empty(tokens, size)
+    if out.numel():
+        given = rows if weights is None else weights.contiguous()
+        flags = {"WEIGHTED": weights is not None, **_row_block(size)}
+        grid = (tokens, triton.cdiv(size, flags["BLOCK"]))
+        combine_kernel[grid](rows, given, place, out, rows.stride(0), size, n_slots, **flags)
+    return out
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_block(size: int) -> dict[str, int]:
+    """Choose 8 elements a thread: loads of 16 bytes in bf16."""
+    block = 64 if interpreting() else min(2048, max(256, triton.next_power_of_2(size)))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}

@@ -5,6 +5,7 @@ Liger-Kernel, arXiv 2410.10989, section 3.2); the backward pass scales them. The
 for the rows of logits are those of `xent/`, so this folder has no Triton file.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
-from megatrain_kernels.kernel import Kernel, register, require, require_floating, select, wrong_dtype
+from megatrain_kernels.kernel import (
+    Kernel,
+    attempt,
+    register,
+    require,
+    require_floating,
+    select,
+    wrong_dtype,
+)
 from megatrain_kernels.linear_xent.cases import SUITE
 from megatrain_kernels.linear_xent.reference import linear_cross_entropy_reference
 from megatrain_kernels.xent.op import (
@@ -30,6 +39,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}  # logits held at once; on a 
 ALIGNED = 8  # elements: 16 bytes in bf16, what a GPU loads at a time
 PADDED = 128  # rows of a tile of the product
 MIN_CHUNK_ROWS = 512  # each chunk adds to the whole weight gradient, which fewer rows would not pay for
+SLICE_ELEMENTS = 1 << 24  # of the weight's gradient, made in 16 bits and then added
 
 
 @torch.library.custom_op("megatrain::linear_cross_entropy", mutates_args=())
@@ -56,8 +66,9 @@ def linear_cross_entropy_op(
     rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(x.device.type, 1 << 28) // widest)
     buffer = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
     grad_x = x.new_empty(x.shape if wants_x else 0)
-    # Chunks are added in float32: sums of many bf16 terms would lose the small ones.
-    grad_weight = x.new_zeros(weight.shape if wants_weight else 0, dtype=compute)
+    # Chunks are added in float32: sums of many bf16 terms would lose the small ones. A single one is not added.
+    sum_type = compute if x.shape[0] > rows else x.dtype
+    grad_weight = x.new_zeros(weight.shape if wants_weight else 0, dtype=sum_type)
     losses = x.new_empty(x.shape[0], dtype=compute)
     for start in range(0, x.shape[0], rows):
         part, wanted = x[start : start + rows], targets[start : start + rows]
@@ -69,17 +80,29 @@ def linear_cross_entropy_op(
             gradient.mul_(factors[start : start + rows, None])
         if wants_x:
             torch.mm(logits, weight, out=grad_x[start : start + rows])
-        if not wants_weight:
-            continue
-        if compute == x.dtype:
-            grad_weight.addmm_(logits.T, part)
-        else:
-            grad_weight += logits.T @ part
+        if wants_weight:
+            _add_product(grad_weight, logits, part)
+    buffer.untyped_storage().resize_(0)  # free, before the weight's gradient is there twice
     if wants_x and options.group is not None:  # each rank has the part of its own columns
         dist.all_reduce(grad_x, group=options.group)
     if factors is not None:
         losses.mul_(factors)
     return losses, grad_x, (grad_weight[:columns] if wants_weight else grad_weight).to(weight.dtype)
+
+
+def _add_product(total: Tensor, logits: Tensor, part: Tensor) -> None:
+    """Add logitsᵀ part to `total`, which may be wider than they are."""
+    if total.dtype == part.dtype:
+        total.addmm_(logits.T, part)
+        return
+    if total.is_cuda:
+        # Only CUDA has a product of 16-bit numbers that is added to float32 as it is made.
+        add = partial(torch.addmm, total, logits.T, part, out_dtype=total.dtype, out=total)
+        if attempt("linear_cross_entropy", "addition in float32", add, kind=(part.dtype,)) is not None:
+            return
+    rows = max(1, SLICE_ELEMENTS // part.shape[1])
+    for block, columns in zip(total.split(rows), logits.split(rows, 1), strict=True):
+        block += columns.T @ part
 
 
 def _aligned(weight: Tensor) -> Tensor:

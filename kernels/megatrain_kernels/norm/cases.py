@@ -20,35 +20,45 @@ RMS_NORM_CASES = [
 """residual: the addition before the norm is a part of it."""
 RMS_NORM_SMALL = [_case("plain", "67 1000", residual=False), _case("residual", "67 1000", residual=True)]
 LAYER_NORM_CASES = [
-    _case("gpt2_124m", "65536 768"),
-    _case("gpt2_1_5b", "16384 1600"),
-    _case("wide", "8192 8192"),
+    _case("gpt2_124m", "65536 768", residual=False),
+    _case("gpt2_124m_residual", "65536 768", residual=True),
+    _case("gpt2_1_5b", "16384 1600", residual=False),
+    _case("gpt2_1_5b_residual", "16384 1600", residual=True),
+    _case("wide", "8192 8192", residual=False),
 ]
-LAYER_NORM_SMALL = [_case("plain", "67 1000"), _case("one_row", "1 33")]
+LAYER_NORM_SMALL = [
+    _case("plain", "67 1000", residual=False),
+    _case("one_row", "1 33", residual=False),
+    _case("residual", "67 1000", residual=True),
+]
 
 
 def rms_norm_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Draw x, weight and, if the case has one, residual of normal numbers."""
-    generator, sizes = torch.Generator(device).manual_seed(seed), case.sizes
-    shape = (sizes["tokens"], sizes["size"])
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(device, dtype)
-
-    x, weight = normal(*shape), normal(sizes["size"])
-    return (x, weight, EPS, *([normal(*shape)] if case.options["residual"] else [])), {}
+    return _inputs(case, 1, dtype, device, seed)
 
 
 def layer_norm_inputs(
     case: Case, *, dtype: torch.dtype, device: str, seed: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Draw x, weight and bias of normal numbers."""
+    """Draw x, weight, bias and, if the case has one, residual of normal numbers."""
+    return _inputs(case, 2, dtype, device, seed)
+
+
+def _inputs(
+    case: Case, vectors: int, dtype: torch.dtype, device: str, seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Draw the arguments of a norm with as many `vectors` of parameters."""
     generator, sizes = torch.Generator(device).manual_seed(seed), case.sizes
-    shapes = ((sizes["tokens"], sizes["size"]), (sizes["size"],), (sizes["size"],))
-    tensors = (torch.randn(shape, generator=generator, device=device).to(device, dtype) for shape in shapes)
-    return (*tensors, EPS), {}
+    rows, vector = (sizes["tokens"], sizes["size"]), (sizes["size"],)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(device, dtype)
+
+    given = [normal(shape) for shape in (rows, *[vector] * vectors)]
+    return (*given, EPS, *([normal(rows)] if case.options["residual"] else [])), {}
 
 
 def cost(case: Case, *, itemsize: int, backward: bool = False) -> Cost:
@@ -58,7 +68,7 @@ def cost(case: Case, *, itemsize: int, backward: bool = False) -> Cost:
     and with a residual the gradient of the sum.
     """
     rows = case.sizes["tokens"] * case.sizes["size"] * itemsize
-    times = (3 if backward else 2) + case.options.get("residual", False) * (1 if backward else 2)
+    times = (3 if backward else 2) + case.options["residual"] * (1 if backward else 2)
     return Cost(0.0, float(times * rows))
 
 
@@ -70,5 +80,5 @@ LAYER_NORM_SUITE = Suite(
     small=LAYER_NORM_SMALL,
     make_inputs=layer_norm_inputs,
     cost=cost,
-    gradients=(0, 1, 2),
+    gradients=(0, 1, 2, 4),
 )

@@ -113,8 +113,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad: Tensor, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     made = norm_backward_op(grad, grad_total if ctx.added else None, *ctx.saved_tensors, ctx.biased, ctx.path)
     for_x, for_weight, for_bias = made
-    # Two results may not be one tensor; x and residual have the same gradient.
-    for_residual = for_x.clone() if ctx.added else None
+    # x and residual have the same gradient: one tensor, which autograd overwrites for neither.
+    for_residual = for_x if ctx.added else None
     return for_x, for_residual, for_weight, for_bias if ctx.biased else None, None, None, None
 
 
@@ -143,33 +143,57 @@ def rms_norm(
     _check(x, weight, residual=residual)
     path = select(RMS_NORM, backend, x)
     if path in ("triton", "triton_or_torch"):
-        added = None if residual is None else _rows(residual)
-        made, sums, _, _ = norm_op(_rows(x), added, weight, None, eps, False, path)
-        return made.view(x.shape) if residual is None else (made.view(x.shape), sums.view(x.shape))
+        return _by_operator(x, residual, weight, None, eps, False, path)
     total = x if residual is None else x + residual
     out = (rms_norm_reference if path == "reference" else torch_rms_norm)(total, weight, eps)
     return out if residual is None else (out, total)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backend: str = "auto"
-) -> Tensor:
-    """Apply LayerNorm (arXiv 1607.06450) over the last dimension of x `(..., size)`; weight and bias `(size,)`.
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Apply LayerNorm (arXiv 1607.06450) over the last dimension.
+
+    Args:
+        x: `(..., size)`. weight, bias: `(size,)`.
+        residual: of x's shape and type: added to x before the norm.
+
+    Returns:
+        The norm of x; or with `residual` (norm of x + residual, x + residual). In x's shape and type.
 
     Raises:
         ValueError: shapes, types or devices that do not fit, or no backend of that name.
     """
-    _check(x, weight, bias=bias)
+    _check(x, weight, bias=bias, residual=residual)
     mixed = weight.dtype == torch.float32 and x.itemsize == 2
     rule = "weight must have x's type, or float32 beside an x of 16 bits"
     require(weight.dtype == x.dtype or mixed, rule, x=x, weight=weight)
     path = select(LAYER_NORM, backend, x)
-    if path == "reference":
-        return layer_norm_reference(x, weight, bias, eps)
-    if path == "torch":
-        return torch_layer_norm(x, weight, bias, eps)
-    out, *_ = norm_op(_rows(x), None, weight, bias, eps, True, path)
-    return out.view(x.shape)
+    if path in ("triton", "triton_or_torch"):
+        return _by_operator(x, residual, weight, bias, eps, True, path)
+    total = x if residual is None else x + residual
+    out = (layer_norm_reference if path == "reference" else torch_layer_norm)(total, weight, bias, eps)
+    return out if residual is None else (out, total)
+
+
+def _by_operator(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    path: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    added = None if residual is None else _rows(residual)
+    made, sums, _, _ = norm_op(_rows(x), added, weight, bias, eps, centered, path)
+    return made.view(x.shape) if residual is None else (made.view(x.shape), sums.view(x.shape))
 
 
 def _check(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> None:

@@ -1,7 +1,14 @@
 """The Triton kernels of grouped products against loops in float64."""
 
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_check import break_module
 from torch import Tensor
 
 from megatrain_kernels import grouped_gemm
@@ -51,6 +58,48 @@ def test_product(sizes: list[int], dtype: torch.dtype, in_size: int, out_size: i
         draw(2, len(sizes), out_size, in_size, dtype=dtype),
     )
     check(x, weights, sizes)
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 1000),
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    in_size=st.integers(1, 70),
+    out_size=st.integers(1, 70),
+    dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
+)
+def test_any(seed: int, sizes: list[int], in_size: int, out_size: int, dtype: torch.dtype) -> None:
+    x = draw(seed, sum(sizes), in_size, dtype=dtype)
+    check(x, draw(seed + 1, len(sizes), out_size, in_size, dtype=dtype), sizes)
+
+
+BROKEN = [
+    ("here, there = rows < end, cols < out_size", "here, there = rows < end - 1, cols < out_size"),
+    ("w_at = w + group * w_group", "w_at = w + 0 * group * w_group"),
+    ("(tile - first_tile) * BLOCK_M", "tl.where(tile == first_tile, 0, BLOCK_M // 2)"),
+    ("known = inner < in_size - k", "known = inner < in_size - k - 1"),
+    ("known = inner < count - k", "known = inner < count - k - 1"),
+    (
+        "start = tl.sum(tl.where(g < group, size, 0), 0)",
+        "start = tl.sum(tl.where(g < group, size, 0), 0) // 2",
+    ),
+    ("b_at += BLOCK_K * b_row", "b_at += 0 * b_row"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), BROKEN)
+def test_a_broken_kernel_fails(
+    right: str, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module: Any = import_module("megatrain_kernels.grouped_mm.triton")
+    source = Path(module.__file__).read_text()
+    assert right in source
+    broken = break_module(tmp_path, source.replace(right, wrong))
+    for name in ("rows_product", "outer_product"):
+        monkeypatch.setattr(module, name, getattr(broken, name))
+    x, weights = draw(1, 70, 19, dtype=torch.float32), draw(2, 4, 35, 19, dtype=torch.float32)
+    with pytest.raises(AssertionError):
+        check(x, weights, [37, 1, 0, 32])
 
 
 def test_strided_inputs() -> None:

@@ -77,7 +77,7 @@ def test_case(tokens: int, experts: int, options: dict[str, Any], biased: bool, 
     assert right(draw(1, tokens, experts), draw(2, experts, scale=0.1) if biased else None, options, backend)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(
     tokens=st.integers(1, 30),
     experts=st.integers(1, 70),

@@ -49,7 +49,7 @@ def test_polynomials_of_symmetric_matrices(size: int) -> None:
     assert product_error(kernels(), x + x.mT, alpha=2.0315, beta=-4.775) < TOLERANCE
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(batch=st.integers(1, 3), rows=st.integers(1, 40), cols=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_orthogonalization(batch: int, rows: int, cols: int, seed: int) -> None:
     """Against the same polynomial of the singular values, in float64."""

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantization_check import MAX, SCALINGS, as_numbers, check, draw, nearest, numbers
 from torch import Tensor
 
@@ -25,6 +27,19 @@ SHAPES = [(40, 70), (3, 33, 16), (1, 2)]
 def test_each_format_and_scaling(dtype: str, scaling: str) -> None:
     for seed, shape in enumerate(SHAPES):
         check(draw(*shape, seed=seed), dtype, scaling, "triton")
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 70),
+    size=st.integers(1, 100),
+    dtype=st.sampled_from(sorted(MAX)),
+    scaling=st.sampled_from(sorted(SCALINGS)),
+)
+def test_any(seed: int, rows: int, size: int, dtype: str, scaling: str) -> None:
+    """Int4 holds two numbers a byte, so its rows have an even length."""
+    check(draw(rows, 2 * size if dtype == "int4" else size, seed=seed), dtype, scaling, "triton")
 
 
 def test_rows_longer_than_a_program_takes_at_a_time() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scaled_matmul_check import GROUP, PAIRS, SHAPES, Operand, error, operand, turned
 
 from megatrain_kernels import quantize, scaled_matmul
@@ -27,6 +29,22 @@ def test_each_scaling(pair: str) -> None:
     for m, k, n in SHAPES:
         a, b = operand(m, k, "e5m2", PAIRS[pair][0]), operand(n, k, "e4m3", PAIRS[pair][1], seed=1)
         assert error(product(a, b), a, b) <= BOUND
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 1000),
+    sizes=st.tuples(*[st.integers(1, 80)] * 3),
+    formats=st.tuples(*[st.sampled_from(["e4m3", "e5m2"])] * 2),
+    pair=st.sampled_from(sorted(PAIRS)),
+)
+def test_any(seed: int, sizes: tuple[int, ...], formats: tuple[str, ...], pair: str) -> None:
+    m, k, n = sizes
+    a, b = (
+        operand(rows, k, dtype, scaling, seed=seed + rows)
+        for rows, dtype, scaling in zip((m, n), formats, PAIRS[pair], strict=True)
+    )
+    assert error(product(a, b), a, b) <= BOUND
 
 
 def test_operands_in_any_order_of_memory() -> None:

@@ -5,12 +5,12 @@ import torch
 
 from benchmarks.memory import OPERATIONS, Shape, compare, measure, with_peak
 
-SHAPE = Shape(batch=2, seq=7, hidden=12, ffn=20, vocab=331, heads=6, kv_heads=2, head_dim=4)
+SHAPE = Shape(batch=2, seq=7, hidden=12, ffn=20, vocab=336, heads=6, kv_heads=2, head_dim=4)
 TOKENS = 14
 KEPT = {  # bf16 has 2 bytes
     "linear_cross_entropy": (
-        2 * (TOKENS * 12 + 331 * 12) + 8,  # two gradients and a count
-        2 * TOKENS * 12 + 8 * TOKENS + 4 * TOKENS * 331 + 4,  # x, targets, log-probabilities, a count
+        2 * (TOKENS * 12 + 336 * 12) + 8,  # two gradients and a count
+        2 * TOKENS * 12 + 8 * TOKENS + 4 * TOKENS * 336 + 4,  # x, targets, log-probabilities, a count
     ),
     "swiglu": (2 * 2 * TOKENS * 20, 3 * 2 * TOKENS * 20),
     "rms_norm_with_residual": ((2 * 12 + 4) * TOKENS, (4 * 12 + 4 + 2 * 12) * TOKENS),
