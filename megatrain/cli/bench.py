@@ -117,7 +117,7 @@ def _bench(cfg: Config, processes: Processes, flags: Flags, argv: list[str], pre
 
 
 def _tune() -> None:
-    """Have all block sizes of kernels timed, and the fastest written into the user's table.
+    """Make kernels time all block sizes, and write the fastest into the user's table.
 
     Raises:
         UserError: there is no GPU.
