@@ -20,6 +20,9 @@ from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.language import constexpr
 
+PACES = (0.02, 1.0, 50.0)
+"""How often a partition or a kind of asynchronous act has its turn: each program draws who is slow and who is fast."""
+
 
 class WrongKernelError(Exception):
     """The kernel did what a GPU does not allow, or waits for ever."""
@@ -183,6 +186,7 @@ class Partition:
     """Warps that go in step."""
 
     name: str
+    pace: float
     baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     ready: Callable[[], bool] = lambda: True
     waits_for: str = ""
@@ -199,6 +203,7 @@ class Machine:
         self.program = self.programs = 0
         self.partitions: dict[str, Partition] = {}
         self.loads: list[Callable[[], None]] = []
+        self.paces: dict[str, float] = {}
         self.error: BaseException | None = None
         self._main = threading.Semaphore(0)
         self._local = threading.local()
@@ -215,6 +220,7 @@ class Machine:
         self.programs = programs
         for self.program in range(programs):
             self.partitions, self.loads = {}, []
+            self.paces = {kind: self.random.choice(PACES) for kind in ("loads", "products", "stores")}
             self.emulated(kernel)(*args, **constants)
 
     def emulated(self, function: Any) -> Any:
@@ -254,7 +260,7 @@ class Machine:
         """Run the partitions until all have ended."""
         threads = []
         for at, (function, given) in enumerate(works):
-            mine = Partition(f"{at} {function.__name__}")
+            mine = Partition(f"{at} {function.__name__}", self.random.choice(PACES))
             self.partitions[mine.name] = mine
             threads.append(threading.Thread(target=self._run, args=(mine, function, given), daemon=True))
         for thread in threads:
@@ -288,21 +294,22 @@ class Machine:
 
     def _advance(self) -> None:
         """Do one thing that can happen now: a partition's next step, or something asynchronous."""
-        steps: list[Callable[[], None]] = []
+        steps: list[tuple[float, Callable[[], None]]] = []
         for mine in self.partitions.values():
             if not mine.ended and mine.ready():
-                steps += [lambda mine=mine: self._step(mine)] * 4
+                steps.append((mine.pace, lambda mine=mine: self._step(mine)))
             if mine.products and any(each.value is None for each in mine.products):
-                steps.append(lambda mine=mine: self._multiply(mine))
+                steps.append((self.paces["products"], lambda mine=mine: self._multiply(mine)))
             if mine.stores:
-                steps.append(mine.stores[0])
-        steps += self.loads
+                steps.append((self.paces["stores"], mine.stores[0]))
+        steps += [(self.paces["loads"], act) for act in self.loads]
         if not steps:
             waiting = {each.name: each.waits_for for each in self.partitions.values() if not each.ended}
             self.error = WrongKernelError(f"all wait: {waiting}")
             return
         try:
-            self.random.choice(steps)()
+            _, act = self.random.choices(steps, [pace for pace, _ in steps])[0]
+            act()
         except WrongKernelError as error:
             self.error = error
 

@@ -58,7 +58,7 @@ def _copy(
     M: constexpr, N: constexpr, STAGES: constexpr,
 ) -> None:  # fmt: skip
     """Copy keys and values once, and queries and gradients as far ahead as there is room."""
-    kv_full, q_full, q_empty, g_full, g_empty, sum_full, sum_empty = bars
+    kv_full, q_full, g_full, empty, sum_full, sum_empty = bars
     batches, kv_heads, q_seq, k_seq, q_offset, window = numbers
     batch, kv_head, n0, begin, inside, outside, count = _work(
         lows, highs, mixed, numbers, CAUSAL, WINDOWED, DOCS, M, N)  # fmt: skip
@@ -70,11 +70,10 @@ def _copy(
         free = ((i // STAGES) & 1) ^ 1
         head = kv_head * GROUP + i // count
         m0 = begin + i % count * M
-        mbarrier.wait(q_empty.index(s), free)
+        mbarrier.wait(empty.index(s), free)
         mbarrier.expect(q_full.index(s), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
         load(q_desc, [batch, m0, head, 0], q_full.index(s), q_buf.index(s))
         load(lse_desc, [batch * kv_heads * GROUP + head, m0], q_full.index(s), lse_buf.index(s))
-        mbarrier.wait(g_empty.index(s), free)
         mbarrier.expect(g_full.index(s), g_desc.block_type.nbytes + delta_desc.block_type.nbytes)
         load(g_desc, [batch, m0, head, 0], g_full.index(s), g_buf.index(s))
         load(delta_desc, [batch * kv_heads * GROUP + head, m0], g_full.index(s), delta_buf.index(s))
@@ -87,7 +86,7 @@ def _add_up(
     GROUP: constexpr, CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, M: constexpr, N: constexpr,
 ) -> None:  # fmt: skip
     """Add each block's part of the queries' gradients to memory."""
-    kv_full, q_full, q_empty, g_full, g_empty, sum_full, sum_empty = bars
+    kv_full, q_full, g_full, empty, sum_full, sum_empty = bars
     batch, kv_head, n0, begin, inside, outside, count = _work(
         lows, highs, mixed, numbers, CAUSAL, WINDOWED, DOCS, M, N)  # fmt: skip
     for i in range(GROUP * count):
@@ -136,7 +135,7 @@ def _block(
     STAGES: constexpr, SCORES: constexpr, LEFT: constexpr,
 ) -> tuple[Tile, Tile]:  # fmt: skip
     """Add what the i-th block of queries contributes."""
-    kv_full, q_full, q_empty, g_full, g_empty, sum_full, sum_empty = bars
+    kv_full, q_full, g_full, empty, sum_full, sum_empty = bars
     s = i % STAGES
     phase = (i // STAGES) & 1
     queries, grads = q_buf.index(s).reshape([M, D]), g_buf.index(s).reshape([M, D])
@@ -161,13 +160,12 @@ def _block(
     part = warpgroup_mma(s_buf.permute((1, 0)), keys, no_part, use_acc=False, is_async=True)
     running_k = warpgroup_mma(gl.convert_layout(grad_s, LEFT), queries, sum_k, is_async=True)
     sum_v, sum_q = warpgroup_mma_wait(1, deps=[running_v, part])
-    mbarrier.arrive(g_empty.index(s))
     mbarrier.wait(sum_empty.index(0), (i & 1) ^ 1)
     sum_buf.reshape([M, D]).store(sum_q)
     fence_async_shared()
     mbarrier.arrive(sum_full.index(0))
     sum_k = warpgroup_mma_wait(0, deps=[running_k])
-    mbarrier.arrive(q_empty.index(s))
+    mbarrier.arrive(empty.index(s))
     return sum_k, sum_v
 
 
@@ -181,7 +179,7 @@ def _compute(
     M: constexpr, N: constexpr, D: constexpr, STAGES: constexpr,
 ) -> None:  # fmt: skip
     """Compute the gradients of the program's keys and values, and each block's part of the queries'."""
-    kv_full, q_full, q_empty, g_full, g_empty, sum_full, sum_empty = bars
+    kv_full, q_full, g_full, empty, sum_full, sum_empty = bars
     batches, kv_heads, q_seq, k_seq, q_offset, window = numbers
     # Scores are (keys, queries); the queries' gradients (queries, D), half of the columns for each group of warps.
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, M, 16])
@@ -252,19 +250,17 @@ def backward_kernel(
     sum_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     sum_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    g_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(kv_full.index(0), count=1)
     mbarrier.init(sum_full.index(0), count=1)
     mbarrier.init(sum_empty.index(0), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_empty.index(s), count=1)
+        mbarrier.init(empty.index(s), count=1)
         mbarrier.init(g_full.index(s), count=1)
-        mbarrier.init(g_empty.index(s), count=1)
     fence_async_shared()
-    bars = (kv_full, q_full, q_empty, g_full, g_empty, sum_full, sum_empty)
+    bars = (kv_full, q_full, g_full, empty, sum_full, sum_empty)
     gl.warp_specialize([
         (_compute, (dk_desc, dv_desc, k_buf, v_buf, q_buf, g_buf, lse_buf, delta_buf, s_buf, sum_buf, bars, docs, lows,
                     highs, mixed, factor, scale, numbers, GROUP, CAUSAL, WINDOWED, DOCS, M, N, D, STAGES)),
