@@ -63,6 +63,9 @@ def test_a_use_takes_its_row_and_an_unknown_gpu_the_smallest(table: Path) -> Non
     assert chosen(HOPPER._replace(size_class=2), 2) == chosen(HOPPER, 2)
     assert chosen(HOPPER._replace(capability=(12, 0)), 2) == space("key", 128, 2)[-1]
     assert chosen(HOPPER, 4) == space("key", 128, 4)[-1]
+    assert chosen(HOPPER._replace(mask="softcap"), 2) in dict(triton_blocks._shipped()).values()
+    ampere = HOPPER._replace(capability=(8, 0), mask="window", grouped=False)
+    assert chosen(ampere, 2) != space("key", 128, 2)[-1]
 
 
 def test_what_was_timed_comes_first_and_is_kept(table: Path) -> None:

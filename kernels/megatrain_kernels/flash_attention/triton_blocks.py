@@ -102,13 +102,21 @@ def own_table() -> Path:
 
 
 def chosen(use: Use, itemsize: int) -> Sizes:
-    """Return the blocks to take: the user's, of the nearest length, else the shipped ones, else the smallest."""
+    """Return the blocks to take: those of the use most like it on such a GPU, the user's before shipped ones.
+
+    A GPU that no table knows gets the smallest blocks, which fit everywhere.
+    """
     allowed = space(use.kind, use.width, itemsize)
-    for table in (_own(), _shipped()):
-        rows = [(row, sizes) for row, sizes in table if row[:5] == use[:5] and sizes in allowed]
-        if rows:
-            return min(rows, key=lambda found: abs(found[0].size_class - use.size_class))[1]
-    return allowed[-1]
+    found = [
+        (
+            (row.mask != use.mask, row.grouped != use.grouped, rank, abs(row.size_class - use.size_class)),
+            sizes,
+        )
+        for rank, table in enumerate((_own(), _shipped()))
+        for row, sizes in table
+        if row[:3] == use[:3] and sizes in allowed
+    ]
+    return min(found)[1] if found else allowed[-1]
 
 
 def remember(use: Use, best: triton.Config) -> None:
