@@ -1,6 +1,7 @@
 """While torch.compile traces, operations bound by memory are their definitions, and the others stay operators."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from megatrain_kernels import attention
-from megatrain_kernels.kernel import KERNELS, Case, Kernel
+from megatrain_kernels.kernel import KERNELS, Case, Kernel, select
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler probes tensors in ways that warn
 
@@ -19,11 +20,12 @@ CASES = [(KERNELS[name], case) for name in sorted(FUSED) for case in KERNELS[nam
 
 
 def operators(function: Callable[..., Any], *args: Any) -> set[str]:
-    """Names of the operators of this project in the one graph of `function`."""
+    """Names of the operators and autograd functions of this project in the one graph of `function`."""
     found: set[str] = set()
 
     def read(graph: GraphModule, _: Any) -> GraphModule:
-        found.update(str(node.target) for node in graph.graph.nodes if "megatrain" in str(node.target))
+        names = (str(node.target) for node in graph.graph.nodes)
+        found.update(name for name in names if "megatrain" in name or "autograd_function" in name)
         return graph
 
     torch._dynamo.reset()
@@ -66,6 +68,19 @@ def test_no_operator_stands_in_the_way(name: str, backend: str) -> None:
     kernel = KERNELS[name]
     args, options = kernel.suite.make_inputs(kernel.suite.small[0], dtype=torch.float32, device="cpu")
     assert not operators(partial(kernel.function, backend=backend, **options), *args)
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_the_definition_is_traced_although_triton_runs(name: str) -> None:
+    kernel = replace(KERNELS[name], runs_on=lambda x: True)
+
+    def takes_definition(x: Tensor) -> Tensor:
+        return x.new_full((), float(select(kernel, "auto", x) == "reference"))
+
+    x = torch.ones(2, 8)
+    torch._dynamo.reset()
+    assert torch.compile(takes_definition, fullgraph=True, backend="eager")(x) == 1
+    assert takes_definition(x) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
