@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,6 +107,9 @@ class Kernel:
     """`variant(*call)`: which of the Triton backends "auto" takes."""
     variant_needs: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
     """By Triton backend: as `unsupported`, what it needs beyond that."""
+    compiled: Literal["reference", "operator"] = "operator"
+    """What "auto" and "torch" take while torch.compile traces. reference: the definition, for an operation bound by
+    memory, which the compiler fuses with its neighbours; operator: what they take elsewhere, opaque to the compiler."""
 
     @property
     def name(self) -> str:
@@ -147,7 +150,7 @@ _watched: dict[str, set[str]] | None = None
 
 @contextmanager
 def watching() -> Iterator[dict[str, set[str]]]:
-    """Collect the paths that calls take inside the context, by operation."""
+    """Collect the paths that calls take inside the context, by operation; those that torch.compile traces are left out."""
     global _watched
     before, _watched = _watched, {}
     try:
@@ -165,19 +168,21 @@ def select(kernel: Kernel, backend: str, *call: Any) -> str:
 
     Returns:
         "reference", "torch", "triton" or another Triton backend, or its name and "_or_torch": "auto" chose it, and
-        PyTorch takes over if its kernels do not compile.
+        PyTorch takes over if its kernels do not compile. While torch.compile traces, see `Kernel.compiled`.
 
     Raises:
         ValueError: there is no backend of that name.
         UnsupportedError: backend="triton", and the kernels cannot run.
     """
     path = _selected(kernel, _preferred if backend == "auto" else backend, *call)
-    if _watched is not None:
+    if _watched is not None and not torch.compiler.is_compiling():
         _watched.setdefault(kernel.name, set()).add(path.removesuffix("_or_torch"))
     return path
 
 
 def _selected(kernel: Kernel, backend: str, *call: Any) -> str:
+    if kernel.compiled == "reference" and backend in ("auto", "torch") and torch.compiler.is_compiling():
+        return "reference"
     if backend == "auto":
         fits = kernel.runs_on(call[0]) and kernel.unsupported(*call) is None
         return f"{kernel.variant(*call)}_or_torch" if fits and not kernel.torch_is_faster(*call) else "torch"
@@ -197,8 +202,13 @@ def _selected(kernel: Kernel, backend: str, *call: Any) -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the type that autocast asks for on x's device; None: autocast is off."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot trace the query
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def wrong_dtype(x: Tensor, *known: torch.dtype) -> str | None:

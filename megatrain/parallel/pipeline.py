@@ -210,8 +210,9 @@ class Pipeline:
                 group=self.mesh.pp.get_group(),
                 micro_batches=micro_batches,
                 zero_stage=self.cfg.zero_stage,
-                # Each pass would recompute the activations again: one for the inputs, and one for each weight.
-                splits_backward=self.cfg.activation_checkpointing == "none",
+                # Each pass would recompute the activations again: one for the inputs, and one for each weight. And a
+                # compiled block has one pass, which cannot be split.
+                splits_backward=self.cfg.activation_checkpointing == "none" and not self.cfg.compile,
             )
             for number, model in zip(numbers, self.models, strict=True)
         ]

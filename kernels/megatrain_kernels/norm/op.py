@@ -215,10 +215,20 @@ def _unsupported(x: Tensor) -> str | None:
 
 
 RMS_NORM = register(
-    Kernel(function=rms_norm, reference=rms_norm_reference, suite=RMS_NORM_SUITE, unsupported=_unsupported)
+    Kernel(
+        function=rms_norm,
+        reference=rms_norm_reference,
+        suite=RMS_NORM_SUITE,
+        unsupported=_unsupported,
+        compiled="reference",
+    )
 )
 LAYER_NORM = register(
     Kernel(
-        function=layer_norm, reference=layer_norm_reference, suite=LAYER_NORM_SUITE, unsupported=_unsupported
+        function=layer_norm,
+        reference=layer_norm_reference,
+        suite=LAYER_NORM_SUITE,
+        unsupported=_unsupported,
+        compiled="reference",
     )
 )

@@ -99,7 +99,7 @@ class _HalfLayerNorm(torch.autograd.Function):
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalize over the last dimension of x `(..., size)` by the fastest way in PyTorch."""
     few = x.numel() <= FEW_ELEMENTS and not torch.is_grad_enabled()
-    if few or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if few or x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
     return _BlockedRMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
@@ -107,7 +107,7 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Normalize over the last dimension of x `(..., size)` by torch, or where its gradients are inexact by blocks."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    if half and x.device.type == "cpu" and weight.requires_grad and not torch.compiler.is_compiling():
+    if half and x.device.type == "cpu" and weight.requires_grad:
         return _HalfLayerNorm.apply(x.reshape(-1, x.shape[-1]), weight, bias, eps).view(x.shape)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 

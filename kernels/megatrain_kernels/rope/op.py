@@ -82,4 +82,12 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     require_one_device(q=q, k=k, cos=cos, sin=sin)
 
 
-ROTARY = register(Kernel(function=rotary, reference=rotary_reference, suite=SUITE, unsupported=wrong_dtype))
+ROTARY = register(
+    Kernel(
+        function=rotary,
+        reference=rotary_reference,
+        suite=SUITE,
+        unsupported=wrong_dtype,
+        compiled="reference",
+    )
+)

@@ -32,7 +32,7 @@ class Rotate(torch.autograd.Function):
 
 def torch_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x `(batch, seq, heads, dim)`, differentiably where gradients are wanted."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         rotated: Tensor = Rotate.apply(x, cos, sin)
         return rotated
     return _rotate(x, cos, sin, 1)
@@ -60,10 +60,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def _tables(cos: Tensor, sin: Tensor, heads: int, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cos (for both halves of a head) and sin with one entry for each head: long rows are the fast ones."""
-    eager = (
-        not torch.compiler.is_compiling() and type(cos) is Tensor
-    )  # others, such as fake tensors, hold no numbers
-    keeps = eager and cos.device.type == "cpu" and not cos.is_inference()
+    plain = type(cos) is Tensor  # others, such as fake tensors, hold no numbers
+    keeps = plain and cos.device.type == "cpu" and not cos.is_inference()
     known: dict[Any, tuple[Tensor, Tensor]] = _widened.setdefault(cos, {}) if keeps else {}
     key = (heads, compute, cos._version, sin.data_ptr(), sin._version) if keeps else None
     if key not in known:
