@@ -150,7 +150,7 @@ _watched: dict[str, set[str]] | None = None
 
 @contextmanager
 def watching() -> Iterator[dict[str, set[str]]]:
-    """Collect the paths that calls take inside the context, by operation; those that torch.compile traces are left out."""
+    """Collect the paths that calls take inside the context, by operation; those in a traced graph are left out."""
     global _watched
     before, _watched = _watched, {}
     try:

@@ -15,7 +15,7 @@ from megatrain_kernels.kernel import KERNELS, Case, Kernel, select
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler probes tensors in ways that warn
 
-FUSED = {"rms_norm", "layer_norm", "swiglu", "geglu", "rotary"}
+FUSED = {"rms_norm", "layer_norm", "swiglu", "geglu", "bias_gelu", "rotary"}
 CASES = [(KERNELS[name], case) for name in sorted(FUSED) for case in KERNELS[name].suite.small]
 
 
