@@ -245,6 +245,7 @@ def _training(found: Row) -> str:
         "model",
         "layers",
         "precision",
+        "scaling",
         "documents",
         "mean_document",
         "compiled",
@@ -262,8 +263,8 @@ def _training(found: Row) -> str:
         "last_loss",
     )
     heads = (
-        "model, layers, precision, documents, mean tokens of a document, compiled, seq_len, micro, global, tokens/s,"
-        " MFU (what masks leave), MFU (causal), MFU (full), peak GiB, first loss, last loss"
+        "model, layers, precision, fp8 scaling, documents, mean tokens of a document, compiled, seq_len, micro, global,"
+        " tokens/s, MFU (what masks leave), MFU (causal), MFU (full), peak GiB, first loss, last loss"
     )
     return table(heads, _picked(rows, *cfg, *figures))
 

@@ -76,6 +76,8 @@ class Way(NamedTuple):
     documents: bool = True
     """Whether sequences are packed documents, each of which attends to itself alone, as a run on text has them."""
     compiled: bool = False
+    scaling: Literal["tensor", "row", "block"] = "row"
+    """Of fp8."""
 
 
 class Batch(NamedTuple):
@@ -107,6 +109,8 @@ def important_steps(setting: Setting) -> list[Step]:
 def steps(setting: Setting) -> list[Step]:
     """List one step for each other way to train each model, and one for the seconds to a first step."""
     found = [first_step(setting), launches(setting)]
+    by_tensor = Way("llama3_8b", "fp8", scaling="tensor")
+    found.append(Step(by_tensor._asdict(), partial(_train, setting, by_tensor)))
     for compiled in (False,) if setting.small else (False, True):
         for precision in PRECISIONS:
             for documents in (True, False):
@@ -157,7 +161,7 @@ def _config(setting: Setting, way: Way) -> Config:
         model = dataclasses.replace(model, n_layers=layers_that_fit(model, batch, SHARE * free))
     return Config(
         model=model,
-        train=TrainConfig(precision=way.precision),
+        train=TrainConfig(precision=way.precision, fp8_scaling=way.scaling),
         parallel=ParallelConfig(compile=way.compiled),
         seq_len=batch.seq_len,
         micro_batch_size=batch.micro,

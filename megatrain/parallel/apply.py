@@ -1,7 +1,7 @@
 """Application of all parallelism techniques to a model, in the one order that works."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from megatrain.parallel.config import SPLIT_BACKWARD, ParallelConfig
 from megatrain.parallel.context import context_parallel, in_order, shard_sequence
 from megatrain.parallel.expert import expert_parallel
 from megatrain.parallel.fake_quantization import fake_quantized_linears
-from megatrain.parallel.float8 import Scaling, float8_linears
+from megatrain.parallel.float8 import Float8, KeptCodes, float8_linears
 from megatrain.parallel.fsdp import fully_shard_blocks
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.pipeline import Pipeline, keep_products_apart, own_stages, stage_layers
@@ -40,6 +40,8 @@ class ParallelModel:
     """Pipeline stages of this rank; a single one without a pipeline."""
     mesh: Mesh | None = None
     pipeline: Pipeline | None = None
+    float8_codes: KeptCodes = field(default_factory=KeptCodes)
+    """Of weights, kept within a `with` statement in which none changes."""
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +165,7 @@ def parallelize(
     *,
     seq_len: int,
     compute_dtype: torch.dtype,
-    float8: Scaling | None = None,
+    float8: Float8 | None = None,
     rounding: tuple[str, int] | None = None,
     shards_data: bool = True,
 ) -> ParallelModel:
@@ -178,10 +180,11 @@ def parallelize(
         mesh: None in a run of one process.
         seq_len: tokens of a training sequence, which decide with the layers' sizes where a pipeline is cut.
         compute_dtype: dtype in which FSDP gathers parameters.
-        float8: granularity of the scales of linear layers in fp8; None if they compute in `compute_dtype`.
+        float8: how linear layers quantize to fp8; None if they compute in `compute_dtype`.
         rounding: number and group that linear layers round their weights to; None: they do not.
         shards_data: whether FSDP is applied; a model that is not trained does without where nothing is data-parallel.
     """
+    kept = KeptCodes()
     models = [make_model()] if mesh is None else list(_stages(make_model, plan, mesh, cfg, seq_len))
     for model in models:
         if mesh is not None and cfg.ep > 1:
@@ -191,7 +194,7 @@ def parallelize(
         if mesh is not None and cfg.cp > 1:
             context_parallel(model, plan, mesh, cfg)
         if float8 is not None:
-            float8_linears(model, plan, mesh, cfg, scaling=float8)
+            float8_linears(model, plan, mesh, cfg, options=float8, kept=kept)
         if rounding is not None:
             fake_quantized_linears(model, plan, mesh, cfg, number=rounding[0], group=rounding[1])
         checkpoint_activations(model, plan, mesh, cfg)
@@ -199,7 +202,7 @@ def parallelize(
         if mesh is not None and shards_data:
             fully_shard_blocks(model, plan, mesh, cfg, compute_dtype=compute_dtype)
     pipeline = None if mesh is None or cfg.pp == 1 else Pipeline(cfg, plan, mesh, models, compute_dtype)
-    return ParallelModel(cfg, plan, models, mesh, pipeline)
+    return ParallelModel(cfg, plan, models, mesh, pipeline, kept)
 
 
 def _stages(

@@ -186,6 +186,14 @@ def _pipeline(cfg: ParallelConfig, n_layers: int, micro_batches: int) -> Iterato
         yield Problem("parallel.pp_schedule", cfg.pp_schedule, rule, ("1f1b", "gpipe"))
 
 
+def keeps_float8_codes(cfg: ParallelConfig) -> bool:
+    """Tell whether weights quantized to fp8 are kept over a step's micro-batches.
+
+    Not where a rank keeps no whole weights either (ZeRO-3), nor where a compiler would have to see that they are kept.
+    """
+    return not cfg.compile and (cfg.dp_shard == 1 or cfg.zero_stage < 3)
+
+
 def float8_problems(cfg: ParallelConfig, plan: Plan, seq_len: int, scaling: str) -> Iterator[Problem]:
     """Yield the problems of linear layers in fp8: scales must not depend on how the work is sharded."""
     if scaling == "tensor":

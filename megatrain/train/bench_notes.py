@@ -11,6 +11,8 @@ WIDE_SPREAD = 0.3
 """Distance from the fastest to the slowest step, as a share of the median, beyond which the median is unsteady."""
 MUCH_OVERHEAD = 0.3
 """Share of a step outside operators, or in the optimizer, beyond which the model or the batch is too small."""
+PAYS_IN_FP8 = 4096
+"""Hidden size below which fp8 was slower than bf16 where it was measured: docs/gpus.md, on an H100."""
 BUSY = 0.3
 """Cores kept busy by others that are worth a warning."""
 
@@ -86,6 +88,11 @@ def _about_config(cfg: Config, seen: Circumstances) -> Iterator[str]:
         yield (
             f"the optimizer takes {classes[OPTIMIZER] / total:.0%}, since a step has only "
             f"{cfg.global_batch_size * cfg.seq_len} tokens: a larger global_batch_size spreads it"
+        )
+    if cfg.train.precision == "fp8" and not seen.on_cpu and cfg.model.hidden_size < PAYS_IN_FP8:
+        yield (
+            f"train.precision=fp8 was slower than bf16 on an H100 with hidden sizes of 768 and 2048, and this one is "
+            f"{cfg.model.hidden_size}: measure train.precision=bf16 too"
         )
     kind = cfg.parallel.activation_checkpointing
     if kind != "none" and seen.fits_without_checkpointing:

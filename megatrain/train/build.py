@@ -27,7 +27,7 @@ from megatrain.optim.ema import WeightAverage
 from megatrain.optim.master import MasterWeights
 from megatrain.optim.rule import Updater
 from megatrain.parallel.apply import ParallelModel, parallelize
-from megatrain.parallel.float8 import Scaling, check_float8
+from megatrain.parallel.float8 import Float8, check_float8
 from megatrain.parallel.layout import data_ranks, fill, require_processes
 from megatrain.parallel.lora import add_adapters, with_adapters
 from megatrain.parallel.mesh import Mesh
@@ -86,7 +86,8 @@ def build_state(cfg: Config, device: torch.device, mesh: Mesh | None = None) -> 
         UserError: the device cannot compute in `train.precision`.
     """
     compute_dtype = COMPUTE_DTYPE[cfg.train.precision]
-    float8 = cfg.train.fp8_scaling if cfg.train.precision == "fp8" else None
+    options = Float8(cfg.train.fp8_scaling, cfg.train.fp8_gradients)
+    float8 = options if cfg.train.precision == "fp8" else None
     if float8 is not None:
         check_float8(device)
     master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -137,7 +138,7 @@ def build_model(
     mesh: Mesh | None,
     *,
     master_dtype: torch.dtype,
-    float8: Scaling | None = None,
+    float8: Float8 | None = None,
     rounding: tuple[str, int] | None = None,
     shards_data: bool = True,
 ) -> ParallelModel:

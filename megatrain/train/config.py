@@ -87,13 +87,16 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp64"] = "auto"
     """Compute dtype. Under bf16 and fp8, master weights, gradients and optimizer state stay in float32. fp8: like bf16,
     with the linear layers of the blocks (but not routers and experts) in 8 bits, on GPUs that support it; a CPU
-    computes the same numbers, slowly; MFU is relative to the bf16 peak. auto: bf16 if a quick benchmark finds it faster
-    on this device, else fp32."""
+    computes the same numbers, slowly; MFU is relative to the bf16 peak; small models get slower (docs/gpus.md). auto:
+    bf16 if a quick benchmark finds it faster on this device, else fp32."""
     fp8_scaling: Literal["tensor", "row", "block"] = "row"
     """Granularity of fp8 scales. tensor: one per operand; results then depend on micro_batch_size, and only pipeline
     parallelism can split a batch. row: one per token or weight row; weight gradients are computed in bf16. block: one
     per 128 elements of a token or channel and per 128 x 128 block of a weight (DeepSeek-V3, arXiv 2412.19437,
     section 3.3)."""
+    fp8_gradients: Literal["e5m2", "e4m3"] = "e5m2"
+    """Format of gradients in fp8. e5m2: two bits of mantissa, numbers from 2^-16 to 57344. e4m3: three bits, from 2^-9
+    to 448, which is enough where few numbers share a scale (as DeepSeek-V3 does, with fp8_scaling=block)."""
     qat: Literal["none", "int8", "int4"] = "none"
     """Quantization-aware training: the linear layers of the blocks multiply with weights rounded to these numbers, and
     learn to bear it; the weights themselves stay exact. `megatrain compress` rounds them for good."""

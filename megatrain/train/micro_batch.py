@@ -1,10 +1,13 @@
 """Choice of the micro-batch size: what a layout allows, and what fits in memory by a simple estimate."""
 
+import math
+
 from megatrain.config.schema import divisors
 from megatrain.nn.config import GATED, DecoderConfig
 from megatrain.nn.plan import decoder_plan
 from megatrain.optim.config import OptimizerConfig
 from megatrain.parallel.config import MULTI_STAGE, ParallelConfig
+from megatrain.parallel.layout import keeps_float8_codes
 
 USABLE = 0.8
 """Fraction of device memory that the estimate may fill; the rest is for workspaces, fragmentation and all that is not
@@ -55,7 +58,8 @@ def state_bytes(
     """Estimate the bytes a rank holds between steps: weights, gradients and the optimizer's states.
 
     Weights and gradients are float32, or float64 under fp64. Under bf16 and fp8 the model's own copy of the weights
-    comes on top. ZeRO (arXiv 1910.02054) shards what its stage says over `dp_shard`.
+    comes on top, and under fp8 the codes of the blocks' matrices and of their transposes, where a step keeps them. ZeRO
+    (arXiv 1910.02054) shards what its stage says over `dp_shard`.
     """
     plan = decoder_plan(model)
     width = 8 if precision == "fp64" else 4
@@ -67,7 +71,11 @@ def state_bytes(
     parts = {1: width * parameters + states, 2: width * parameters, 3: copy * parameters}
     shards = max(1, parallel.dp_shard)
     each = (size / (shards if parallel.zero_stage >= stage else 1) for stage, size in parts.items())
-    return sum(each) / (parallel.pp * parallel.tp)
+    codes = 0
+    if precision == "fp8" and keeps_float8_codes(parallel):
+        matrices = (w for block in plan.blocks for w in block.values() if w.is_product and not w.is_stacked)
+        codes = 2 * sum(math.prod(weight.shape) for weight in matrices)
+    return (sum(each) + codes) / (parallel.pp * parallel.tp)
 
 
 def activation_bytes(

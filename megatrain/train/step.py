@@ -161,7 +161,8 @@ def accumulate_gradients(state: TrainState, batch: StepBatch, cfg: Config, *, ro
     weighed = None if state.objective is None else state.objective.weigh(parallel, batch, round_)
     batch = batch if weighed is None else weighed.batch
     begin_balance(parallel.models, parallel.owns_balance_loss() / max(batch.valid_tokens, 1))
-    loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
+    with parallel.float8_codes:
+        loss = (_accumulate if parallel.pipeline is None else _accumulate_in_pipeline)(state, batch, cfg)
     parallel.sum_replicated_gradients()
     if cfg.lora.base != "full" and parallel.mesh is not None:
         for parameter in state.weights.trained.values():  # whole on each rank: no FSDP sums them

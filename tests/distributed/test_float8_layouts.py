@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from megatrain.train import build
 from megatrain.train.config import Config
 from megatrain.train.parity import Trace, merged, trace
 
+Gradients = Literal["e5m2", "e4m3"]
 BOUND = 1e-6
 """As float64's roundings through the float32 numbers that are quantized; fp8's own are 1e-2."""
 STORE = SyntheticStore(64, n_tokens=1 << 14, documents=100)
@@ -42,12 +43,14 @@ RUNS = {
     "dense": BASE,
     "experts": replace(BASE, model=replace(MODEL, experts=replace(MOE, first_k_dense=0, ffn_size=256))),
 }
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("block", "dense", {"pp": 2}),
-    ("block", "dense", {"dp_shard": 2, "tp": 2}),
-    ("block", "experts", {"tp": 2}),
-    ("row", "dense", {"cp": 2}),
-    ("tensor", "dense", {"pp": 2}),
+CASES: list[tuple[str, str, dict[str, Any], Gradients]] = [
+    ("block", "dense", {"pp": 2}, "e5m2"),
+    ("block", "dense", {"dp_shard": 2, "tp": 2}, "e5m2"),
+    ("block", "dense", {"dp_shard": 2, "zero_stage": 2, "activation_checkpointing": "selective"}, "e4m3"),
+    ("block", "experts", {"tp": 2}, "e5m2"),
+    ("row", "dense", {"cp": 2}, "e4m3"),
+    ("row", "dense", {"dp_replicate": 2, "activation_checkpointing": "full"}, "e5m2"),
+    ("tensor", "dense", {"pp": 2}, "e4m3"),
 ]
 
 
@@ -66,26 +69,26 @@ def trace_in_float64(cfg: Config, *args: Any) -> Trace:
         return trace(cfg, *args)
 
 
-def config(scaling: Any, name: str, layout: dict[str, Any]) -> Config:
+def config(scaling: Any, name: str, layout: dict[str, Any], gradients: Gradients = "e5m2") -> Config:
     cfg = RUNS[name]
-    train = replace(cfg.train, precision="fp8", fp8_scaling=scaling)
+    train = replace(cfg.train, precision="fp8", fp8_scaling=scaling, fp8_gradients=gradients)
     made = replace(cfg, train=train, parallel=ParallelConfig(**layout))
     assert not list(made.problems())
     return made
 
 
 @cache
-def single(scaling: str, name: str) -> Trace:
-    return trace_in_float64(config(scaling, name, {}), STORE, STEPS)
+def single(scaling: str, name: str, gradients: Gradients = "e5m2") -> Trace:
+    return trace_in_float64(config(scaling, name, {}, gradients), STORE, STEPS)
 
 
-@pytest.mark.parametrize(("scaling", "name", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(("scaling", "name", "layout", "gradients"), CASES, ids=str)
 def test_a_layout_computes_what_one_process_does(
-    workers: WorkerPool, scaling: str, name: str, layout: dict[str, Any]
+    workers: WorkerPool, scaling: str, name: str, layout: dict[str, Any], gradients: Gradients
 ) -> None:
-    cfg = config(scaling, name, layout)
+    cfg = config(scaling, name, layout, gradients)
     ranks = workers.run(trace_in_float64, world_size(cfg.parallel), cfg, STORE, STEPS)
-    check(merged(ranks), single(scaling, name), BOUND)
+    check(merged(ranks), single(scaling, name, gradients), BOUND)
 
 
 def test_a_layout_that_the_rules_refuse_does_not() -> None:

@@ -26,12 +26,11 @@ def build(kernel, capability, tensors, warps=4, **constants):
 for dtype, flags in (("e4m3", "GIVEN"), ("e5m2", "WHOLE"), ("int8", ""), ("int4", "PACKED")):
     form = FORMATS[dtype]
     constants = {"MANTISSA": form.mantissa, "BIAS": form.bias, "PACKED": flags == "PACKED"}
-    tensors = {"x": "*bf16", "values": "*u8", "scales": "*fp32", "out": "*bf16"}
+    tensors = {"x": "*bf16", "values": "*u8", "scales": "*fp32", "given": "*fp32"}
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128} if flags == "WHOLE" else {"BLOCK_M": 4, "BLOCK_N": 1024}
     both = constants | blocks
     limits = {"LARGEST": form.largest, "SMALLEST": SMALLEST_SCALE}
     chosen = {"GIVEN": flags == "GIVEN", "WHOLE": flags == "WHOLE"}
-    del tensors["out"]
     assert build(quantize_kernel, 80, tensors, 8, **both, **limits, **chosen)
     tensors = {"values": "*u8", "scales": "*fp32", "out": "*bf16"}
     assert build(dequantize_kernel, 80, tensors, **both)

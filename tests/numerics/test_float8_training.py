@@ -15,6 +15,7 @@ from megatrain.data.store import TokenStore
 from megatrain.models.qwen3.config import Qwen3Config
 from megatrain.nn.layer import Linear
 from megatrain.optim.config import AdamWConfig
+from megatrain.parallel import float8
 from megatrain.parallel.config import ParallelConfig
 from megatrain.runtime import device as device_module
 from megatrain.runtime.device import choose_precision
@@ -22,7 +23,8 @@ from megatrain.train.build import build_loader, build_state
 from megatrain.train.config import Config, TrainConfig
 from megatrain.train.resume import changed_keys
 from megatrain.train.state import TrainState
-from megatrain.train.step import train_step
+from megatrain.train.step import evaluation_loss, train_step
+from megatrain_kernels import quantize
 
 CPU = torch.device("cpu")
 CFG = Config(
@@ -92,6 +94,36 @@ def test_a_run_goes_on_bitwise(scaling: str) -> None:
     assert steps(whole, cfg, range(2, 4)) == steps(taken_up, cfg, range(2, 4))
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, taken_up.tensors()[name]), name
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_kept_codes_change_no_bit_of_a_run(
+    scaling: str, checkpointing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights quantized once for two micro-batches: losses, weights and their average, with validations between."""
+    cfg = in_fp8(scaling, replace(CFG, micro_batch_size=2))
+    parallel = ParallelConfig(activation_checkpointing=checkpointing)
+    cfg = replace(cfg, parallel=parallel, train=replace(cfg.train, ema_decay=0.5))
+
+    def run() -> tuple[list[float], dict[str, Tensor], int]:
+        state, losses, calls = build_state(cfg, CPU), list[float](), list[Any]()
+        monkeypatch.setattr(float8, "quantize", lambda x, **how: calls.append(x) or quantize(x, **how))
+        for n in range(3):
+            losses += steps(state, cfg, range(n, n + 1))
+            (part,) = (
+                build_loader(replace(cfg, micro_batch_size=4), chain(), None).step_batch(9).micro_batches
+            )
+            losses.append(evaluation_loss(state.parallel, part).item())
+        return losses, state.tensors(), len(calls)
+
+    losses, tensors, n_calls = run()
+    monkeypatch.setattr(float8, "keeps_float8_codes", lambda cfg: False)
+    plain_losses, plain, n_plain = run()
+    assert n_calls < n_plain
+    assert losses == plain_losses
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, plain[name]), name
 
 
 def test_what_computes_in_fp8() -> None:

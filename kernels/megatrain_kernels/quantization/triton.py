@@ -16,7 +16,6 @@ from megatrain_kernels.quantization.reference import (
     FORMATS,
     SMALLEST_SCALE,
     scale_shape,
-    tile_scales,
     tiles_of,
     unpacked_shape,
 )
@@ -69,6 +68,7 @@ def quantize_kernel(
     x: Pointer,  # (batch, n_rows, n_cols)
     values: Pointer,  # (batch, n_rows, n_cols), bytes; half as many columns if PACKED
     scales: Pointer,  # (), (batch * n_rows, tiles across) or, if WHOLE, (batch, tiles down, tiles across)
+    given: Pointer,  # (), if GIVEN
     n_rows: Number, n_cols: Number, tile_rows: Number, tile_cols: Number,
     x_batch: Number, x_row: Number, x_col: Number,  # strides
     LARGEST: constexpr, MANTISSA: constexpr, BIAS: constexpr, SMALLEST: constexpr,
@@ -76,7 +76,7 @@ def quantize_kernel(
 ) -> None:  # fmt: skip
     """Quantize one tile (WHOLE), or one tile of each of some rows.
 
-    If GIVEN, the tensor's only scale is known, and tiles just divide the work.
+    If GIVEN, the tensor's largest size is known, and tiles just divide the work: all compute the only scale.
     """
     down, across, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = (down * tile_rows + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -85,28 +85,28 @@ def quantize_kernel(
     here = rows < tl.minimum(down * tile_rows + tile_rows, n_rows)
     cols = first + tl.arange(0, BLOCK_N)
     x_at = x + batch * x_batch + rows[:, None] * x_row + cols[None, :].to(tl.int64) * x_col
+    # Sizes are compared by their bits, in which NaN is larger than all else, and so is not lost.
+    largest_bits = tl.zeros((BLOCK_M,), tl.int32)
     if GIVEN:
-        scale = tl.zeros((BLOCK_M,), tl.float32) + tl.load(scales)
-        finite = scale == scale
+        largest_bits += tl.load(given).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
-        # Sizes are compared by their bits, in which NaN is larger than all else, and so is not lost.
-        largest_bits = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, last - first, BLOCK_N):
             known = here[:, None] & (cols < last - start)[None, :]
             found = tl.load(x_at + tl.cast(start, tl.int64) * x_col, mask=known, other=0.0).to(tl.float32)
             largest_bits = tl.maximum(largest_bits, tl.max(found.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
         if WHOLE:
             largest_bits = tl.zeros((BLOCK_M,), tl.int32) + tl.max(largest_bits, 0)
-        finite = largest_bits < 0x7F800000
-        largest = tl.where(finite, largest_bits, 0).to(tl.float32, bitcast=True)
-        scale = tl.maximum(tl.div_rn(largest, tl.full((BLOCK_M,), LARGEST, tl.float32)), SMALLEST)
-        n_across = tl.num_programs(1)
-        kept = tl.where(finite, scale, float("nan"))
-        if WHOLE:
-            at = (batch * tl.num_programs(0) + down) * n_across + across
-            tl.store(scales + at + tl.zeros((BLOCK_M,), tl.int64), kept, mask=tl.arange(0, BLOCK_M) == 0)
-        else:
-            tl.store(scales + (batch * n_rows + rows) * n_across + across, kept, mask=here)
+    finite = largest_bits < 0x7F800000
+    largest = tl.where(finite, largest_bits, 0).to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.div_rn(largest, tl.full((BLOCK_M,), LARGEST, tl.float32)), SMALLEST)
+    n_across, kept = tl.num_programs(1), tl.where(finite, scale, float("nan"))
+    if GIVEN:
+        tl.store(scales + rows * 0, kept, mask=tl.arange(0, BLOCK_M) + down + across + batch == 0)
+    elif WHOLE:
+        at = (batch * tl.num_programs(0) + down) * n_across + across
+        tl.store(scales + at + tl.zeros((BLOCK_M,), tl.int64), kept, mask=tl.arange(0, BLOCK_M) == 0)
+    else:
+        tl.store(scales + (batch * n_rows + rows) * n_across + across, kept, mask=here)
     inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.where(finite, scale, 1.0))
     width = n_cols // 2 if PACKED else n_cols
     out_at = values + (batch * n_rows + rows[:, None]) * width
@@ -166,10 +166,8 @@ def quantize(x: Tensor, dtype: str, scaling: str, group_size: int) -> tuple[Tens
     view = x.reshape(tiles.batch if is_block else 1, -1, x.shape[-1])
     halves = 2 if packed else 1
     values = torch.empty((*x.shape[:-1], x.shape[-1] // halves), dtype=form.dtype, device=x.device)
-    if given:
-        scales = tile_scales(torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32), dtype)
-    else:
-        scales = torch.empty(scale_shape(x.shape, scaling, group_size), dtype=torch.float32, device=x.device)
+    scales = torch.empty(scale_shape(x.shape, scaling, group_size), dtype=torch.float32, device=x.device)
+    largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) if given else scales
     rows, cols = view.shape[1:]
     if is_block:
         block_m = block_n = max(16, triton.next_power_of_2(group_size))
@@ -181,7 +179,7 @@ def quantize(x: Tensor, dtype: str, scaling: str, group_size: int) -> tuple[Tens
     constants: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SMALLEST": SMALLEST_SCALE}
     constants |= {"GIVEN": given, "WHOLE": is_block, "PACKED": packed, "num_warps": 8 if is_block else 4}
     numbers = (rows, cols, *work, *view.stride())
-    quantize_kernel[grid](view, values.view(torch.uint8), scales, *numbers, *form[1:], **constants)
+    quantize_kernel[grid](view, values.view(torch.uint8), scales, largest, *numbers, *form[1:], **constants)
     return values, scales
 
 

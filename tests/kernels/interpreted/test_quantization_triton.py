@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantization_check import MAX, SCALINGS, as_numbers, check, draw, nearest, numbers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain_kernels import dequantize, quantize
 from megatrain_kernels.quantization.op import dequantize_op, quantize_op
@@ -111,6 +112,34 @@ def test_a_program_too_few_is_noticed(scaling: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launcher, "quantize_kernel", Fewer())
     with pytest.raises(AssertionError):
         check(draw(400, 70), "e4m3", scaling, "triton")
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not operation.is_view and not operation.name().startswith(("aten::empty", "aten::_unsafe_view")):
+            self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+def test_one_launch_a_call_and_one_more_for_the_largest_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, launches, x = import_module("megatrain_kernels.quantization.triton"), list[Any](), draw(40, 64)
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **constants: launches.append(grid)
+
+    monkeypatch.setattr(launcher, "quantize_kernel", Counted())
+    for scaling in SCALINGS:
+        with Operators() as seen:
+            launcher.quantize(x, "e4m3", scaling, 16)
+        assert seen.names == ["aten::linalg_vector_norm"] * (scaling == "tensor")
+    assert len(launches) == len(SCALINGS)
 
 
 @pytest.mark.parametrize(("dtype", "scaling"), [("e4m3", "tensor"), ("e5m2", "block"), ("int4", "group")])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -21,8 +22,18 @@ from megatrain.nn.plan import decoder_plan
 from megatrain.parallel import float8
 from megatrain.parallel.apply import parallelize
 from megatrain.parallel.config import ParallelConfig
-from megatrain.parallel.float8 import Scaling, check_float8, float8_linear, float8_linears
+from megatrain.parallel.float8 import (
+    Float8,
+    KeptCodes,
+    Scaling,
+    WeightCodes,
+    check_float8,
+    float8_linear,
+    float8_linears,
+)
+from megatrain_kernels import quantize, scaled_matmul
 
+Gradients = Literal["e5m2", "e4m3"]
 SCALINGS: tuple[Scaling, ...] = ("tensor", "row", "block")
 TOKENS, IN, OUT = (3, 100), 200, 150  # no whole groups of 128
 CFG = DecoderConfig(n_layers=2, hidden_size=32, n_heads=4, n_kv_heads=2, ffn_size=48, vocab_size=61)
@@ -33,12 +44,12 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return (x * torch.randn(shape[-1], generator=torch.Generator().manual_seed(9)).exp()).to(dtype)
 
 
-def layer(weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Linear:
+def layer(weight: Tensor, bias: Tensor | None, scaling: Scaling, gradients: Gradients = "e5m2") -> Linear:
     made = Linear(Weight(tuple(weight.shape), bias=bias is not None)).to(weight.dtype)
     made.weight.data.copy_(weight)
     if bias is not None:
         made.bias.data.copy_(bias)
-    replace_seam(made, "product", partial(float8_linear, scaling=scaling))
+    replace_seam(made, "product", partial(float8_linear, options=Float8(scaling, gradients)))
     return made
 
 
@@ -48,14 +59,14 @@ def rounded(x: np.ndarray, dtype: str, scaling: str) -> np.ndarray:
     return numbers * scales.astype(np.float64)[tiles(x.shape, scaling, 128)]
 
 
-def expected(x: np.ndarray, w: np.ndarray, g: np.ndarray, scaling: str) -> list[np.ndarray]:
+def expected(x: np.ndarray, w: np.ndarray, g: np.ndarray, scaling: str, gradients: str) -> list[np.ndarray]:
     """Output and gradients of x `(tokens, in)` and w `(out, in)`, as the table in `float8.py` says."""
     along = {"tensor": "tensor", "row": "row", "block": "group"}[scaling]
     out = rounded(x, "e4m3", along) @ rounded(w, "e4m3", scaling).T
-    for_x = rounded(g, "e5m2", along) @ rounded(w.T, "e4m3", scaling).T
+    for_x = rounded(g, gradients, along) @ rounded(w.T, "e4m3", scaling).T
     if scaling == "row":
         return [out, for_x, g.T @ x]
-    return [out, for_x, rounded(g.T, "e5m2", along) @ rounded(x.T, "e4m3", along).T]
+    return [out, for_x, rounded(g.T, gradients, along) @ rounded(x.T, "e4m3", along).T]
 
 
 def computed(x: Tensor, module: Linear, g: Tensor) -> list[Tensor]:
@@ -66,13 +77,14 @@ def computed(x: Tensor, module: Linear, g: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gradients", ["e5m2", "e4m3"])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_output_and_gradients(scaling: Scaling, dtype: torch.dtype) -> None:
+def test_output_and_gradients(scaling: Scaling, gradients: Gradients, dtype: torch.dtype) -> None:
     x, weight = draw(*TOKENS, IN, seed=1, dtype=dtype), draw(OUT, IN, seed=2, dtype=dtype)
     bias, g = draw(OUT, seed=3, dtype=dtype), draw(*TOKENS, OUT, seed=4, dtype=dtype) * 1e-4
-    out, for_x, for_weight, for_bias = computed(x, layer(weight, bias, scaling), g)
+    out, for_x, for_weight, for_bias = computed(x, layer(weight, bias, scaling, gradients), g)
     flat, flat_g = x.flatten(0, 1).double().numpy(), g.flatten(0, 1).double().numpy()
-    truths = expected(flat, weight.double().numpy(), flat_g, scaling)
+    truths = expected(flat, weight.double().numpy(), flat_g, scaling, gradients)
     truths[0] += bias.double().numpy()
     # Relative to the largest: float64's own roundings, or those of a bf16 result (and of its sum with the bias).
     bound = 1e-13 if dtype == torch.float64 else 2**-7
@@ -83,6 +95,50 @@ def test_output_and_gradients(scaling: Scaling, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         for_bias.double(), g.double().sum((0, 1)), rtol=0, atol=30 * bound * g.abs().max().item()
     )
+
+
+def anew(x: Tensor, weight: Tensor, g: Tensor, scaling: Scaling, gradients: Gradients) -> list[Tensor]:
+    """Output and gradients of x `(tokens, in)` where each operand of each product is quantized for it."""
+    along = {"tensor": "tensor", "row": "row", "block": "group"}[scaling]
+
+    def product(left: Tensor, right: Tensor, dtype: str, by_right: str) -> Tensor:
+        (a, scale_a), (b, scale_b) = (
+            quantize(left, dtype=dtype, scaling=along),
+            quantize(right, dtype="e4m3", scaling=by_right),
+        )
+        return scaled_matmul(a, b.mT, scale_a, scale_b.mT if scale_b.ndim else scale_b, out_dtype=x.dtype)
+
+    out, for_x = product(x, weight, "e4m3", scaling), product(g, weight.mT, gradients, scaling)
+    return [out, for_x, g.mT @ x if scaling == "row" else product(g.mT, x.mT, gradients, along)]
+
+
+@pytest.mark.parametrize("gradients", ["e5m2", "e4m3"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_kept_codes_are_those_of_a_quantization_for_each_product(
+    scaling: Scaling, gradients: Gradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, in two micro-batches, and with other weights in the next step; weights are quantized once a step."""
+    calls: list[Tensor] = []
+    monkeypatch.setattr(float8, "quantize", lambda x, **how: calls.append(x) or quantize(x, **how))
+    kept = KeptCodes()
+    module = layer(draw(OUT, IN, seed=2, dtype=torch.bfloat16), None, scaling)
+    product = partial(float8_linear, options=Float8(scaling, gradients), codes=WeightCodes(kept, "w"))
+    replace_seam(module, "product", product)
+    for step in range(2):
+        calls.clear()
+        with kept:
+            for n in range(2):
+                x = draw(300, IN, seed=10 + n, dtype=torch.bfloat16)
+                g = draw(300, OUT, seed=20 + n, dtype=torch.bfloat16)
+                truths = anew(x, module.weight.detach(), g, scaling, gradients)
+                for got, truth in zip(computed(x, module, g), truths, strict=True):
+                    assert torch.equal(got, truth)
+        weights = {(OUT, IN), (IN, OUT)}
+        assert sum(tuple(x.shape) in weights for x in calls) == (2 if scaling == "row" else 1), step
+        module.weight.data.mul_(-1.5)  # of which a version counter would tell nothing
+        x = draw(300, IN, seed=30, dtype=torch.bfloat16)
+        between = module(x)  # an evaluation, out of steps
+        assert torch.equal(between, anew(x, module.weight.detach(), between, scaling, gradients)[0])
 
 
 def added(parts: list[list[Tensor]]) -> list[Tensor]:
@@ -151,7 +207,7 @@ def test_blocks_linear_layers_and_nothing_else() -> None:
     )
     model = Decoder(cfg)
     names = [name for name, _ in model.named_parameters()]
-    float8_linears(model, decoder_plan(cfg), None, ParallelConfig(), scaling="row")
+    float8_linears(model, decoder_plan(cfg), None, ParallelConfig(), options=Float8("row"), kept=KeptCodes())
     assert [name for name, _ in model.named_parameters()] == names
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     changed = {name for name, module in linears.items() if module.product is not F.linear}
@@ -166,7 +222,9 @@ DATA = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(5))
 def gradients(cfg: ParallelConfig) -> dict[str, Tensor]:
     model, plan = Decoder(CFG), decoder_plan(CFG)
     init_weights(model, plan, seed=1)
-    parallelize(lambda: model, plan, None, cfg, seq_len=16, compute_dtype=torch.float32, float8="block")
+    parallelize(
+        lambda: model, plan, None, cfg, seq_len=16, compute_dtype=torch.float32, float8=Float8("block")
+    )
     model(DATA, targets=DATA.roll(-1, 1)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

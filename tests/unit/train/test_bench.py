@@ -90,6 +90,8 @@ def test_weights_that_cannot_fit_are_refused_before_anything_is_measured(force: 
 
 def test_nothing_is_said_of_a_sound_measurement() -> None:
     assert notes(small(), QUIET) == []
+    wide = small("train.precision=fp8", "model.hidden_size=4096", "model.n_heads=32")
+    assert notes(wide, dataclasses.replace(QUIET, on_cpu=False)) == []
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,7 @@ def test_nothing_is_said_of_a_sound_measurement() -> None:
         ({"threads": 1}, [], "OMP_NUM_THREADS=2"),
         ({"processes": 2}, [], "2 processes of 2 threads share 2 cores"),
         ({"others": 1.2}, [], "1.2 cores busy"),
+        ({"on_cpu": False}, ["train.precision=fp8"], "this one is 768"),
         ({"flags": ["CUDA_LAUNCH_BLOCKING=1"]}, [], "CUDA_LAUNCH_BLOCKING=1"),
         ({"times": [1.0]}, [], "a median of 1"),
         ({"times": [1.0, 1.0, 1.1, 1.1, 1.5]}, [], "1000 to 1500 ms"),

@@ -56,6 +56,10 @@ def test_estimates() -> None:
         state_bytes(GPT2, replace(sharded, zero_stage=1), ADAMW, precision="bf16")
         == (12 / 4 + 6) * parameters
     )
+    # Under fp8 a byte for each code of the blocks' matrices and of their transposes, where a step keeps them.
+    codes = 2 * 12 * (4 * 768**2 + 2 * 768 * 3072)
+    assert state_bytes(GPT2, ALONE, ADAMW, precision="fp8") == 18 * parameters + codes
+    assert state_bytes(GPT2, sharded, ADAMW, precision="fp8") == 18 * parameters / 4
     # queries, keys, values, attention's output; inputs of norm, projections, norm, MLP; up and activation
     per_layer = 4 * 768 + 4 * 768 + 2 * 3072
     assert activation_bytes(GPT2, ALONE, 1024, precision="bf16") == (12 * per_layer + 4 * 768) * 2 * 1024
