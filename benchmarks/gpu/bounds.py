@@ -57,16 +57,43 @@ def rms_norm(given: Given, options: dict[str, Any], grads: list[Tensor], truth: 
 def layer_norm(
     given: Given, options: dict[str, Any], grads: list[Tensor], truth: Found, r: Rounding
 ) -> Found:
-    """Bound LayerNorm by its terms, which partly cancel."""
-    x, weight, bias, eps = given
-    inverse, normed, size = _norm(x, weight, eps, centred=True)
+    """Bound LayerNorm by its terms, which partly cancel; a sum with the residual is rounded before it."""
+    x, weight, bias, eps, *residual = given
+    total = x + residual[0] if residual else x
+    inverse, normed, size = _norm(total, weight, eps, centred=True)
     inner = (grads[0] * weight).abs()
     terms = inner + inner.mean(-1, keepdim=True) + normed.abs() * (inner * size).mean(-1, keepdim=True)
-    return {
-        "output 0": 2 * r.u * truth["output 0"].abs() + r.e * (size * weight.abs() + bias.abs()),
-        "gradient 0": 2 * r.u * truth["gradient 0"].abs() + r.e * inverse * terms,
-        "gradient 1": 2 * r.u * truth["gradient 1"].abs() + r.e * (grads[0].abs() * size).sum(0),
+    stored = r.u if residual else 0.0  # the sum is read as it was stored
+    above = grads[1].abs() if residual else 0.0
+    by_row = grads[0].abs() * size
+    found = {
+        "output 0": 2 * r.u * truth["output 0"].abs() + (stored + r.e) * (size * weight.abs() + bias.abs()),
+        "gradient 0": 2 * r.u * truth["gradient 0"].abs() + (stored + r.e) * inverse * terms + r.e * above,
+        "gradient 1": 2 * r.u * truth["gradient 1"].abs()
+        + stored * r.of_terms(by_row.sum(0), by_row.square().sum(0))
+        + r.e * by_row.sum(0),
         "gradient 2": 2 * r.u * truth["gradient 2"].abs() + r.e * grads[0].abs().sum(0),
+    }
+    if residual:
+        found["output 1"] = r.u * total.abs() + r.e * (x.abs() + residual[0].abs())
+        found["gradient 4"] = found["gradient 0"]
+    return found
+
+
+def bias_gelu(given: Given, options: dict[str, Any], grads: list[Tensor], truth: Found, r: Rounding) -> Found:
+    """Bound GELU of a sum: its slope is at most 1.13, and that of its slope at most 0.8.
+
+    PyTorch's path rounds the sum before the function, and a gradient's terms before they are added up.
+    """
+    x, bias = given
+    size, total, above = x.abs() + bias.abs(), (x + bias).abs(), grads[0].abs()
+    terms, rounded = above * (2 + size), above * total + truth["gradient 0"].abs()
+    return {
+        "output 0": r.u * (2 * truth["output 0"].abs() + 1.13 * total) + r.e * 2 * size,
+        "gradient 0": 2 * r.u * truth["gradient 0"].abs() + r.u * above * total + r.e * terms,
+        "gradient 1": 2 * r.u * truth["gradient 1"].abs()
+        + r.u * r.of_terms(rounded.sum(0), rounded.square().sum(0))
+        + r.e * terms.sum(0),
     }
 
 
@@ -208,6 +235,7 @@ def moe_gate(given: Given, options: dict[str, Any], grads: list[Tensor], truth: 
 BOUNDS: dict[str, Bounds] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
+    "bias_gelu": bias_gelu,
     "swiglu": gate,
     "geglu": gate,
     "rotary": rotary,

@@ -199,8 +199,10 @@ def _outputs_and_gradients(call: partial[Any], given: tuple[Any, ...], places: t
 
     Indices (int64) are left out, since of equal numbers any may be the first. The same cotangents are drawn each time.
     """
+    # Copies: an optimizer's step writes over what it is given.
     inputs = [
-        t.detach().requires_grad_(n in places) if isinstance(t, Tensor) else t for n, t in enumerate(given)
+        t.detach().clone().requires_grad_(n in places) if isinstance(t, Tensor) else t
+        for n, t in enumerate(given)
     ]
     made = call(*inputs)
     outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t.dtype != torch.int64]
