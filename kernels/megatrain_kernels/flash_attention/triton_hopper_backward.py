@@ -213,7 +213,7 @@ def _compute(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["batches", "kv_heads", "q_seq", "k_seq", "q_offset", "window"])
 def backward_kernel(
     q_desc: Pointer,  # (batch, q_seq, heads, D), in tiles (1, M, 1, D)
     k_desc: Pointer,  # (batch, k_seq, kv_heads, D), in tiles (1, N, 1, D)
