@@ -50,6 +50,15 @@ def from_builds(paths: list[Path]) -> list[Row]:
     return found
 
 
+def _fits(row: Row) -> bool:
+    """Return whether a row names a use, and blocks that it may have."""
+    try:
+        use = Use(tuple(row["capability"]), *(row[name] for name in Use._fields[1:]))
+        return tuple(row["blocks"]) in space(use.kind, use.width, 2)
+    except (KeyError, TypeError):
+        return False
+
+
 def main() -> None:
     """Replace the table's rows of one kind."""
     parser = argparse.ArgumentParser(
@@ -59,12 +68,25 @@ def main() -> None:
     parser.add_argument("--timed", type=Path)
     parser.add_argument("--device", help="the GPU that --timed is of")
     options = parser.parse_args()
+    if not options.builds and not options.timed:
+        parser.error("give --builds or --timed")
+    if options.timed and not options.device:
+        parser.error("--timed needs --device, which its rows name")
+    for path in (*(options.builds or ()), *([options.timed] if options.timed else ())):
+        if not path.is_file():
+            parser.error(f"{path}: there is no such file")
     rows = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
     if options.builds:
         rows = [row for row in rows if row["how"] != "compiled"] + from_builds(options.builds)
     if options.timed:
         how = f"timed on {options.device}"
-        timed = [{**row, "how": how} for row in json.loads(options.timed.read_text())["rows"]]
+        read = json.loads(options.timed.read_text())["rows"]
+        wrong = [row for row in read if not _fits(row)]
+        if wrong or not read:
+            parser.error(
+                f"{options.timed}: {wrong[0] if wrong else 'no rows'}: not what megatrain bench --tune writes"
+            )
+        timed = [{**row, "how": how} for row in read]
         rows = timed + [row for row in rows if row["how"] != how]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     TABLE.write_text(f'{{"rows": [\n{lines}\n]}}\n')

@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention_builds --out benchmarks/results/attention_builds.json
 
-compiles every kernel with every block size that it is tuned over, for the shapes of published models, with the
+compiles every kernel with every block size that it may take, for the shapes of published models, with the
 compiler and the assembler that Triton brings. Such figures say what can't be fast (a spill inside a loop, products that
 wait for each other), and nothing of how fast the rest is.
 """
@@ -240,11 +240,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
-    parser.add_argument("--capability", type=int, default=90, help="80, 90 or 100 (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=ALL_KINDS)
     parser.add_argument(
-        "--first", action="store_true", help="only the first blocks that are tried of each kind"
+        "--capability", type=int, default=90, choices=(80, 90, 100), help="default: %(default)s"
     )
+    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=ALL_KINDS)
+    parser.add_argument("--first", action="store_true", help="only the first of each kernel's block sizes")
     options = parser.parse_args()
     listed = [
         each

@@ -61,6 +61,8 @@ def main() -> None:
     )
     parser.add_argument("result", type=Path, help="gpu.json of `python -m benchmarks.gpu`")
     path = parser.parse_args().result
+    if not path.is_file():
+        parser.error(f"{path}: there is no such file")
     result = json.loads(path.read_text())
     device = result["machine"]["device"]
     capability = next((value for name, value in CAPABILITIES.items() if name in device), None)

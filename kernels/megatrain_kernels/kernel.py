@@ -175,7 +175,7 @@ def select(kernel: Kernel, backend: str, *call: Any) -> str:
         UnsupportedError: backend="triton", and the kernels cannot run.
     """
     path = _selected(kernel, _preferred if backend == "auto" else backend, *call)
-    if _watched is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _watched is not None:  # in this order, or a trace depends on it
         _watched.setdefault(kernel.name, set()).add(path.removesuffix("_or_torch"))
     return path
 

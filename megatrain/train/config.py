@@ -85,7 +85,8 @@ class TrainConfig:
     allow_changes: tuple[str, ...] = ()
     """Config keys that may differ on resuming although they change the result of the run; `*`: any."""
     precision: Literal["auto", "fp32", "bf16", "fp8", "fp64"] = "auto"
-    """Compute dtype. Under bf16 and fp8, master weights, gradients and optimizer state stay in float32. fp8: like bf16,
+    """Compute dtype. Under bf16 and fp8, master weights and gradients stay in float32, and the
+    optimizer's states unless optim.states says otherwise. fp8: like bf16,
     with the linear layers of the blocks (but not routers and experts) in 8 bits, on GPUs that support it; a CPU
     computes the same numbers, slowly; MFU is relative to the bf16 peak; small models get slower (docs/gpus.md). auto:
     bf16 if a quick benchmark finds it faster on this device, else fp32."""

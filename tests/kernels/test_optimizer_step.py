@@ -280,3 +280,18 @@ def test_tensors_without_elements_are_passed_over() -> None:
 def test_a_wrong_number_of_tensors_is_refused() -> None:
     with pytest.raises(ValueError, match="4 tensors: must be as many of each of weight, gradient, exp_avg"):
         optimizer_step(*(torch.ones(2) for _ in range(4)), how=LION)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"how": ADAMW._replace(rule="adam")}, "must be one of adamw, lion, sgd"),
+        ({"how": ADAMW._replace(states="fp32")}, "states full, bf16, int8"),
+        ({"clip": 0.5}, "must be a floating scalar tensor"),
+        ({"places": [whole(torch.Size([4, 8]), 0)] * 2}, "2 places for 1 weights"),
+    ],
+)
+def test_what_does_not_fit_is_said(change: dict[str, Any], says: str) -> None:
+    tensors = [torch.zeros(4, 8) for _ in range(4)]
+    with pytest.raises(ValueError, match=says):
+        optimizer_step(*tensors, torch.zeros(()), **{"how": ADAMW, **change})

@@ -99,9 +99,11 @@ def optimizer_step(
         ValueError: tensors that do not fit, or no backend of that name.
     """
     group = _checked(tensors, how, clip)
-    if not places:
-        places = [whole(weight.shape, number) for number, weight in enumerate(group["weight"])]
     weights = group["weight"]
+    if not places:
+        places = [whole(weight.shape, number) for number, weight in enumerate(weights)]
+    if len(places) != len(weights):
+        raise ValueError(f"{len(places)} places for {len(weights)} weights: must be one each, or none")
     path = select(OPTIMIZER_STEP, backend, weights[0], group["gradient"][0])
     group["gradient"] = [gradient.contiguous() for gradient in group["gradient"]]
     if path == "reference":
@@ -126,12 +128,20 @@ def optimizer_step(
     return (*weights, *group.get("copy", ()))
 
 
+RULES = ("adamw", "lion", "sgd")
+STATES: dict[str, torch.dtype | None] = {"full": None, "bf16": torch.bfloat16, "int8": torch.uint8}
+"""Types of states; None: the weights' own, in float32 at least."""
+
+
 def _checked(tensors: Sequence[Tensor], how: Update, clip: Tensor | None) -> dict[str, list[Tensor]]:
     """Return the tensors by field.
 
     Raises:
         ValueError: they do not fit.
     """
+    if how.rule not in RULES or how.states not in STATES:
+        known = f"{', '.join(RULES)}, and states {', '.join(STATES)}"
+        raise ValueError(f"rule {how.rule!r} with states {how.states!r}: must be one of {known}")
     if not tensors or len(tensors) % len(how.fields):
         raise ValueError(f"{len(tensors)} tensors: must be as many of each of {', '.join(how.fields)}")
     group = _by_field(tensors, how.fields)
@@ -151,6 +161,8 @@ def _checked(tensors: Sequence[Tensor], how: Update, clip: Tensor | None) -> dic
             require(False, rule, weight=weights[n], **{f"{name}_": found[n]})
     require_floating(weight=weights[0], gradient=group["gradient"][0])
     if clip is not None:
+        if not isinstance(clip, Tensor):
+            raise ValueError(f"clip={clip!r}: must be a floating scalar tensor, or None")
         require(clip.ndim == 0 and clip.is_floating_point(), "clip must be a floating scalar", clip=clip)
         require_one_device(weight=weights[0], clip=clip)
     return group
@@ -158,7 +170,7 @@ def _checked(tensors: Sequence[Tensor], how: Update, clip: Tensor | None) -> dic
 
 def _types(group: Mapping[str, list[Tensor]], how: Update) -> dict[str, torch.dtype]:
     wide = torch.promote_types(group["weight"][0].dtype, torch.float32)
-    state = {"full": wide, "bf16": torch.bfloat16, "int8": torch.uint8}[how.states]
+    state = STATES[how.states] or wide
     found = {"step": torch.float32} | dict.fromkeys(how.moments, state)
     found |= {name: wide for name in group if name.endswith("_scale")}
     return {name: found.get(name, tensors[0].dtype) for name, tensors in group.items()}
