@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.fx import GraphModule
 
-from megatrain_kernels import attention
-from megatrain_kernels.kernel import KERNELS, Case, Kernel, select
+from megatrain_kernels import attention, rms_norm
+from megatrain_kernels.kernel import KERNELS, Case, Kernel, select, watching
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler probes tensors in ways that warn
 
@@ -138,3 +139,15 @@ def test_queries_that_a_compiler_cannot_trace_are_not_traced(monkeypatch: pytest
     monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(available))
     q = torch.randn(1, 6, 2, 4, generator=torch.Generator().manual_seed(1))
     assert operators(lambda x: attention(x, x, x, softcap=2.0), q) == {"megatrain.attention.default"}
+
+
+def test_watching_compiles_nothing_anew() -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    norm = torch.compile(partial(rms_norm, eps=1e-5), backend=counter)
+    x, weight = torch.ones(4, 8), torch.ones(8)
+    with watching() as paths:
+        norm(x, weight)
+    norm(x, weight)
+    assert counter.frame_count == 1
+    assert paths == {}
