@@ -18,7 +18,7 @@ from megatrain.nn.joined import joined_products, separate_products
 from megatrain.nn.layer import Linear, replace_seam
 from megatrain.nn.plan import decoder_plan
 from megatrain.parallel.activation_checkpointing import _keep_and_replay
-from megatrain.parallel.float8 import float8_linear
+from megatrain.parallel.float8 import Float8, float8_linear
 from megatrain.parallel.pipeline import keep_products_apart
 
 BASE = DecoderConfig(
@@ -106,7 +106,7 @@ def test_a_product_that_something_changes_stays_alone(calls: list[bool]) -> None
         assert joined_products(x.float(), [part.float() for part in layers(True)])[0].dtype == torch.bfloat16
     fp8 = layers(True)
     for part in fp8:
-        replace_seam(part, "product", lambda x, w, b: float8_linear(x, w, b, scaling="row"))
+        replace_seam(part, "product", lambda x, w, b: float8_linear(x, w, b, options=Float8("row")))
     joined_products(x.float(), [part.float() for part in fp8])
     assert calls == []
 

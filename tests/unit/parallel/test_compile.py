@@ -77,19 +77,6 @@ def test_experts_break_the_graph_at_the_count_of_their_load_alone() -> None:
     assert "BalancePoint.forward" in reason
 
 
-@pytest.mark.usefixtures("no_code")
-def test_autocast_breaks_no_graph() -> None:
-    """A decoder of layer norms and learned positions is one that autocast may round."""
-    with torch.autocast("cpu", torch.bfloat16):
-        torch._dynamo.reset()
-        counters.clear()
-        model = make(GPT2)
-        for _, block in model.blocks():
-            block.compile(fullgraph=True)
-        model(TOKENS, targets=TOKENS, doc_ids=DOC_IDS)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
 @pytest.mark.slow  # about a minute of C++ compilation
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_in_earnest(recompute: str) -> None:
