@@ -112,7 +112,7 @@ def builds(shapes: Iterable[str], masks: Iterable[str], capability: int = 90) ->
 
 def compiled(build: Build) -> Facts:
     """Compile one build and read what came out."""
-    _, source, options = _hopper(build) if build.kind.startswith("hopper") else _plain(build)
+    source, options = _hopper(build) if build.kind.startswith("hopper") else _plain(build)
     started = time.perf_counter()
     made = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
     seconds = time.perf_counter() - started
@@ -132,8 +132,8 @@ def compiled(build: Build) -> Facts:
     )
 
 
-def _plain(build: Build) -> tuple[Any, ASTSource, dict[str, int]]:
-    """Return a Triton kernel, with the types of a call, and how it is compiled."""
+def _plain(build: Build) -> tuple[ASTSource, dict[str, int]]:
+    """Return a Triton kernel with the types of a call, and how it is compiled."""
     kernel, (heads, kv_heads, dim) = launcher.KINDS[build.kind], SHAPES[build.shape]
     constants = _flags(build) | {
         "GROUP": heads // kv_heads, "CAPPED": False, "FUSED": build.kind == "fused", "DIM": dim, "V_DIM": dim,
@@ -141,11 +141,11 @@ def _plain(build: Build) -> tuple[Any, ASTSource, dict[str, int]]:
     }  # fmt: skip
     types = {name: _type(name) for name in kernel.arg_names}
     options = {"num_warps": build.warps, "num_stages": build.stages}
-    return kernel, _source(ASTSource, kernel, types, constants), options
+    return _source(ASTSource, kernel, types, constants), options
 
 
-def _hopper(build: Build) -> tuple[Any, ASTSource, dict[str, int]]:
-    """Return a Gluon kernel, with the types of a call, and how it is compiled."""
+def _hopper(build: Build) -> tuple[ASTSource, dict[str, int]]:
+    """Return a Gluon kernel with the types of a call, and how it is compiled."""
     kernel = HOPPER[build.kind]
     heads, kv_heads, dim = SHAPES[build.shape]
     constants = _flags(build) | {
@@ -163,7 +163,7 @@ def _hopper(build: Build) -> tuple[Any, ASTSource, dict[str, int]]:
             )
             types[name] = f"tensordesc<{'fp32' if wide else 'bf16'}{block},{layout!r}>"
     options = {"num_warps": build.warps, "maxnreg": triton_hopper.REGISTERS}
-    return kernel, _source(GluonASTSource, kernel, types, constants), options
+    return _source(GluonASTSource, kernel, types, constants), options
 
 
 def _flags(build: Build) -> dict[str, Any]:

@@ -241,30 +241,6 @@ def _compute(
             mbarrier.arrive(q_empty.index(g))
 
 
-@gluon.jit
-def _compute_upper(
-    o_desc: Pointer, lse: Pointer, q_buf: Tile, k_buf: Tile, v_buf: Tile, bars: Pack,
-    docs: Pointer, lows: Pointer, highs: Pointer, mixed: Pointer, factor: Number, numbers: Pack,
-    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, N: constexpr, D: constexpr, STAGES: constexpr,
-) -> None:  # fmt: skip
-    """Attend with the first group of warps."""
-    _compute(
-        o_desc, lse, q_buf, k_buf, v_buf, bars, docs, lows, highs, mixed, factor, numbers, 0, CAUSAL, WINDOWED, DOCS,
-        N, D, STAGES)  # fmt: skip
-
-
-@gluon.jit
-def _compute_lower(
-    o_desc: Pointer, lse: Pointer, q_buf: Tile, k_buf: Tile, v_buf: Tile, bars: Pack,
-    docs: Pointer, lows: Pointer, highs: Pointer, mixed: Pointer, factor: Number, numbers: Pack,
-    CAUSAL: constexpr, WINDOWED: constexpr, DOCS: constexpr, N: constexpr, D: constexpr, STAGES: constexpr,
-) -> None:  # fmt: skip
-    """Attend with the second group of warps."""
-    _compute(
-        o_desc, lse, q_buf, k_buf, v_buf, bars, docs, lows, highs, mixed, factor, numbers, 1, CAUSAL, WINDOWED, DOCS,
-        N, D, STAGES)  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=["batches", "heads", "q_seq", "k_seq", "q_offset", "window"])
 def forward_kernel(
     q_desc: Pointer,  # (batch, q_seq, heads, D), in tiles (1, ROWS, 1, D)
@@ -307,10 +283,10 @@ def forward_kernel(
     mbarrier.arrive(turns.index(0))
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     gl.warp_specialize([
-        (_compute_upper, (o_desc, lse, q_buf, k_buf, v_buf, bars, docs, lows, highs, mixed, factor, numbers, CAUSAL,
-                          WINDOWED, DOCS, N, D, STAGES)),
-        (_compute_lower, (o_desc, lse, q_buf, k_buf, v_buf, bars, docs, lows, highs, mixed, factor, numbers, CAUSAL,
-                          WINDOWED, DOCS, N, D, STAGES)),
+        (_compute, (o_desc, lse, q_buf, k_buf, v_buf, bars, docs, lows, highs, mixed, factor, numbers, 0, CAUSAL,
+                    WINDOWED, DOCS, N, D, STAGES)),
+        (_compute, (o_desc, lse, q_buf, k_buf, v_buf, bars, docs, lows, highs, mixed, factor, numbers, 1, CAUSAL,
+                    WINDOWED, DOCS, N, D, STAGES)),
         (_copy, (q_desc, k_desc, v_desc, q_buf, k_buf, v_buf, bars, lows, highs, mixed, numbers, GROUP, CAUSAL,
                  WINDOWED, DOCS, N, STAGES)),
     ], [4, 1], [232, 40])  # fmt: skip
